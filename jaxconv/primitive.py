@@ -1,0 +1,225 @@
+"""Three bilinear primitives and one table of rules.
+
+They are the partial derivatives of one trilinear form T(x, w, y) (see ConvSpec) by y, x and w:
+
+    forward       y = dT/dy, from (x, w)
+    input grad    x = dT/dx, from (y, w)
+    weight grad   w = dT/dw, from (x, y)
+
+Each is linear in both operands, and its transpose by one of them is the derivative of T by that
+operand, taken at the other operand and the cotangent: one of the three again. So the family is
+closed, and one rule gives every derivative of every order.
+"""
+
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jax.extend.core import Primitive
+from jax.interpreters import ad, batching, mlir, xla
+
+from jaxconv import ffi, reference
+from jaxconv.spec import ConvSpec, Role, channel_axis, result_shape
+
+Dims = Sequence[int | None]
+
+# What each operation reads, in order; its name is what it computes.
+OPERANDS: dict[Role, tuple[Role, Role]] = {"y": ("x", "w"), "x": ("y", "w"), "w": ("x", "y")}
+
+_PRIMITIVES: dict[Role, Primitive] = {
+    role: Primitive(f"jaxconv_{name}") for role, name in ffi.PASS_NAME.items()
+}
+# The forward with a bias, y = T(x, w) + b: linear in (x, b) and in (w, b), so it has rules of its
+# own, and they lead to the three above.
+_FORWARD_BIAS = Primitive("jaxconv_forward_bias")
+
+
+def forward(x: jax.Array, w: jax.Array, bias: jax.Array | None, spec: ConvSpec) -> jax.Array:
+    """y (*stack, *batch, co, *o) from x, w and a bias (*stack, co) of y's dtype."""
+    if bias is None:
+        return _PRIMITIVES["y"].bind(x, w, spec=spec)
+    return _FORWARD_BIAS.bind(x, w, bias, spec=spec)
+
+
+def input_grad(y: jax.Array, w: jax.Array, spec: ConvSpec) -> jax.Array:
+    """x (*stack, *batch, ci, *i) from y, such as the cotangent of a forward's result, and w."""
+    return _PRIMITIVES["x"].bind(y, w, spec=spec)
+
+
+def weight_grad(x: jax.Array, y: jax.Array, spec: ConvSpec) -> jax.Array:
+    """w (*stack, ci, co // g, *k) from x and y; the sum runs over the batch."""
+    return _PRIMITIVES["w"].bind(x, y, spec=spec)
+
+
+# ---------------------------------------------------------------------------------------------
+# Types
+
+
+def _abstract(result: Role, a: Any, b: Any, *bias: Any, spec: ConvSpec) -> jax.core.ShapedArray:
+    if a.dtype != b.dtype:
+        raise TypeError(f"jaxconv {ffi.PASS_NAME[result]}: dtypes {a.dtype} and {b.dtype} differ")
+    dtype = a.dtype if spec.out_dtype is None else spec.out_dtype
+    return jax.core.ShapedArray(result_shape(result, a.shape, b.shape, spec), dtype)
+
+
+# ---------------------------------------------------------------------------------------------
+# Derivatives
+
+
+def _derive(
+    result: Role, arrays: dict[Role, Any], spec: ConvSpec, dtype: np.dtype
+) -> jax.Array:
+    """dT/d(result) in `dtype`, at the two other arrays.
+
+    With preferred_element_type a cotangent is wider than the other operand; both are then taken in
+    the wider type, and the result is rounded to `dtype` at the end.
+    """
+    a, b = (arrays[role] for role in OPERANDS[result])
+    wide = max(a.dtype, b.dtype, key=lambda d: d.itemsize)
+    a, b = (lax.convert_element_type(v, wide) for v in (a, b))
+    out_dtype = dtype if dtype.itemsize > wide.itemsize else None
+    out = _PRIMITIVES[result].bind(a, b, spec=spec.replace(out_dtype=out_dtype))
+    return lax.convert_element_type(out, dtype)
+
+
+def _sum_to(value: jax.Array, shape: Sequence[Any], spec: ConvSpec) -> jax.Array:
+    """Sums over the stack axes along which an operand of `shape` was shared."""
+    shared = [i for i in range(spec.stack) if shape[i] == 1 and value.shape[i] != 1]
+    return value.sum(shared, keepdims=True) if shared else value
+
+
+def _transpose(
+    result: Role, by: int, cotangent: Any, *operands: Any, spec: ConvSpec
+) -> jax.Array:
+    """The transpose by operand number `by`, of which only the type is known."""
+    role, other = OPERANDS[result][by], OPERANDS[result][1 - by]
+    aval = operands[by].aval
+    out = _derive(role, {result: cotangent, other: operands[1 - by]}, spec, aval.dtype)
+    return _sum_to(out, aval.shape, spec)
+
+
+def _bias_axes(ndim: int, spec: ConvSpec) -> list[int]:
+    """The axes of y that a bias has: the stack and the channels."""
+    return [*range(spec.stack), channel_axis(range(ndim), spec)]
+
+
+def _spread_bias(bias: Any, y_shape: Sequence[Any], spec: ConvSpec) -> jax.Array:
+    """A bias (*stack, co) as an array of y's shape."""
+    others = [i for i in range(len(y_shape)) if i not in _bias_axes(len(y_shape), spec)]
+    return jnp.broadcast_to(jnp.expand_dims(bias, others), y_shape)
+
+
+def _sum_bias(y: Any, spec: ConvSpec) -> jax.Array:
+    """The transpose of _spread_bias."""
+    kept = _bias_axes(y.ndim, spec)
+    return y.sum([i for i in range(y.ndim) if i not in kept])
+
+
+def _bias_tangent(tangent: Any, x: Any, w: Any, bias: Any, *, spec: ConvSpec) -> jax.Array:
+    return _spread_bias(tangent, result_shape("y", x.shape, w.shape, spec), spec)
+
+
+def _transpose_bias(cotangent: Any, *operands: Any, spec: ConvSpec) -> list[Any]:
+    """Cotangents of those of x, w and the bias in which the forward is linear."""
+    if isinstance(cotangent, ad.Zero):
+        return [ad.Zero(o.aval) if ad.is_undefined_primal(o) else None for o in operands]
+    bias = operands[2]
+    if not ad.is_undefined_primal(bias):
+        raise ValueError("jaxconv: a forward with a constant bias is affine: it has no transpose")
+    cotangents: list[Any] = [
+        _transpose("y", by, cotangent, *operands[:2], spec=spec)
+        if ad.is_undefined_primal(operands[by])
+        else None
+        for by in (0, 1)
+    ]
+    return [*cotangents, _sum_to(_sum_bias(cotangent, spec), bias.aval.shape, spec)]
+
+
+# ---------------------------------------------------------------------------------------------
+# vmap
+
+
+def _batch(
+    primitive: Primitive, result: Role, operands: Sequence[Any], dims: Dims, *, spec: ConvSpec
+) -> tuple[Any, int]:
+    """A mapped x or y alone joins the batch, after the stack. Anything else stacks problems:
+    operands that are not mapped get an axis of size 1, along which they are shared."""
+    if result != "w" and all(d is None for d in dims[1:]):
+        first, *rest = operands
+        moved = jnp.moveaxis(first, dims[0], spec.stack)
+        return primitive.bind(moved, *rest, spec=spec), spec.stack
+    stacked = [
+        jnp.expand_dims(o, 0) if d is None else jnp.moveaxis(o, d, 0)
+        for o, d in zip(operands, dims, strict=True)
+    ]
+    return primitive.bind(*stacked, spec=spec.replace(stack=spec.stack + 1)), 0
+
+
+# ---------------------------------------------------------------------------------------------
+# Lowering
+
+
+def _lower(platform: str | None, result: Role, ctx: Any, *operands: Any, spec: ConvSpec) -> Any:
+    """Calls the platform's kernel, or, where it has none for the problem, lowers jax.lax."""
+
+    def lower(fun: Callable[..., Any]) -> Any:
+        return mlir.lower_fun(fun, multiple_results=False)(ctx, *operands)
+
+    forced, (out,) = spec.implementation, ctx.avals_out
+    if forced == "xla":
+        return lower(reference.operation(result, spec))
+    if platform is None:
+        why = "jaxconv has no kernels for this platform"
+    elif forced in ffi.PLATFORM_IMPLEMENTATIONS and forced != platform:
+        why = f"this is being lowered for {platform}"
+    else:
+        why = ffi.refusal(platform, [a.dtype for a in ctx.avals_in[:2]], out.dtype, spec)
+    if why is None:
+        assert platform is not None
+        first, second = OPERANDS[result]
+        arrays = {first: ctx.avals_in[0], second: ctx.avals_in[1], result: out}
+        bias = len(operands) == 3
+        kernel, workspace = ffi.choose(platform, result, out=out, bias=bias, spec=spec, **arrays)
+        return lower(ffi.call(result, out, spec, kernel, workspace))
+    if forced is not None:
+        raise ValueError(
+            f"jaxconv: implementation={forced!r} cannot run the {ffi.PASS_NAME[result]}: {why}"
+        )
+    return lower(reference.operation(result, spec))
+
+
+# ---------------------------------------------------------------------------------------------
+# The table: every primitive, and every rule of each.
+
+
+def _register(primitive: Primitive, result: Role) -> None:
+    primitive.def_impl(functools.partial(xla.apply_primitive, primitive))
+    primitive.def_abstract_eval(functools.partial(_abstract, result))
+    batching.primitive_batchers[primitive] = functools.partial(_batch, primitive, result)
+    mlir.register_lowering(primitive, functools.partial(_lower, None, result))
+    for platform in ffi.built_platforms():
+        mlir.register_lowering(
+            primitive, functools.partial(_lower, platform, result), platform=platform
+        )
+
+
+for _role, _primitive in _PRIMITIVES.items():
+    _register(_primitive, _role)
+    ad.defbilinear(
+        _primitive,
+        functools.partial(_transpose, _role, 0),
+        functools.partial(_transpose, _role, 1),
+    )
+
+_register(_FORWARD_BIAS, "y")
+ad.defjvp(
+    _FORWARD_BIAS,
+    lambda t, x, w, bias, *, spec: _PRIMITIVES["y"].bind(t, w, spec=spec),
+    lambda t, x, w, bias, *, spec: _PRIMITIVES["y"].bind(x, t, spec=spec),
+    _bias_tangent,
+)
+ad.primitive_transposes[_FORWARD_BIAS] = _transpose_bias
