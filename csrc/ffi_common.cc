@@ -1,5 +1,6 @@
 #include "ffi_common.h"
 
+#include <cstdlib>
 #include <optional>
 
 namespace jaxconv {
@@ -257,6 +258,7 @@ ffi::ErrorOr<Call> Decoder::Decode(const ffi::RemainingArgs& args, const ffi::Re
     }
   }
 
+  call.out_bytes = static_cast<int64_t>(out.buffer.size_bytes());
   call.workspace_bytes = 0;
   if (rets.size() == 2) {
     auto workspace = rets.get<ffi::AnyBuffer>(1);
@@ -268,6 +270,14 @@ ffi::ErrorOr<Call> Decoder::Decode(const ffi::RemainingArgs& args, const ffi::Re
 }
 
 }  // namespace
+
+bool Poisoned() {
+  static const bool poisoned = [] {
+    const char* value = std::getenv("JAXCONV_POISON");
+    return value != nullptr && std::string_view(value) == "1";
+  }();
+  return poisoned;
+}
 
 ffi::ErrorOr<Call> DecodeCall(Pass pass, const ffi::RemainingArgs& args,
                               const ffi::RemainingRets& rets, const Attributes& attributes) {

@@ -29,7 +29,7 @@ struct Attributes {
 struct Call {
   Problem problem;
   Operands operands;  // of the first element
-  int64_t workspace_bytes;
+  int64_t out_bytes, workspace_bytes;  // of the whole stack
   std::string_view kernel;
 
   // Runs `body(operands)`, which returns an ffi::Error, for each element of the stack.
@@ -47,6 +47,11 @@ struct Call {
 // the weight gradient (x, y); results are the output and, if there are two, a workspace of bytes.
 ffi::ErrorOr<Call> DecodeCall(Pass pass, const ffi::RemainingArgs& args,
                               const ffi::RemainingRets& rets, const Attributes& attributes);
+
+// Whether JAXCONV_POISON=1: handlers then fill the output and the workspace with NaN (bytes of ones)
+// before a kernel runs, so that tests see an element that is not written.
+bool Poisoned();
+inline constexpr int kPoison = 0xff;
 
 // The attribute bindings shared by all handlers, in the order of Attributes' members.
 #define JAXCONV_BIND_ATTRIBUTES()                                                \

@@ -1,9 +1,11 @@
 // The compiled module jaxconv._cpu: FFI handlers for XLA's CPU platform, and its kernel table.
 #include <atomic>
 #include <condition_variable>
+#include <cstring>
 #include <exception>
 #include <memory>
 #include <mutex>
+#include <utility>
 
 #include "bindings.h"
 #include "cpu/table.h"
@@ -70,6 +72,12 @@ ffi::Error Handle(ffi::ThreadPool pool, ffi::RemainingArgs args, ffi::RemainingR
                               stack,  channels_last, precision, kernel};
   const auto call = DecodeCall(pass, args, rets, attributes);
   if (!call.has_value()) return call.error();
+  if (Poisoned()) {
+    for (const auto& [data, bytes] : {std::pair{call->operands.out, call->out_bytes},
+                                      std::pair{call->operands.workspace, call->workspace_bytes}}) {
+      if (bytes > 0) std::memset(data, kPoison, static_cast<size_t>(bytes));
+    }
+  }
   const Device device{static_cast<int>(std::max<int64_t>(pool.num_threads(), 1))};
   const PoolParallel parallel(pool);
   return Dispatch(Table(), device, *call,

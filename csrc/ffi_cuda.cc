@@ -23,6 +23,17 @@ ffi::Error Handle(cudaStream_t stream, int32_t ordinal, ffi::RemainingArgs args,
                               stack,  channels_last, precision, kernel};
   const auto call = DecodeCall(pass, args, rets, attributes);
   if (!call.has_value()) return call.error();
+  if (Poisoned()) {
+    for (const auto& [data, bytes] : {std::pair{call->operands.out, call->out_bytes},
+                                      std::pair{call->operands.workspace, call->workspace_bytes}}) {
+      if (bytes == 0) continue;
+      if (const cudaError_t status =
+              cudaMemsetAsync(data, kPoison, static_cast<size_t>(bytes), stream);
+          status != cudaSuccess) {
+        return CudaError("cannot poison", status);
+      }
+    }
+  }
   int major = 0, minor = 0, multiprocessors = 0;
   for (const auto& [value, attribute] :
        {std::pair{&major, cudaDevAttrComputeCapabilityMajor},

@@ -90,7 +90,7 @@ def _result_dtype(x: jax.Array, preferred: DTypeLike | None) -> np.dtype | None:
 def _canonical_precision(op: str, precision: Any) -> Any:
     """As jax.lax takes it: names, a Precision, a pair of them, or a preset for dot products."""
     if precision is None:
-        precision = jax.config.jax_default_matmul_precision
+        precision = jax.config.jax_default_matmul_precision  # pyright: ignore[reportAttributeAccessIssue]
         if precision is None:
             return None
     presets = lax.DotAlgorithmPreset
@@ -386,7 +386,6 @@ def conv_transpose(
     )
     with jax.named_scope(f"jaxconv.{op}"):
         y = primitive.forward(x, w, None, spec)
-    back = np.empty(x.ndim, int)
-    for axis, role in enumerate(order):
-        back[numbers.out_spec[role]] = axis
+    # y's axis `order.index(role)` is what the output's layout has at `out_spec[role]`.
+    back = sorted(range(y.ndim), key=lambda axis: numbers.out_spec[order[axis]])
     return jnp.transpose(y, back)

@@ -13,7 +13,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import jaxlib
+import jaxlib.version
 import numpy as np
 
 from jaxconv.spec import MAX_AXES, ConvSpec, Role
@@ -44,7 +44,7 @@ def _runtime_api_version() -> tuple[int, int]:
 def _check_version(module: ModuleType) -> None:
     """Refuses handlers that this jaxlib would not take: registering one would disable the whole
     backend, with a message that does not name jaxconv."""
-    if module.VERSION != __version__:
+    if __version__ != module.VERSION:
         raise ImportError(
             f"jaxconv {__version__} found compiled modules of version {module.VERSION} "
             f"({module.__file__}): install it again"
@@ -53,8 +53,9 @@ def _check_version(module: ModuleType) -> None:
     if built[0] != runtime[0] or built[1] > runtime[1]:
         raise ImportError(
             f"jaxconv was built with XLA FFI {built[0]}.{built[1]}, but jaxlib "
-            f"{jaxlib.__version__} has {runtime[0]}.{runtime[1]}: build jaxconv with the oldest "
-            "jaxlib that it is to run with (pip does so unless --no-build-isolation is given)"
+            f"{jaxlib.version.__version__} has {runtime[0]}.{runtime[1]}: build jaxconv with the "
+            "oldest jaxlib that it is to run with (pip does so, unless --no-build-isolation is "
+            "given)"
         )
 
 
@@ -131,7 +132,7 @@ def _sizes(values: Sequence[int], fill: int) -> list[int]:
 
 
 def refusal(platform: str, dtypes: Sequence[Any], out_dtype: Any, spec: ConvSpec) -> str | None:
-    """Why none of a platform's kernels can take the problem, whatever its sizes; None if one may."""
+    """Why no kernel of a platform can take the problem, whatever its sizes; None if one may."""
     if _MODULES.get(platform) is None:
         return f"jaxconv was built without kernels for {platform}"
     if any(np.dtype(d).name not in _DTYPE for d in dtypes) or dtypes[0] != dtypes[1]:
@@ -173,6 +174,17 @@ def _problem(
     )
 
 
+def verdicts(
+    platform: str, result: Role, x: Any, w: Any, y: Any, out: Any, bias: bool, spec: ConvSpec
+) -> list[tuple[str, str, float, int]]:
+    """What every kernel of the platform says of a problem: its name, why it refuses (empty if it
+    does not), the seconds it expects to take and the bytes of workspace it wants."""
+    module = _MODULES[platform]
+    assert module is not None
+    problem = _problem(platform, result, x, w, y, out, bias, spec)
+    return module.verdicts(problem, _device(platform))
+
+
 def choose(
     platform: str, result: Role, x: Any, w: Any, y: Any, out: Any, bias: bool, spec: ConvSpec
 ) -> tuple[str, int]:
@@ -190,16 +202,16 @@ def choose(
     forced = spec.implementation
     name = "" if forced is None or forced in PLATFORM_IMPLEMENTATIONS else forced
     chosen = module.choose(problem, _device(platform), name)
-    verdicts = module.verdicts(problem, _device(platform))
+    rows = module.verdicts(problem, _device(platform))
     if os.environ.get("JAXCONV_EXPLAIN") == "1":
-        _explain(platform, result, x.shape, w.shape, y.shape, out.dtype.name, spec, chosen, verdicts)
+        _explain(platform, result, x.shape, w.shape, y.shape, out.dtype.name, spec, chosen, rows)
     if not chosen:
-        why = "; ".join(f"{n} {r or 'takes it'}" for n, r, _, _ in verdicts)
+        why = "; ".join(f"{n} {r or 'takes it'}" for n, r, _, _ in rows)
         raise ValueError(
             f"jaxconv: implementation={forced!r} cannot run the {PASS_NAME[result]} of "
             f"x {x.shape}, w {w.shape}, y {y.shape} on {platform}; its kernels: {why}"
         )
-    return chosen, max(ws for n, _, _, ws in verdicts if n == chosen)
+    return chosen, max(ws for n, _, _, ws in rows if n == chosen)
 
 
 _explained: set[tuple[Any, ...]] = set()
@@ -207,7 +219,7 @@ _explained: set[tuple[Any, ...]] = set()
 
 def _explain(platform: str, result: Role, *problem: Any) -> None:
     """Prints, once a problem, what every kernel says of it."""
-    *key, chosen, verdicts = problem
+    *key, chosen, rows = problem
     if (platform, result, *key) in _explained:
         return
     _explained.add((platform, result, *key))
@@ -216,7 +228,7 @@ def _explain(platform: str, result: Role, *problem: Any) -> None:
         f"jaxconv {platform} {PASS_NAME[result]}: x {x}, w {w}, y {y} {dtype}, stride "
         f"{spec.stride}, padding {spec.padding}, dilation {spec.dilation}, groups {spec.groups}"
     ]
-    for name, why, seconds, workspace in verdicts:
+    for name, why, seconds, workspace in rows:
         mark = "->" if name == chosen else "  "
         says = f"no: {why}" if why else f"{1e6 * seconds:.1f} us expected, {workspace} B workspace"
         lines.append(f" {mark} {name}: {says}")

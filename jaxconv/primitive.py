@@ -19,11 +19,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from jax.core import ShapedArray
 from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, mlir, xla
 
 from jaxconv import ffi, reference
-from jaxconv.spec import ConvSpec, Role, channel_axis, result_shape
+from jaxconv.spec import ConvSpec, Role, channel_axis, result_shape, widest
 
 Dims = Sequence[int | None]
 
@@ -59,27 +60,25 @@ def weight_grad(x: jax.Array, y: jax.Array, spec: ConvSpec) -> jax.Array:
 # Types
 
 
-def _abstract(result: Role, a: Any, b: Any, *bias: Any, spec: ConvSpec) -> jax.core.ShapedArray:
+def _abstract(result: Role, a: Any, b: Any, *bias: Any, spec: ConvSpec) -> ShapedArray:
     if a.dtype != b.dtype:
         raise TypeError(f"jaxconv {ffi.PASS_NAME[result]}: dtypes {a.dtype} and {b.dtype} differ")
     dtype = a.dtype if spec.out_dtype is None else spec.out_dtype
-    return jax.core.ShapedArray(result_shape(result, a.shape, b.shape, spec), dtype)
+    return ShapedArray(result_shape(result, a.shape, b.shape, spec), dtype)
 
 
 # ---------------------------------------------------------------------------------------------
 # Derivatives
 
 
-def _derive(
-    result: Role, arrays: dict[Role, Any], spec: ConvSpec, dtype: np.dtype
-) -> jax.Array:
+def _derive(result: Role, arrays: dict[Role, Any], spec: ConvSpec, dtype: np.dtype) -> jax.Array:
     """dT/d(result) in `dtype`, at the two other arrays.
 
     With preferred_element_type a cotangent is wider than the other operand; both are then taken in
     the wider type, and the result is rounded to `dtype` at the end.
     """
     a, b = (arrays[role] for role in OPERANDS[result])
-    wide = max(a.dtype, b.dtype, key=lambda d: d.itemsize)
+    wide = widest(a.dtype, b.dtype)
     a, b = (lax.convert_element_type(v, wide) for v in (a, b))
     out_dtype = dtype if dtype.itemsize > wide.itemsize else None
     out = _PRIMITIVES[result].bind(a, b, spec=spec.replace(out_dtype=out_dtype))
@@ -92,9 +91,7 @@ def _sum_to(value: jax.Array, shape: Sequence[Any], spec: ConvSpec) -> jax.Array
     return value.sum(shared, keepdims=True) if shared else value
 
 
-def _transpose(
-    result: Role, by: int, cotangent: Any, *operands: Any, spec: ConvSpec
-) -> jax.Array:
+def _transpose(result: Role, by: int, cotangent: Any, *operands: Any, spec: ConvSpec) -> jax.Array:
     """The transpose by operand number `by`, of which only the type is known."""
     role, other = OPERANDS[result][by], OPERANDS[result][1 - by]
     aval = operands[by].aval
@@ -146,12 +143,16 @@ def _transpose_bias(cotangent: Any, *operands: Any, spec: ConvSpec) -> list[Any]
 def _batch(
     primitive: Primitive, result: Role, operands: Sequence[Any], dims: Dims, *, spec: ConvSpec
 ) -> tuple[Any, int]:
-    """A mapped x or y alone joins the batch, after the stack. Anything else stacks problems:
-    operands that are not mapped get an axis of size 1, along which they are shared."""
-    if result != "w" and all(d is None for d in dims[1:]):
+    """A mapped x or y alone joins the batch, after the stack. A mapped bias alone is added to one
+    result. Anything else stacks problems: operands that are not mapped get an axis of size 1, along
+    which they are shared."""
+    if result != "w" and dims[0] is not None and all(d is None for d in dims[1:]):
         first, *rest = operands
         moved = jnp.moveaxis(first, dims[0], spec.stack)
         return primitive.bind(moved, *rest, spec=spec), spec.stack
+    if len(operands) == 3 and dims[0] is None and dims[1] is None:
+        y = _PRIMITIVES["y"].bind(*operands[:2], spec=spec)
+        return jax.vmap(lambda b: y + _spread_bias(b, y.shape, spec), dims[2])(operands[2]), 0
     stacked = [
         jnp.expand_dims(o, 0) if d is None else jnp.moveaxis(o, d, 0)
         for o, d in zip(operands, dims, strict=True)

@@ -1,5 +1,6 @@
 """The three operations in jax.lax alone: what runs where no kernel of jaxconv's own does."""
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -7,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from jaxconv.spec import ConvSpec, Role, result_shape
+from jaxconv.spec import ConvSpec, Role, channel_axis, result_shape, widest
 
 
 def _dimension_numbers(spec: ConvSpec) -> tuple[str, str, str]:
@@ -26,7 +27,7 @@ def _forward(x: jax.Array, w: jax.Array, spec: ConvSpec) -> jax.Array:
     w = w.reshape(spec.groups, ci // spec.groups, cog, *spec.kernel_size).swapaxes(1, 2)
     w = w.reshape(spec.groups * cog, ci // spec.groups, *spec.kernel_size)
     y = lax.conv_general_dilated(
-        x.reshape(-1, *x.shape[len(batch) :]) if 0 not in batch else x.reshape(0, *x.shape[len(batch) :]),
+        x.reshape(math.prod(batch), *x.shape[len(batch) :]),
         jnp.flip(w, range(2, w.ndim)),
         window_strides=(1,) * spec.rank,
         padding=spec.lax_padding(),
@@ -45,7 +46,7 @@ def _one(result: Role, a: jax.Array, b: jax.Array, spec: ConvSpec) -> jax.Array:
     if result == "y":
         return _forward(a, b, spec)
     dtype = jnp.dtype(spec.out_dtype) if spec.out_dtype is not None else a.dtype
-    wide = jnp.promote_types(a.dtype, dtype)
+    wide = widest(a.dtype, dtype)
     spec = spec.replace(out_dtype=None)
     a, b = a.astype(wide), b.astype(wide)
     shape = jax.ShapeDtypeStruct(result_shape(result, a.shape, b.shape, spec), wide)
@@ -66,7 +67,8 @@ def operation(result: Role, spec: ConvSpec) -> Callable[..., jax.Array]:
     def one(a: jax.Array, b: jax.Array, *bias: jax.Array) -> jax.Array:
         out = _one(result, a, b, unstacked)
         for v in bias:
-            out = out + (v if spec.channels_last else v.reshape(-1, *(1,) * spec.rank))
+            others = [i for i in range(out.ndim) if i != channel_axis(out.shape, spec)]
+            out = out + jnp.broadcast_to(jnp.expand_dims(v, others), out.shape)
         return out
 
     def run(*operands: jax.Array) -> jax.Array:

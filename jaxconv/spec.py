@@ -127,6 +127,10 @@ def per_axis(op: str, name: str, value: Any, rank: int, least: int) -> Sizes:
     return values
 
 
+def _is_pair(value: Any) -> bool:
+    return isinstance(value, Sequence) and not isinstance(value, str) and len(value) == 2
+
+
 def per_axis_pads(op: str, value: Any, rank: int) -> Pads:
     """An int, one int an axis, or one pair (before, after) an axis. Only pairs may be negative."""
     if isinstance(value, str):
@@ -134,9 +138,7 @@ def per_axis_pads(op: str, value: Any, rank: int) -> Pads:
     values = tuple(value) if isinstance(value, Iterable) else (value,)
     if not any(isinstance(v, Iterable) for v in values):
         return tuple((p, p) for p in per_axis(op, "padding", value, rank, 0))
-    if len(values) != rank or not all(
-        isinstance(v, Sequence) and not isinstance(v, str) and len(v) == 2 for v in values
-    ):
+    if len(values) != rank or not all(_is_pair(v) for v in values):
         raise error(
             op,
             f"padding must be an int, {rank} ints or {rank} pairs (before, after), "
@@ -303,7 +305,7 @@ def lax_pads(
             pads.append((reach - before, reach - (total - before)))
         return tuple(pads)
     values = tuple(padding) if isinstance(padding, Iterable) else (padding,)
-    if len(values) != len(stride) or not all(isinstance(v, Sequence) and len(v) == 2 for v in values):
+    if len(values) != len(stride) or not all(_is_pair(v) for v in values):
         raise error(
             op,
             f"padding must be 'SAME', 'VALID' or {len(stride)} pairs (before, after), "
@@ -324,9 +326,9 @@ def lax_pads(
 Role = Literal["x", "w", "y"]
 
 
-def leading_axes(role: Role, shape: Sequence[Any], spec: ConvSpec) -> int:
-    """How many axes come before channels and space: stack and, in x and y, batch."""
-    return len(shape) - spec.rank - (2 if role == "w" else 1)
+def widest(*dtypes: Any) -> Any:
+    """The dtype with the most bytes: of an operand's and that of the sums asked for."""
+    return max(dtypes, key=lambda dtype: dtype.itemsize)
 
 
 def channel_axis(shape: Sequence[Any], spec: ConvSpec) -> int:
@@ -357,8 +359,6 @@ def result_shape(
         return (*stack, cig, _channels(b, spec) // spec.groups, *spec.kernel_size)
     ci, cog = b[spec.stack], b[spec.stack + 1]
     batch = tuple(a[spec.stack : len(a) - 1 - spec.rank])
-    channels, sizes = (
-        (cog * spec.groups, spec.out_size) if result == "y" else (ci, spec.in_size)
-    )
+    channels, sizes = (cog * spec.groups, spec.out_size) if result == "y" else (ci, spec.in_size)
     rest = (*sizes, channels) if spec.channels_last else (channels, *sizes)
     return (*stack, *batch, *rest)

@@ -1,0 +1,203 @@
+"""The one list of problems that tests run on, and the strategy that draws random ones."""
+
+import dataclasses
+import math
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+from hypothesis import strategies as st
+
+from jaxconv.spec import ConvSpec
+from oracle import Definition
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """A transposed convolution; sizes one value an axis, padding one pair an axis."""
+
+    n: int
+    ci: int
+    co: int
+    g: int
+    i: tuple[int, ...]
+    k: tuple[int, ...]
+    s: tuple[int, ...]
+    p: tuple[tuple[int, int], ...]
+    op: tuple[int, ...]
+    d: tuple[int, ...]
+    name: str = ""
+
+    @property
+    def rank(self) -> int:
+        return len(self.i)
+
+    @property
+    def o(self) -> tuple[int, ...]:
+        return tuple(
+            (i - 1) * s - a - b + d * (k - 1) + op + 1
+            for i, s, (a, b), d, k, op in zip(
+                self.i, self.s, self.p, self.d, self.k, self.op, strict=True
+            )
+        )
+
+    @property
+    def x_shape(self) -> tuple[int, ...]:
+        return (self.n, self.ci, *self.i)
+
+    @property
+    def w_shape(self) -> tuple[int, ...]:
+        return (self.ci, self.co // self.g, *self.k)
+
+    @property
+    def y_shape(self) -> tuple[int, ...]:
+        return (self.n, self.co, *self.o)
+
+    def arrays(self, seed: int = 0) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+        """Random x, w, y and bias in float64."""
+        rng = np.random.default_rng(seed)
+        shapes = (self.x_shape, self.w_shape, self.y_shape, (self.co,))
+        x, w, y, bias = (rng.standard_normal(shape) for shape in shapes)
+        return x, w, y, bias
+
+    def arguments(self) -> dict[str, Any]:
+        """Keyword arguments of jaxconv.conv_transpose1d, 2d and 3d."""
+        return {
+            "stride": self.s,
+            "padding": self.p,
+            "output_padding": self.op,
+            "groups": self.g,
+            "dilation": self.d,
+        }
+
+    def spec(self, **changes: Any) -> ConvSpec:
+        return ConvSpec(
+            in_size=self.i,
+            out_size=self.o,
+            kernel_size=self.k,
+            stride=self.s,
+            padding=tuple(a for a, _ in self.p),
+            dilation=self.d,
+            groups=self.g,
+            channels_last=False,
+            stack=0,
+            precision=None,
+            out_dtype=None,
+            implementation=None,
+        ).replace(**changes)
+
+    def definition(self) -> Definition:
+        pad = [a for a, _ in self.p]
+        return Definition(self.i, self.o, self.k, self.s, pad, self.d, self.g)
+
+
+def case(
+    name: str,
+    n: int,
+    ci: int,
+    co: int,
+    g: int,
+    i: Any,
+    k: Any,
+    s: Any = 1,
+    p: Any = 0,
+    op: Any = 0,
+    d: Any = 1,
+) -> Case:
+    """A case from one value, or one an axis, for each size."""
+    rank = len(i)
+
+    def each(v: Any) -> tuple[Any, ...]:
+        return tuple(v) if isinstance(v, tuple) else (v,) * rank
+
+    pads = tuple(v if isinstance(v, tuple) else (v, v) for v in each(p))
+    return Case(n, ci, co, g, tuple(i), each(k), each(s), pads, each(op), each(d), name)
+
+
+# fmt: off
+CASES = [
+    case("one_element", 1, 1, 1, 1, (1,), 1),
+    case("one_output_of_many", 1, 3, 2, 1, (1, 1, 1), 3, 1, 1),
+    case("odd_1d", 3, 5, 7, 1, (13,), 4, 3, 1, 2),
+    case("odd_2d", 2, 3, 5, 1, (7, 9), (3, 2), (2, 3), (1, 0), (1, 0)),
+    case("odd_3d", 2, 3, 4, 1, (3, 5, 7), (3, 2, 4), (2, 1, 3), (1, 0, 2), (0, 0, 1)),
+    case("empty_phases", 2, 4, 6, 2, (4, 5), 2, 5, 0, 4),
+    case("empty_phases_by_dilation", 1, 4, 4, 1, (5, 6), 3, 2, 1, 1, 2),
+    case("stride_and_dilation_share_a_factor", 2, 3, 3, 1, (6, 5), 3, 6, 2, 5, 4),
+    case("kernel_is_stride", 2, 16, 8, 1, (5, 6, 7), 2, 2),
+    case("kernel_is_stride_3", 2, 6, 9, 3, (5, 7), 3, 3),
+    case("depthwise_3d", 2, 16, 16, 16, (6, 7, 9), 4, 2, 1),
+    case("depthwise_2d", 2, 40, 40, 40, (11, 13), 4, 2, 1),
+    case("depthwise_1d", 2, 33, 33, 33, (32,), 6, 3, 2, 1),
+    case("depthwise_multiplier", 2, 6, 18, 6, (9, 8), 3, 2, 1, 1),
+    case("one_output_channel", 2, 24, 1, 1, (6, 6, 10), 4, 2, 1),
+    case("one_input_channel", 2, 1, 24, 1, (6, 6, 10), 3, 2, 1, 1),
+    case("groups_of_8", 2, 32, 32, 4, (4, 6, 18), 3, 2, 1),
+    case("groups_of_12", 2, 24, 36, 2, (4, 6, 18), (3, 5, 3), 2, 1, 1),
+    case("dense_64", 1, 64, 64, 1, (17, 19), 3),
+    case("dense_70_to_130", 1, 70, 130, 1, (9, 11), 3, 2, 1, 1),
+    case("long_1d", 2, 32, 16, 1, (301,), 16, 8, 4),
+    case("dilated_3d", 2, 8, 8, 2, (6, 6, 6), 3, 2, 2, 0, 2),
+    case("dilated_1d", 2, 8, 8, 1, (67,), 5, 1, 0, 0, 3),
+    case("negative_padding", 2, 4, 4, 1, (5, 6), 3, 2, ((-2, -1), (1, -3))),
+    case("padding_beyond_the_kernel", 2, 4, 4, 1, (9, 12), 2, 3, ((5, 7), (4, 0))),
+    case("asymmetric_padding", 2, 4, 4, 1, (5, 6, 4), 3, 2, ((0, 2), (2, 1), (1, 0))),
+    case("output_of_size_0", 2, 4, 4, 1, (3,), 3, 1, ((2, 3),)),
+    case("no_batch", 0, 4, 4, 1, (5, 6), 3, 2, 1),
+    case("no_input_channels", 2, 0, 0, 1, (5, 6), 3, 2, 1),
+    case("stride_only_along_rows", 2, 8, 8, 1, (3, 5, 33), (1, 1, 4), (1, 1, 2), (0, 0, 1)),
+    case("big_kernel", 1, 8, 8, 1, (4, 6, 10), (3, 5, 7), 1, 0),
+    case("big_stride_big_kernel", 1, 8, 4, 1, (8, 8), 32, 16),
+]
+# fmt: on
+
+DTYPES = ("float32", "bfloat16", "float16", "float64")
+
+
+def shrunk(workload: Any) -> Case:
+    """A benchmark's workload on a small volume: the same channels, kernel and strides."""
+    most = {1: 70, 2: 14, 3: 6}[len(workload.i)]
+    i = tuple(min(size, most + axis) for axis, size in enumerate(workload.i))
+    w = workload
+    p, op, d = tuple(w.p), tuple(w.op), tuple(w.d)
+    small = case(w.name, 2, w.ci, w.co, w.g, i, tuple(w.k), tuple(w.s), p, op, d)
+    if work(small) > 1e8:  # many channels: a smaller volume does
+        small = dataclasses.replace(small, n=1, i=tuple(min(size, 3) for size in i))
+    return small
+
+
+@st.composite
+def cases(draw: st.DrawFn) -> Case:
+    """Any problem, of bounded work."""
+    rank = draw(st.integers(1, 3))
+
+    def sizes(low: int, high: int) -> tuple[int, ...]:
+        return tuple(draw(st.integers(low, high)) for _ in range(rank))
+
+    g = draw(st.sampled_from([1, 1, 1, 2, 3, 8]))
+    cig, cog = (draw(st.sampled_from([1, 1, 2, 3, 4, 7, 8, 9, 16, 17])) for _ in range(2))
+    most = {1: 40, 2: 12, 3: 7}[rank]
+    i, k, s, d = sizes(1, most), sizes(1, 5), sizes(1, 4), sizes(1, 3)
+    op = tuple(draw(st.integers(0, max(a, b) - 1)) for a, b in zip(s, d, strict=True))
+    p = []
+    for axis in range(rank):
+        full = (i[axis] - 1) * s[axis] + d[axis] * (k[axis] - 1) + op[axis] + 1
+        before = draw(st.integers(-2, max(full - 1, 0)) if draw(st.booleans()) else st.just(0))
+        after = draw(st.integers(-2, max(full - before, 0)) if draw(st.booleans()) else st.just(0))
+        p.append((min(before, full), min(after, full - before)))
+    return Case(draw(st.integers(1, 3)), g * cig, g * cog, g, i, k, s, tuple(p), op, d)
+
+
+def last(a: Any, rank: int) -> Any:
+    """Channels first to channels last, of an array whose last axes are (c, *s)."""
+    return jnp.moveaxis(a, -1 - rank, -1)
+
+
+def first(a: Any, rank: int) -> Any:
+    """Channels last to channels first."""
+    return jnp.moveaxis(a, -1, -1 - rank)
+
+
+def work(c: Case) -> int:
+    """Multiply-adds of a pass."""
+    return c.n * math.prod(c.i) * math.prod(c.w_shape)

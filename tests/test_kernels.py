@@ -1,0 +1,141 @@
+"""Every kernel of every platform against the definition: random problems, and the hard ones."""
+
+import functools
+
+import hypothesis
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import strategies as st
+
+import cases
+import oracle
+from cases import CASES, DTYPES, Case
+from jaxconv import ffi, primitive
+from jaxconv.spec import ConvSpec, Role
+from workloads import WORKLOADS
+
+KERNEL_CASES = CASES + [cases.shrunk(w) for w in WORKLOADS]
+ROLES: tuple[Role, ...] = ("y", "x", "w")
+
+
+def case_id(c: Case) -> str:
+    return c.name
+
+
+@functools.partial(jax.jit, static_argnames=("result", "spec"))
+def run(result: Role, spec: ConvSpec, a: jax.Array, b: jax.Array, bias: jax.Array | None = None):
+    if result == "y":
+        return primitive.forward(a, b, bias, spec)
+    return (primitive.input_grad if result == "x" else primitive.weight_grad)(a, b, spec)
+
+
+def kernels(platform: str, result: Role, c: Case, dtype: str, spec: ConvSpec) -> list[str]:
+    """The names of all kernels that take a problem."""
+    shapes = {"x": c.x_shape, "w": c.w_shape, "y": c.y_shape}
+    if spec.channels_last:
+        shapes |= {r: (s[0], *s[2:], s[1]) for r, s in shapes.items() if r != "w"}
+    avals = {r: jax.ShapeDtypeStruct(s, jnp.dtype(dtype)) for r, s in shapes.items()}
+    out = jax.ShapeDtypeStruct(avals[result].shape, jnp.dtype(spec.out_dtype or dtype))
+    rows = ffi.verdicts(platform, result, out=out, bias=result == "y", spec=spec, **avals)
+    return [name for name, refusal, _, _ in rows if not refusal]
+
+
+def check(
+    platform: str, c: Case, dtype: str, channels_last: bool, *, wide: bool = False, precision=None
+) -> None:
+    """Runs all three operations of a problem by every kernel that takes it."""
+    spec = c.spec(
+        channels_last=channels_last,
+        precision=precision,
+        out_dtype=np.dtype("float32") if wide else None,
+    )
+    out_dtype = "float32" if wide else dtype
+    tf32 = platform == "cuda" and dtype == "float32" and precision is None
+    x, w, y, bias = (np.asarray(jnp.asarray(a, dtype), np.float64) for a in c.arrays())
+    bias = np.asarray(jnp.asarray(bias, out_dtype), np.float64)
+    arrays, definition = {"x": x, "w": w, "y": y}, c.definition()
+
+    def device(role: Role) -> jax.Array:
+        a = jnp.asarray(arrays[role], dtype)
+        return cases.last(a, c.rank) if channels_last and role != "w" else a
+
+    for result in ROLES:
+        a, b = primitive.OPERANDS[result]
+        operation = getattr(definition, result)
+        added = bias.reshape(-1, *(1,) * c.rank) if result == "y" else np.zeros(())
+        wanted = operation(arrays[a], arrays[b]) + added
+        allowed = oracle.bound(
+            operation, arrays[a], arrays[b], dtype, out_dtype, tf32=tf32, added=added
+        )
+        names = kernels(platform, result, c, dtype, spec)
+        assert "direct" in names
+        for name in names:
+            operands = [device(a), device(b)]
+            if result == "y":
+                operands.append(jnp.asarray(bias, out_dtype))
+            out = run(result, spec.replace(implementation=name), *operands)
+            assert out.dtype == out_dtype
+            out = cases.first(out, c.rank) if channels_last and result != "w" else out
+            oracle.assert_within(
+                np.asarray(out, np.float64), wanted, allowed, f"{platform} {result} by {name}: {c}"
+            )
+
+
+@pytest.mark.parametrize("channels_last", [False, True], ids=["first", "last"])
+@pytest.mark.parametrize("c", KERNEL_CASES, ids=case_id)
+def test_cases(platform, c, channels_last):
+    check(platform, c, "float32", channels_last)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float64"])
+@pytest.mark.parametrize("c", CASES, ids=case_id)
+def test_dtypes(platform, c, dtype):
+    check(platform, c, dtype, False)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+@pytest.mark.parametrize("channels_last", [False, True], ids=["first", "last"])
+@pytest.mark.parametrize("c", CASES[::4], ids=case_id)
+def test_float32_from_16_bits(platform, c, dtype, channels_last):
+    check(platform, c, dtype, channels_last, wide=True)
+
+
+@pytest.mark.parametrize("c", CASES, ids=case_id)
+def test_highest_precision(platform, c):
+    check(platform, c, "float32", False, precision=(jax.lax.Precision.HIGHEST,) * 2)
+
+
+# Two runs of 250 problems each: 500 that no one thought of.
+@pytest.mark.parametrize("channels_last", [False, True], ids=["first", "last"])
+@hypothesis.settings(max_examples=250)
+@hypothesis.given(c=cases.cases(), dtype=st.sampled_from(["float32", "float32", *DTYPES]))
+def test_random(platform, channels_last, c, dtype):
+    hypothesis.assume(cases.work(c) < 3e6)
+    check(platform, c, dtype, channels_last)
+
+
+@pytest.mark.parametrize("c", CASES[:12], ids=case_id)
+def test_same_bits_in_every_run(platform, c):
+    x, w, y, _ = (jnp.asarray(a, jnp.float32) for a in c.arrays())
+    arrays = {"x": x, "w": w, "y": y}
+    for result in ROLES:
+        a, b = (arrays[role] for role in primitive.OPERANDS[result])
+        once, twice = run(result, c.spec(), a, b), run(result, c.spec(), a + 0, b + 0)
+        np.testing.assert_array_equal(np.asarray(once), np.asarray(twice))
+
+
+@pytest.mark.parametrize("result", ROLES)
+def test_stack_shares_operands_of_size_1(platform, result):
+    c = cases.case("", 2, 4, 6, 2, (4, 5), 3, 2, 1, 1)
+    rng = np.random.default_rng(1)
+    shapes = {"x": c.x_shape, "w": c.w_shape, "y": c.y_shape}
+    a, b = (shapes[role] for role in primitive.OPERANDS[result])
+    first = rng.standard_normal((3, 1, *a))
+    second = rng.standard_normal((1, 2, *b))
+    out = run(result, c.spec(stack=2), jnp.asarray(first), jnp.asarray(second))
+    for i in range(3):
+        for j in range(2):
+            wanted = run(result, c.spec(), jnp.asarray(first[i, 0]), jnp.asarray(second[0, j]))
+            np.testing.assert_array_equal(np.asarray(out[i, j]), np.asarray(wanted))
