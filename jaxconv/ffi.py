@@ -88,25 +88,31 @@ if _MODULES["cpu"] is None:
     )
 
 
+def module(platform: str) -> ModuleType:
+    """The compiled module of a platform that was built."""
+    found = _MODULES[platform]
+    if found is None:
+        raise ValueError(f"jaxconv was built without kernels for {platform}")
+    return found
+
+
 def built_platforms() -> tuple[str, ...]:
     """The platforms whose kernels this installation has."""
-    return tuple(platform for platform, module in _MODULES.items() if module is not None)
+    return tuple(platform for platform, found in _MODULES.items() if found is not None)
 
 
 @functools.cache
 def _device(platform: str) -> Any:
     """What the choice of a kernel may depend on: the first local device, or, where there is none
     (lowering for another machine), the least that the kernels are compiled for."""
-    module = _MODULES[platform]
-    assert module is not None
     if platform == "cpu":
-        return module.Device(threads=os.cpu_count() or 1)
+        return module(platform).Device(threads=os.cpu_count() or 1)
     try:
         device = jax.local_devices(backend="cuda")[0]
     except RuntimeError:
-        return module.Device(compute_capability=80, multiprocessors=108)
+        return module(platform).Device(compute_capability=80, multiprocessors=108)
     major, minor = str(device.compute_capability).split(".")
-    return module.Device(
+    return module(platform).Device(
         compute_capability=10 * int(major) + int(minor), multiprocessors=device.core_count
     )
 
@@ -149,12 +155,10 @@ def _problem(
     platform: str, result: Role, x: Any, w: Any, y: Any, out: Any, bias: bool, spec: ConvSpec
 ) -> Any:
     """The native description of one problem of the stack, from the shapes of x, w and y."""
-    module = _MODULES[platform]
-    assert module is not None
     operand = y if result == "x" else x
     channel = -1 if spec.channels_last else -1 - spec.rank
     batch = x.shape[spec.stack : x.ndim - 1 - spec.rank]
-    return module.Problem(
+    return module(platform).Problem(
         pass_=_PASS[result],
         in_dtype=_DTYPE[operand.dtype.name],
         out_dtype=_DTYPE[out.dtype.name],
@@ -179,10 +183,8 @@ def verdicts(
 ) -> list[tuple[str, str, float, int]]:
     """What every kernel of the platform says of a problem: its name, why it refuses (empty if it
     does not), the seconds it expects to take and the bytes of workspace it wants."""
-    module = _MODULES[platform]
-    assert module is not None
     problem = _problem(platform, result, x, w, y, out, bias, spec)
-    return module.verdicts(problem, _device(platform))
+    return module(platform).verdicts(problem, _device(platform))
 
 
 def choose(
@@ -196,13 +198,11 @@ def choose(
     batch = x.shape[spec.stack : x.ndim - 1 - spec.rank]
     if not all(isinstance(d, int) for d in (*batch, *x.shape[: spec.stack])):
         return "", 0
-    module = _MODULES[platform]
-    assert module is not None
     problem = _problem(platform, result, x, w, y, out, bias, spec)
     forced = spec.implementation
     name = "" if forced is None or forced in PLATFORM_IMPLEMENTATIONS else forced
-    chosen = module.choose(problem, _device(platform), name)
-    rows = module.verdicts(problem, _device(platform))
+    chosen = module(platform).choose(problem, _device(platform), name)
+    rows = module(platform).verdicts(problem, _device(platform))
     if os.environ.get("JAXCONV_EXPLAIN") == "1":
         _explain(platform, result, x.shape, w.shape, y.shape, out.dtype.name, spec, chosen, rows)
     if not chosen:

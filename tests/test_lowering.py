@@ -1,0 +1,128 @@
+"""What is compiled for each platform, looked at without running it."""
+
+import pathlib
+import re
+import subprocess
+import sys
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.interpreters import ad
+
+import jaxconv
+from jaxconv import ffi, primitive
+
+X = jax.ShapeDtypeStruct((2, 8, 6, 7), jnp.float32)
+W = jax.ShapeDtypeStruct((8, 3, 3, 3), jnp.float32)
+
+
+def lowered(platform: str, x: Any = X, w: Any = W, **arguments: Any) -> str:
+    def loss(x, w):
+        return jaxconv.conv_transpose2d(x, w, stride=2, groups=2, **arguments).sum()
+
+    gradients = jax.jit(jax.value_and_grad(loss, (0, 1)))
+    return gradients.trace(x, w).lower(lowering_platforms=(platform,)).as_text()
+
+
+@pytest.fixture(params=["cpu", "cuda"])
+def built(request, cuda_missing):
+    if request.param not in ffi.built_platforms():
+        cuda_missing("jaxconv was built without its CUDA kernels")
+    return request.param
+
+
+def test_kernels_for_each_platform(built):
+    text = lowered(built)
+    for name in ffi.PASS_NAME.values():
+        assert len(re.findall(rf"stablehlo.custom_call @jaxconv_{name}\(", text)) == 1
+    assert "stablehlo.convolution" not in text
+    assert "transpose" not in text.replace("conv_transpose", "")  # no copy to another layout
+
+
+def test_channels_last_is_native(built):
+    x = jax.ShapeDtypeStruct((2, 6, 7, 8), jnp.float32)
+    text = lowered(built, x=x, data_format="channels_last")
+    assert "custom_call @jaxconv_forward" in text
+    assert "transpose" not in text.replace("conv_transpose", "")
+
+
+def test_other_platforms_and_dtypes_lower_to_lax(built):
+    assert "jaxconv_forward(" not in lowered("tpu")
+    assert "stablehlo.convolution" in lowered("tpu")
+    int8 = [jax.ShapeDtypeStruct(s.shape, jnp.int8) for s in (X, W)]
+    text = jax.jit(jaxconv.conv_transpose2d).trace(*int8).lower(lowering_platforms=(built,))
+    assert "stablehlo.convolution" in text.as_text()
+
+
+def test_xla_can_be_forced(built):
+    assert "custom_call @jaxconv" not in lowered(built, implementation="xla")
+
+
+def test_a_name_forces_a_kernel(built):
+    text = lowered(built, implementation="direct")
+    assert len(re.findall(r'kernel = "direct"', text)) == 3
+
+
+def test_what_is_forced_and_cannot_run_is_an_error():
+    cases = [
+        ("tpu", {"implementation": "cuda"}, "no kernels for this platform"),
+        ("tpu", {"implementation": "direct"}, "no kernels for this platform"),
+        ("cpu", {"implementation": "nonsense"}, "its kernels: direct takes it"),
+    ]
+    for platform, arguments, message in cases:
+        with pytest.raises(ValueError, match=message):
+            lowered(platform, **arguments)
+    with pytest.raises(ValueError, match="kernels take float32"):
+        jaxconv.conv_transpose1d(
+            jnp.ones((1, 1, 3), "int32"), jnp.ones((1, 1, 1), "int32"), implementation="cpu"
+        )
+
+
+def test_every_primitive_has_derivatives():
+    for p in (*primitive._PRIMITIVES.values(), primitive._FORWARD_BIAS):
+        assert p in ad.primitive_jvps
+        assert p in ad.primitive_transposes
+
+
+def test_explain(capfd, monkeypatch):
+    monkeypatch.setenv("JAXCONV_EXPLAIN", "1")
+    monkeypatch.setattr(ffi, "_explained", set())
+    x, w = jnp.ones((1, 2, 11), "float32"), jnp.ones((2, 2, 3), "float32")
+    with jax.default_device(jax.devices("cpu")[0]):
+        for _ in range(2):
+            jaxconv.conv_transpose1d(x, w, stride=2)
+    printed = capfd.readouterr().err
+    assert printed.count("jaxconv cpu forward: x (1, 2, 11)") == 1
+    assert re.search(r"-> \w+: .* us expected", printed)
+
+
+def test_symbolic_batch_is_exported_and_reloaded():
+    (n,) = jax.export.symbolic_shape("n")
+    x = jax.ShapeDtypeStruct((n, 8, 6), jnp.float32)
+    w = np.random.default_rng(0).standard_normal((8, 4, 3)).astype(np.float32)
+    checks = [jax.export.DisabledSafetyCheck.custom_call("jaxconv_forward")]
+    f = jax.jit(lambda x: jaxconv.conv_transpose1d(x, w, stride=2))
+    exported = jax.export.export(f, disabled_checks=checks, platforms=["cpu"])(x)
+    value = jnp.asarray(np.random.default_rng(1).standard_normal((5, 8, 6)), jnp.float32)
+    with jax.default_device(jax.devices("cpu")[0]):
+        np.testing.assert_allclose(exported.call(value), f(value), rtol=1e-5, atol=1e-5)
+
+
+def test_source_folder_says_what_to_do(tmp_path):
+    """Without its compiled modules, as in a checkout, jaxconv says so and what to do."""
+    source = tmp_path / "jaxconv"
+    source.mkdir()
+    for file in pathlib.Path(jaxconv.__file__).parent.glob("*.py"):
+        (source / file.name).write_text(file.read_text())
+    # As from a checkout that was not installed in place: no editable finder, its folder first.
+    program = (
+        "import sys; sys.meta_path[:] = [f for f in sys.meta_path if 'skbc' not in str(type(f))]; "
+        f"sys.path.insert(0, {str(tmp_path)!r}); import jaxconv"
+    )
+    run = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert run.returncode != 0
+    assert "has no compiled modules" in run.stderr
+    assert "pip install" in run.stderr
