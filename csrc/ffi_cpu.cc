@@ -78,7 +78,7 @@ ffi::Error Handle(ffi::ThreadPool pool, ffi::RemainingArgs args, ffi::RemainingR
       if (bytes > 0) std::memset(data, kPoison, static_cast<size_t>(bytes));
     }
   }
-  const Device device{static_cast<int>(std::max<int64_t>(pool.num_threads(), 1))};
+  const Device device{static_cast<int>(std::max<int64_t>(pool.num_threads(), 1)), VectorBytes()};
   const PoolParallel parallel(pool);
   return Dispatch(Table(), device, *call,
                   [&](const Row& row, const Problem& problem, const Operands& operands) {
@@ -99,8 +99,10 @@ JAXCONV_CPU_HANDLER(kWeightGradHandler, Pass::kWeightGrad);
 PYBIND11_MODULE(_cpu, m) {
   m.doc() = "CPU kernels of jaxconv.";
   py::class_<Device>(m, "Device", "What the choice of a CPU kernel depends on.")
-      .def(py::init([](int threads) { return Device{threads}; }), py::kw_only(),
-           py::arg("threads"));
+      .def(py::init([](int threads, int vector_bytes) {
+             return Device{threads, vector_bytes};
+           }),
+           py::kw_only(), py::arg("threads"), py::arg("vector_bytes") = VectorBytes());
   BindTable<Device>(m, &Table);
   m.def("handlers", [] {
     py::dict handlers;

@@ -12,7 +12,11 @@ namespace jaxconv::cpu {
 
 struct Device {
   int threads;
+  int vector_bytes;  // of the widest vectors that there are kernels for
 };
+
+// What this machine has.
+int VectorBytes();
 
 // Threads to share work with. `For` runs task(0) ... task(count - 1), in any order and on any
 // thread, and returns when all are done.

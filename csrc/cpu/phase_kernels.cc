@@ -1,0 +1,688 @@
+// The "phases" kernels, compiled once for each instruction set. See phase_plan.h for what they
+// compute and why nothing here may be shared with other files.
+#include "cpu/phase_plan.h"
+#include "cpu/vec.h"
+
+namespace jaxconv::cpu {
+namespace {
+
+int64_t Min(int64_t a, int64_t b) { return a < b ? a : b; }
+int64_t Max(int64_t a, int64_t b) { return a > b ? a : b; }
+
+// ---------------------------------------------------------------------------------------------
+// Tiles
+
+struct Tile {
+  int64_t begin[3], size[3];
+
+  // Positions from the tile's first to its last, those between its rows included.
+  int64_t Span(const PhasePlan& p) const {
+    return ((size[0] - 1) * p.box[1] + size[1] - 1) * p.box[2] + size[2];
+  }
+};
+
+Tile TileAt(const PhasePlan& p, int64_t index) {
+  Tile tile;
+  for (int a = 2; a >= 0; --a) {
+    tile.begin[a] = index % p.tiles[a] * p.tile[a];
+    index /= p.tiles[a];
+    const int64_t grid = (p.dst_size[a] + p.dst_step[a] - 1) / p.dst_step[a];
+    tile.size[a] = Min(p.tile[a], grid - tile.begin[a]);
+  }
+  return tile;
+}
+
+// ---------------------------------------------------------------------------------------------
+// Packing: from an operand to planes
+
+// Positions c of `count` at which c * step + at lies in [0, size).
+struct Valid {
+  int64_t begin, end;
+};
+Valid ValidOf(int64_t at, int64_t step, int64_t size, int64_t count) {
+  const int64_t begin = at >= 0 ? 0 : (-at + step - 1) / step;
+  const int64_t end = at >= size ? 0 : (size - at + step - 1) / step;
+  const int64_t b = Min(begin, count);
+  return {b, Max(b, Min(end, count))};
+}
+
+// to[i] = from[i * step]
+template <class T, class E>
+JAXCONV_INLINE void CopyRow(T* to, const E* from, int64_t step, int64_t count) {
+  constexpr int lanes = kLanes<T>;
+  int64_t i = 0;
+  if (step == 1) {
+    for (; i + lanes <= count; i += lanes) Store<T>(to + i, Load<T>(from + i));
+    if (i < count) StoreSome<T>(to + i, LoadSome<T>(from + i, count - i), count - i);
+    return;
+  }
+  if (step == 2) {
+    for (; i + lanes < count; i += lanes) {  // one short, as the last odd element may not exist
+      const Vec<T> a = Load<T>(from + 2 * i), b = Load<T>(from + 2 * i + lanes);
+      Store<T>(to + i, Unzip<T, false>(a, b));
+    }
+  }
+  for (; i < count; i += lanes) {
+    const int64_t some = Min(lanes, count - i);
+    E part[lanes] = {};
+    for (int64_t l = 0; l < some; ++l) part[l] = from[(i + l) * step];
+    StoreSome<T>(to + i, Load<T>(part), some);
+  }
+}
+
+// to[c * plane + i] = from[i * step + c], channels being neighbours
+template <class T, class E>
+JAXCONV_INLINE void CopyPixels(T* to, int64_t plane, const E* from, int64_t step, int64_t count,
+                               int64_t channels) {
+  constexpr int lanes = kLanes<T>;
+  for (int64_t c = 0; c < channels; c += lanes) {
+    const int64_t cs = Min(lanes, channels - c);
+    for (int64_t i = 0; i < count; i += lanes) {
+      const int64_t is = Min(lanes, count - i);
+      Vec<T> v[lanes];
+      if (is == lanes && cs == lanes) {
+#pragma GCC unroll 16
+        for (int l = 0; l < lanes; ++l) v[l] = Load<T>(from + (i + l) * step + c);
+        Transpose<T>(v);
+#pragma GCC unroll 16
+        for (int l = 0; l < lanes; ++l) Store<T>(to + (c + l) * plane + i, v[l]);
+      } else {
+        for (int l = 0; l < lanes; ++l) {
+          v[l] = l < is ? LoadSome<T>(from + (i + l) * step + c, cs) : Vec<T>{};
+        }
+        Transpose<T>(v);
+        for (int64_t l = 0; l < cs; ++l) StoreSome<T>(to + (c + l) * plane + i, v[l], is);
+      }
+    }
+  }
+}
+
+template <class T>
+JAXCONV_INLINE void Zero(T* to, int64_t count) {
+  for (int64_t i = 0; i < count; ++i) to[i] = 0;
+}
+
+struct Source {
+  const Distances& at;
+  const int64_t* size;
+  const int64_t* step;
+};
+
+// Some channels of one phase of an operand, a plane each: the grid positions from `begin` on, `count`
+// of them along each axis, in rows of a box; zero outside the operand and between these positions.
+template <class T, class E>
+void PackPlanes(const Source& source, bool channels_last, const E* from, int64_t n, int64_t channel,
+                int64_t channels, const int64_t* phase, const int64_t* begin, const int64_t* count,
+                const int64_t* box, T* to, int64_t plane) {
+  const Distances& at = source.at;
+  int64_t first[3];  // of the operand's elements: position 0 of the box
+  for (int a = 0; a < 3; ++a) first[a] = begin[a] * source.step[a] + phase[a];
+  const Valid v0 = ValidOf(first[0], source.step[0], source.size[0], count[0]);
+  const Valid v1 = ValidOf(first[1], source.step[1], source.size[1], count[1]);
+  const Valid v2 = ValidOf(first[2], source.step[2], source.size[2], count[2]);
+  const auto zero = [&](int64_t b, int64_t e) {
+    for (int64_t c = 0; c < channels; ++c) Zero(to + c * plane + b, e - b);
+  };
+  const E* base = from + n * at.n + channel * at.c;
+  const int64_t pixel = source.step[2] * at.s[2];
+  int64_t done = 0;  // positions before it are written
+  for (int64_t a = v0.begin; a < v0.end; ++a) {
+    for (int64_t b = v1.begin; b < v1.end; ++b) {
+      if (v2.begin == v2.end) continue;
+      const int64_t q = (a * box[1] + b) * box[2] + v2.begin, some = v2.end - v2.begin;
+      const E* row = base + (first[0] + a * source.step[0]) * at.s[0] +
+                     (first[1] + b * source.step[1]) * at.s[1] + first[2] * at.s[2] +
+                     v2.begin * pixel;
+      if (done < q) zero(done, q);
+      if (channels_last) {
+        CopyPixels(to + q, plane, row, pixel, some, channels);
+      } else {
+        for (int64_t c = 0; c < channels; ++c) {
+          CopyRow(to + c * plane + q, row + c * at.c, source.step[2], some);
+        }
+      }
+      done = q + some;
+    }
+  }
+  // What is read past the last position must be finite, too.
+  zero(done, Min(plane, count[0] * box[1] * box[2] + kLanes<T>));
+}
+
+template <class T, class Body>
+JAXCONV_INLINE void WithElement(DType type, Body body) {
+  if constexpr (sizeof(T) == 8) {
+    body(double{});
+  } else {
+    switch (type) {
+      case DType::kBF16:
+        return body(Bf16{});
+      case DType::kF16:
+        return body(Fp16{});
+      default:
+        return body(float{});
+    }
+  }
+}
+
+// The source's channels [k0, k0 + ks) of `groups` groups, in slots [s0, s1).
+template <class T>
+void PackPanel(const PhasePlan& p, const void* src, int64_t n, int64_t group, int64_t groups,
+               const Tile& tile, int64_t k0, int64_t ks, int64_t s0, int64_t s1, T* panel) {
+  int64_t begin[3], count[3];
+  for (int a = 0; a < 3; ++a) {
+    begin[a] = tile.begin[a] + p.lo[a];
+    count[a] = p.box[a] - p.tile[a] + tile.size[a];
+  }
+  // All channels of the groups are neighbours, as there is one group or all of their channels.
+  const int64_t channels = groups * ks;
+  const Source source{p.src, p.src_size, p.src_step};
+  WithElement<T>(p.in_type, [&](auto element) {
+    using E = decltype(element);
+    for (int64_t s = s0; s < s1; ++s) {
+      PackPlanes<T>(source, p.channels_last != 0, static_cast<const E*>(src), n, group * p.k + k0,
+                    channels, p.slots[s], begin, count, p.box, panel + (s - s0) * channels * p.plane,
+                    p.plane);
+    }
+  });
+}
+
+template <class T>
+void PackWeight(const PhasePlan& p, const void* weight, void* packed, int64_t task, int64_t tasks) {
+  constexpr int64_t kRun = 32;  // so many channels at once keep what is read in the nearest cache
+  const int64_t runs = (p.k + kRun - 1) / kRun, units = p.groups * p.nblocks * runs;
+  const int64_t phases = p.dst_step[0] * p.dst_step[1] * p.dst_step[2];
+  for (int64_t u = units * task / tasks; u < units * (task + 1) / tasks; ++u) {
+    const int64_t run = u % runs, g = u / runs / p.nblocks;
+    const Block block = p.blocks[u / runs % p.nblocks];
+    WithElement<T>(p.in_type, [&](auto element) {
+      using E = decltype(element);
+      const E* w = static_cast<const E*>(weight) + g * p.wg + block.m0 * p.wm;
+      T* to = static_cast<T*>(packed) + g * p.k * p.m * p.ntaps;
+      for (int64_t r = 0; r < phases; ++r) {
+        const int64_t first = p.phase_begin[r], taps = p.phase_begin[r + 1] - first;
+        T* panel = to + p.k * (first * p.m + block.m0 * taps);
+        for (int64_t i = 0; i < taps; ++i) {
+          const E* from = w + p.taps[first + i].t;
+          for (int64_t k = run * kRun; k < Min(p.k, (run + 1) * kRun); ++k) {
+            const int64_t chunk = k / p.k_chunk * p.k_chunk, ks = Min(p.k_chunk, p.k - chunk);
+            T* row = panel + (chunk * taps + i * ks + k - chunk) * block.mr;
+            for (int64_t m = 0; m < block.mr; ++m) {
+              const E value = from[k * p.wk + m * p.wm];
+              if constexpr (sizeof(E) == sizeof(T)) {
+                row[m] = value;
+              } else {
+                row[m] = LoadSome<T>(&value, 1)[0];
+              }
+            }
+          }
+        }
+      }
+    });
+  }
+}
+
+// ---------------------------------------------------------------------------------------------
+// Forward and input gradient
+
+// sums[m][q] (+)= sum over taps and channels of weight[m] * panel[channel][q + rel], for mr
+// channels and nr vectors of positions. The weight is one value a lane-wide multiply-add, the
+// panel's vectors are used mr times, the sums stay in registers.
+template <class T, int mr, int nr>
+__attribute__((noinline)) void Multiply(const T* weight, const T* panel, const Tap* taps, int64_t ntaps, int64_t channels,
+              int64_t plane, int64_t slot_size, T* sums, int64_t row, bool add) {
+  constexpr int lanes = kLanes<T>;
+  Vec<T> acc[mr][nr];
+#pragma GCC unroll 8
+  for (int m = 0; m < mr; ++m) {
+#pragma GCC unroll 8
+    for (int v = 0; v < nr; ++v) {
+      acc[m][v] = add ? Load<T>(sums + m * row + v * lanes) : Vec<T>{};
+    }
+  }
+  for (int64_t i = 0; i < ntaps; ++i) {
+    const T* from = panel + taps[i].slot * slot_size + taps[i].rel;
+    for (int64_t k = 0; k < channels; ++k) {
+      Vec<T> x[nr];
+#pragma GCC unroll 8
+      for (int v = 0; v < nr; ++v) x[v] = Load<T>(from + v * lanes);
+#pragma GCC unroll 8
+      for (int m = 0; m < mr; ++m) {
+        const Vec<T> w = Broadcast(weight[m]);
+#pragma GCC unroll 8
+        for (int v = 0; v < nr; ++v) acc[m][v] += w * x[v];
+      }
+      weight += mr;
+      from += plane;
+    }
+  }
+#pragma GCC unroll 8
+  for (int m = 0; m < mr; ++m) {
+#pragma GCC unroll 8
+    for (int v = 0; v < nr; ++v) Store<T>(sums + m * row + v * lanes, acc[m][v]);
+  }
+}
+
+#if JAXCONV_REGISTERS == 32
+constexpr int kMaxMr = 8;
+constexpr int MaxNr(int mr) { return mr == 8 ? 3 : mr == 4 ? 6 : 8; }
+#else
+constexpr int kMaxMr = 4;
+constexpr int MaxNr(int mr) { return mr == 4 ? 3 : mr == 2 ? 4 : 6; }
+#endif
+
+// All positions [0, span) of one block.
+template <class T, int mr>
+void MultiplySpan(const T* weight, const T* panel, const Tap* taps, int64_t ntaps, int64_t channels,
+                  int64_t plane, int64_t slot_size, int64_t span, T* sums, int64_t row, bool add) {
+  constexpr int lanes = kLanes<T>, max_nr = MaxNr(mr);
+  const int64_t vectors = (span + lanes - 1) / lanes, runs = (vectors + max_nr - 1) / max_nr;
+  for (int64_t r = 0; r < runs; ++r) {  // runs of nearly equal length
+    const int64_t v = vectors * r / runs, q = v * lanes;
+    const auto run = [&](auto kernel) {
+      kernel(weight, panel + q, taps, ntaps, channels, plane, slot_size, sums + q, row, add);
+    };
+    switch (vectors * (r + 1) / runs - v) {
+      case 1:
+        run(Multiply<T, mr, 1>);
+        break;
+      case 2:
+        run(Multiply<T, mr, 2>);
+        break;
+      case 3:
+        run(Multiply<T, mr, 3>);
+        break;
+      case 4:
+        if constexpr (max_nr >= 4) run(Multiply<T, mr, 4>);
+        break;
+      case 5:
+        if constexpr (max_nr >= 5) run(Multiply<T, mr, 5>);
+        break;
+      case 6:
+        if constexpr (max_nr >= 6) run(Multiply<T, mr, 6>);
+        break;
+      case 7:
+        if constexpr (max_nr >= 7) run(Multiply<T, mr, 7>);
+        break;
+      case 8:
+        if constexpr (max_nr >= 8) run(Multiply<T, mr, 8>);
+        break;
+    }
+  }
+}
+
+// to[i] = sums of phase i mod step at position i / step, plus the bias, for i < count
+template <class T, class E>
+JAXCONV_INLINE void StoreRow(E* to, const T* sums, int64_t row, int64_t step, int64_t count,
+                             Vec<T> bias) {
+  constexpr int lanes = kLanes<T>;
+  if (step == 1) {
+    for (int64_t i = 0; i < count; i += lanes) {
+      StoreSome<T>(to + i, Load<T>(sums + i) + bias, count - i);
+    }
+  } else if (step == 2) {
+    for (int64_t i = 0; i < count; i += 2 * lanes) {
+      const Vec<T> a = Load<T>(sums + i / 2) + bias, b = Load<T>(sums + row + i / 2) + bias;
+      StoreSome<T>(to + i, Zip<T, false>(a, b), count - i);
+      if (i + lanes < count) StoreSome<T>(to + i + lanes, Zip<T, true>(a, b), count - i - lanes);
+    }
+  } else if (step == 4) {
+    for (int64_t i = 0; i < count; i += 4 * lanes) {
+      Vec<T> v[4];
+      for (int r = 0; r < 4; ++r) v[r] = Load<T>(sums + r * row + i / 4) + bias;
+      const Vec<T> even[2] = {Zip<T, false>(v[0], v[2]), Zip<T, true>(v[0], v[2])};
+      const Vec<T> odd[2] = {Zip<T, false>(v[1], v[3]), Zip<T, true>(v[1], v[3])};
+      const Vec<T> out[4] = {Zip<T, false>(even[0], odd[0]), Zip<T, true>(even[0], odd[0]),
+                             Zip<T, false>(even[1], odd[1]), Zip<T, true>(even[1], odd[1])};
+      for (int r = 0; r < 4 && i + r * lanes < count; ++r) {
+        StoreSome<T>(to + i + r * lanes, out[r], count - i - r * lanes);
+      }
+    }
+  } else {
+    for (int64_t r = 0; r < step; ++r) {
+      for (int64_t j = 0; j * step + r < count; j += lanes) {
+        E part[lanes];
+        Store<T>(part, Load<T>(sums + r * row + j) + bias);
+        for (int64_t l = 0; l < lanes && (j + l) * step + r < count; ++l) {
+          to[(j + l) * step + r] = part[l];
+        }
+      }
+    }
+  }
+}
+
+// to[i * pixel + c] = sums of channel c at position i, plus the bias
+template <class T, class E>
+JAXCONV_INLINE void StorePixels(E* to, int64_t pixel, const T* sums, int64_t row, int64_t count,
+                                int64_t channels, const E* bias) {
+  constexpr int lanes = kLanes<T>;
+  for (int64_t c = 0; c < channels; c += lanes) {
+    const int64_t cs = Min(lanes, channels - c);
+    const Vec<T> b = bias != nullptr ? LoadSome<T>(bias + c, cs) : Vec<T>{};
+    for (int64_t i = 0; i < count; i += lanes) {
+      const int64_t is = Min(lanes, count - i);
+      Vec<T> v[lanes];
+      if (is == lanes && cs == lanes) {
+#pragma GCC unroll 16
+        for (int l = 0; l < lanes; ++l) v[l] = Load<T>(sums + (c + l) * row + i);
+        Transpose<T>(v);
+#pragma GCC unroll 16
+        for (int l = 0; l < lanes; ++l) Store<T>(to + (i + l) * pixel + c, v[l] + b);
+      } else {
+        for (int l = 0; l < lanes; ++l) {
+          v[l] = l < cs ? Load<T>(sums + (c + l) * row + i) : Vec<T>{};
+        }
+        Transpose<T>(v);
+        for (int64_t l = 0; l < is; ++l) StoreSome<T>(to + (i + l) * pixel + c, v[l] + b, cs);
+      }
+    }
+  }
+}
+
+// Stores the sums of destination phases (r0, r1, all) of neighbouring channels.
+// sums[(channel * phases along axis 2 + r2) * row + q]
+template <class T, class E>
+void StoreSums(const PhasePlan& p, const Tile& tile, int64_t n, int64_t channel, int64_t channels,
+               int64_t r0, int64_t r1, const T* sums, const E* bias, E* dst) {
+  const Distances& at = p.dst;
+  const int64_t step = p.dst_step[2], o2 = tile.begin[2] * step;
+  const int64_t count = Min(tile.size[2] * step, p.dst_size[2] - o2);
+  const Valid v0 = ValidOf(tile.begin[0] * p.dst_step[0] + r0, p.dst_step[0], p.dst_size[0],
+                           tile.size[0]);
+  const Valid v1 = ValidOf(tile.begin[1] * p.dst_step[1] + r1, p.dst_step[1], p.dst_size[1],
+                           tile.size[1]);
+  const auto row_of = [&](int64_t a, int64_t b) {
+    return dst + n * at.n + channel * at.c + ((tile.begin[0] + a) * p.dst_step[0] + r0) * at.s[0] +
+           ((tile.begin[1] + b) * p.dst_step[1] + r1) * at.s[1] + o2 * at.s[2];
+  };
+  const auto position = [&](int64_t a, int64_t b) { return (a * p.box[1] + b) * p.box[2]; };
+  if (p.channels_last != 0) {
+    for (int64_t a = 0; a < v0.end; ++a) {
+      for (int64_t b = 0; b < v1.end; ++b) {
+        for (int64_t r2 = 0; r2 < Min(step, count); ++r2) {
+          StorePixels<T>(row_of(a, b) + r2 * at.s[2], step * at.s[2],
+                         sums + r2 * p.row + position(a, b), step * p.row,
+                         (count - r2 + step - 1) / step, channels,
+                         bias != nullptr ? bias + channel : nullptr);
+        }
+      }
+    }
+    return;
+  }
+  for (int64_t c = 0; c < channels; ++c) {
+    const Vec<T> b =
+        bias != nullptr ? Broadcast(LoadSome<T>(bias + channel + c, 1)[0]) : Vec<T>{};
+    for (int64_t a0 = 0; a0 < v0.end; ++a0) {
+      for (int64_t a1 = 0; a1 < v1.end; ++a1) {
+        StoreRow<T>(row_of(a0, a1) + c * at.c, sums + c * step * p.row + position(a0, a1), p.row,
+                    step, count, b);
+      }
+    }
+  }
+}
+
+// The taps of a destination phase whose source phases are in [s0, s1).
+struct TapRange {
+  int64_t begin, end;
+};
+TapRange TapsOf(const PhasePlan& p, int64_t phase, int64_t s0, int64_t s1) {
+  TapRange t{p.phase_begin[phase], p.phase_begin[phase + 1]};
+  while (t.begin < t.end && p.taps[t.begin].slot < s0) ++t.begin;
+  while (t.begin < t.end && p.taps[t.end - 1].slot >= s1) --t.end;
+  return t;
+}
+
+template <class T>
+void Correlate(const PhasePlan& p, const PhaseOperands& ops, int64_t task, void* scratch) {
+  T* panel = static_cast<T*>(scratch);
+  T* sums = panel + p.panel_size;
+  const int64_t tiles = p.tiles[0] * p.tiles[1] * p.tiles[2];
+  const int64_t split = task % p.m_splits;
+  const Tile tile = TileAt(p, task / p.m_splits % tiles);
+  const int64_t group_chunks = (p.groups + p.group_chunk - 1) / p.group_chunk;
+  const int64_t group = task / p.m_splits / tiles % group_chunks * p.group_chunk;
+  const int64_t n = task / p.m_splits / tiles / group_chunks;
+  const int64_t groups = Min(p.group_chunk, p.groups - group);
+
+  // The blocks of all groups of the task, one after the other.
+  const int64_t first_block = p.nblocks * split / p.m_splits;
+  const int64_t blocks = p.nblocks * (split + 1) / p.m_splits - first_block;
+  const int64_t span = tile.Span(p), step = p.dst_step[2];
+  if (p.one_panel()) {
+    PackPanel<T>(p, ops.src, n, group, groups, tile, 0, p.k, 0, p.nslots, panel);
+  }
+  for (int64_t r01 = 0; r01 < p.dst_step[0] * p.dst_step[1]; ++r01) {
+    for (int64_t b0 = 0; b0 < groups * blocks; b0 += p.acc_blocks) {
+      const int64_t b1 = Min(b0 + p.acc_blocks, groups * blocks);
+      int64_t channels = 0;
+      for (int64_t k0 = 0; k0 < p.k; k0 += p.k_chunk) {
+        const int64_t ks = Min(p.k_chunk, p.k - k0);
+        for (int64_t s0 = 0; s0 < Max(p.nslots, 1); s0 += p.slot_chunk) {
+          const int64_t s1 = Min(s0 + p.slot_chunk, p.nslots);
+          if (!p.one_panel()) {
+            PackPanel<T>(p, ops.src, n, group, groups, tile, k0, ks, s0, s1, panel);
+          }
+          channels = 0;
+          for (int64_t b = b0; b < b1; ++b) {
+            const int64_t g = b / blocks;
+            const Block block = p.blocks[first_block + b % blocks];
+            for (int64_t r2 = 0; r2 < step; ++r2) {
+              const int64_t r = r01 * step + r2, first = p.phase_begin[r];
+              const int64_t taps = p.phase_begin[r + 1] - first;
+              const TapRange t = TapsOf(p, r, s0, s1);
+              const T* weight = static_cast<const T*>(ops.workspace) +
+                                (group + g) * p.k * p.m * p.ntaps +
+                                p.k * (first * p.m + block.m0 * taps) +
+                                (k0 * taps + (t.begin - first) * ks) * block.mr;
+              const auto run = [&](auto kernel) {
+                const int64_t slot_size = groups * ks * p.plane;
+                kernel(weight, panel + g * ks * p.plane - s0 * slot_size, p.taps + t.begin,
+                       t.end - t.begin, ks, p.plane, slot_size, span,
+                       sums + (channels * step + r2) * p.row, step * p.row, k0 > 0 || s0 > 0);
+              };
+              switch (block.mr) {
+                case 1:
+                  run(MultiplySpan<T, 1>);
+                  break;
+                case 2:
+                  run(MultiplySpan<T, 2>);
+                  break;
+                case 4:
+                  run(MultiplySpan<T, 4>);
+                  break;
+                default:
+                  run(MultiplySpan<T, kMaxMr>);
+              }
+            }
+            channels += block.mr;
+          }
+        }
+      }
+      const int64_t channel =
+          (group + b0 / blocks) * p.m + p.blocks[first_block + b0 % blocks].m0;
+      WithElement<T>(p.out_type, [&](auto element) {
+        using E = decltype(element);
+        StoreSums<T, E>(p, tile, n, channel, channels, r01 / p.dst_step[1], r01 % p.dst_step[1],
+                        sums, static_cast<const E*>(ops.bias), static_cast<E*>(ops.dst));
+      });
+    }
+  }
+}
+
+// ---------------------------------------------------------------------------------------------
+// Weight gradient
+
+// to[m][t] += sum over positions q of x[m][q] * columns[t][q], for mr rows and nr columns
+template <class T, int mr, int nr>
+__attribute__((noinline)) void Contract(const T* x, int64_t row, const T* const* columns, int64_t vectors, T* const* to,
+              int64_t to_row) {
+  constexpr int lanes = kLanes<T>;
+  const T* from[nr];
+#pragma GCC unroll 8
+  for (int c = 0; c < nr; ++c) from[c] = columns[c];
+  Vec<T> acc[mr * nr] = {};
+  for (int64_t v = 0; v < vectors; ++v) {
+    Vec<T> xs[mr];
+#pragma GCC unroll 4
+    for (int m = 0; m < mr; ++m) xs[m] = Load<T>(x + m * row + v * lanes);
+#pragma GCC unroll 8
+    for (int c = 0; c < nr; ++c) {
+      const Vec<T> y = Load<T>(from[c] + v * lanes);
+#pragma GCC unroll 4
+      for (int m = 0; m < mr; ++m) acc[c * mr + m] += xs[m] * y;
+    }
+  }
+  constexpr int count = mr * nr, at_once = lanes < 8 ? lanes : 8;
+#pragma GCC unroll 8
+  for (int i = 0; i < count; i += at_once) {
+    Vec<T> v[at_once];
+#pragma GCC unroll 8
+    for (int j = 0; j < at_once; ++j) v[j] = i + j < count ? acc[(i + j) % count] : Vec<T>{};
+    AddLanes<T, at_once>(v);
+#pragma GCC unroll 8
+    for (int j = 0; j < at_once; ++j) {
+      if (i + j < count) to[(i + j) / mr][(i + j) % mr * to_row] += v[0][j];
+    }
+  }
+}
+
+#if JAXCONV_REGISTERS == 32
+constexpr int kMaxRows = 4;
+constexpr int Columns(int mr) { return mr == 4 ? 6 : 8; }
+#else
+constexpr int kMaxRows = 2;
+constexpr int Columns(int mr) { return mr == 2 ? 6 : 8; }
+#endif
+
+template <class T, int mr>
+void ContractRows(const T* x, int64_t row, const T* const* columns, int64_t ncolumns,
+                  int64_t vectors, T* const* to, int64_t to_row) {
+  constexpr int nr = Columns(mr);
+  if (ncolumns == nr) return Contract<T, mr, nr>(x, row, columns, vectors, to, to_row);
+  int64_t c = 0;
+  for (; c + 4 <= ncolumns; c += 4) {
+    Contract<T, mr, 4>(x, row, columns + c, vectors, to + c, to_row);
+  }
+  if (ncolumns - c >= 2) {
+    Contract<T, mr, 2>(x, row, columns + c, vectors, to + c, to_row);
+    c += 2;
+  }
+  if (c < ncolumns) Contract<T, mr, 1>(x, row, columns + c, vectors, to + c, to_row);
+}
+
+// Task (group chunk, split of M, part): the part's share of the tiles of all images.
+template <class T>
+void WeightGrad(const PhasePlan& p, const PhaseOperands& ops, int64_t task, void* scratch) {
+  T* panel = static_cast<T*>(scratch);
+  T* rows = panel + p.panel_size;
+  const int64_t part = task % p.parts, split = task / p.parts % p.m_splits;
+  const int64_t group = task / p.parts / p.m_splits * p.group_chunk;
+  const int64_t groups = Min(p.group_chunk, p.groups - group);
+  const int64_t m0 = p.m * split / p.m_splits, ms = p.m * (split + 1) / p.m_splits - m0;
+  const int64_t tiles = p.tiles[0] * p.tiles[1] * p.tiles[2], units = p.n * tiles;
+
+  // dw[group][m][k][t] of the part
+  const int64_t size = p.groups * p.m * p.k * p.ntaps, to_row = p.k * p.ntaps;
+  T* sums = static_cast<T*>(ops.workspace) + part * size + group * p.m * to_row;
+  for (int64_t g = 0; g < groups; ++g) Zero(sums + (g * p.m + m0) * to_row, ms * to_row);
+
+  constexpr int64_t kRowsInL1 = 16;
+  constexpr int64_t lanes = kLanes<T>;
+  const Source x_source{p.dst, p.dst_size, p.dst_step};
+  const int64_t whole[3] = {0, 0, 0};
+  for (int64_t u = units * part / p.parts; u < units * (part + 1) / p.parts; ++u) {
+    const int64_t n = u / tiles;
+    const Tile tile = TileAt(p, u % tiles);
+    const int64_t vectors = (tile.Span(p) + lanes - 1) / lanes;
+    // x lies in the same boxes as y, with zeros where a box is not of the tile.
+    WithElement<T>(p.in_type, [&](auto element) {
+      using E = decltype(element);
+      PackPlanes<T>(x_source, p.channels_last != 0, static_cast<const E*>(ops.dst), n,
+                    group * p.m + m0, groups * ms, whole, tile.begin, tile.size, p.box, rows, p.row);
+    });
+    for (int64_t k0 = 0; k0 < p.k; k0 += p.k_chunk) {
+      const int64_t ks = Min(p.k_chunk, p.k - k0);
+      for (int64_t s0 = 0; s0 < p.nslots; s0 += p.slot_chunk) {
+        const int64_t s1 = Min(s0 + p.slot_chunk, p.nslots);
+        const TapRange t = TapsOf(p, 0, s0, s1);
+        const int64_t taps = t.end - t.begin, slot_size = groups * ks * p.plane;
+        PackPanel<T>(p, ops.src, n, group, groups, tile, k0, ks, s0, s1, panel);
+        for (int64_t g = 0; g < groups; ++g) {
+          for (int64_t r0 = 0; r0 < ms; r0 += kRowsInL1) {
+            const int64_t r1 = Min(r0 + kRowsInL1, ms);
+            const int64_t mr = r1 - r0 >= kMaxRows ? kMaxRows : r1 - r0 >= 2 ? 2 : 1;
+            const int64_t nr = Columns(static_cast<int>(mr));
+            // A column is a tap of a source channel: neighbours read nearly the same of the panel.
+            for (int64_t c0 = 0; c0 < ks * taps; c0 += nr) {
+              const int64_t columns = Min(nr, ks * taps - c0);
+              const T* from[8];
+              T* to[8];
+              for (int64_t c = 0; c < columns; ++c) {
+                const int64_t k = (c0 + c) / taps;
+                const Tap& tap = p.taps[t.begin + (c0 + c) % taps];
+                from[c] = panel + (tap.slot - s0) * slot_size + (g * ks + k) * p.plane + tap.rel;
+                to[c] = sums + (g * p.m + m0 + r0) * to_row + (k0 + k) * p.ntaps + tap.t;
+              }
+              int64_t r = r0;
+              const auto run = [&](auto kernel, int64_t count) {
+                for (; r + count <= r1; r += count) {
+                  kernel(rows + (g * ms + r) * p.row, p.row, from, columns, vectors, to, to_row);
+                  for (int64_t c = 0; c < columns; ++c) to[c] += count * to_row;
+                }
+              };
+              if constexpr (kMaxRows == 4) {
+                if (mr == 4) run(ContractRows<T, 4>, 4);
+              }
+              run(ContractRows<T, 2>, 2);
+              run(ContractRows<T, 1>, 1);
+            }
+          }
+        }
+      }
+    }
+  }
+}
+
+template <class T>
+void AddParts(const PhasePlan& p, const void* parts, void* dw, int64_t task, int64_t tasks) {
+  constexpr int lanes = kLanes<T>;
+  const int64_t size = p.groups * p.m * p.k * p.ntaps, vectors = (size + lanes - 1) / lanes;
+  const T* from = static_cast<const T*>(parts);
+  WithElement<T>(p.out_type, [&](auto element) {
+    auto* to = static_cast<decltype(element)*>(dw);
+    for (int64_t v = vectors * task / tasks; v < vectors * (task + 1) / tasks; ++v) {
+      const int64_t i = v * lanes, some = size - i;
+      Vec<T> sum = LoadSome<T>(from + i, some);
+      for (int64_t part = 1; part < p.parts; ++part) {
+        sum += LoadSome<T>(from + part * size + i, some);
+      }
+      StoreSome<T>(to + i, sum, some);
+    }
+  });
+}
+
+// ---------------------------------------------------------------------------------------------
+// The types of sums
+
+void PackWeightOf(const PhasePlan& p, const void* w, void* packed, int64_t task, int64_t tasks) {
+  p.in_type == DType::kF64 ? PackWeight<double>(p, w, packed, task, tasks)
+                           : PackWeight<float>(p, w, packed, task, tasks);
+}
+void CorrelateOf(const PhasePlan& p, const PhaseOperands& ops, int64_t task, void* scratch) {
+  p.in_type == DType::kF64 ? Correlate<double>(p, ops, task, scratch)
+                           : Correlate<float>(p, ops, task, scratch);
+}
+void WeightGradOf(const PhasePlan& p, const PhaseOperands& ops, int64_t task, void* scratch) {
+  p.in_type == DType::kF64 ? WeightGrad<double>(p, ops, task, scratch)
+                           : WeightGrad<float>(p, ops, task, scratch);
+}
+void AddPartsOf(const PhasePlan& p, const void* sums, void* dw, int64_t task, int64_t tasks) {
+  p.in_type == DType::kF64 ? AddParts<double>(p, sums, dw, task, tasks)
+                           : AddParts<float>(p, sums, dw, task, tasks);
+}
+
+}  // namespace
+
+extern const PhaseKernels JAXCONV_KERNELS = {kBytes,      kMaxMr,       PackWeightOf,
+                                             CorrelateOf, WeightGradOf, AddPartsOf};
+
+}  // namespace jaxconv::cpu

@@ -1,0 +1,358 @@
+#include "cpu/phases.h"
+
+#include <algorithm>
+#include <memory>
+#include <new>
+#include <string>
+
+#include "cpu/phase_plan.h"
+
+namespace jaxconv::cpu {
+namespace {
+
+constexpr int64_t CeilDiv(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+// A PhasePlan and what it points to.
+struct Plan {
+  PhasePlan p{};
+  std::vector<Tap> taps;
+  std::vector<int64_t> phase_begin;
+  std::vector<std::array<int64_t, 3>> slots;
+  std::vector<Block> blocks;
+  Sizes span;  // greatest offset of a tap less the least
+
+  int64_t Tiles() const { return p.tiles[0] * p.tiles[1] * p.tiles[2]; }
+  int64_t GroupChunks() const { return CeilDiv(p.groups, p.group_chunk); }
+};
+
+constexpr int64_t kMaxTaps = int64_t{1} << 20, kMaxPhases = int64_t{1} << 16;
+constexpr int64_t kMaxScratch = int64_t{16} << 20;  // bytes a thread
+// Half of the second-level cache for what is read, a quarter for the sums.
+constexpr int64_t kPanelBytes = int64_t{512} << 10, kSumsBytes = int64_t{256} << 10;
+
+int64_t SumSize(const Problem& p) { return p.in_dtype == DType::kF64 ? 8 : 4; }
+
+// A length of at least `n` elements that is an odd number of cache lines, so that neighbouring rows
+// do not compete for the same sets of a cache.
+int64_t Spread(int64_t n) { return (CeilDiv(n, 16) | 1) * 16; }
+
+// Where each tap lies: phases of the destination and the source, and offset. See phase_plan.h.
+struct AxisTap {
+  int64_t dst_phase, src_phase, offset;
+};
+AxisTap AxisTapOf(const Problem& p, int axis, int64_t t) {
+  const int64_t stride = p.stride[axis], at = t * p.dilation[axis] - p.pad[axis];
+  const int64_t shift = FloorDiv(at, stride), phase = at - shift * stride;
+  if (p.pass == Pass::kForward) return {phase, 0, -shift};
+  return {0, phase, shift};
+}
+
+Distances DistancesOf(const Strides& s) { return {s.n, s.c, {s.s[0], s.s[1], s.s[2]}}; }
+
+// Cuts the destination's grid into tiles of about `target` positions, halo not counted.
+void SetTiles(Plan& plan, int64_t target, int64_t lanes) {
+  PhasePlan& p = plan.p;
+  int64_t grid[3];
+  for (int a = 0; a < 3; ++a) grid[a] = std::max<int64_t>(CeilDiv(p.dst_size[a], p.dst_step[a]), 1);
+  const auto cut = [&](int a, int64_t most) {
+    p.tiles[a] = CeilDiv(grid[a], std::clamp<int64_t>(most, 1, grid[a]));
+    p.tile[a] = CeilDiv(grid[a], p.tiles[a]);
+    p.tiles[a] = CeilDiv(grid[a], p.tile[a]);
+    p.box[a] = p.tile[a] + plan.span[static_cast<size_t>(a)];
+  };
+  const bool whole_rows = grid[2] + plan.span[2] <= target + target / 2;
+  cut(2, whole_rows ? grid[2] : target);
+  cut(1, whole_rows ? target / p.box[2] : 1);
+  // Positions between planes are computed in vain: several planes only if that is little.
+  const bool planes = whole_rows && p.tiles[1] == 1 &&
+                      (p.box[1] * 3 <= p.tile[1] * 4 || p.tile[1] * p.box[2] < 4 * lanes);
+  cut(0, planes ? target / (p.box[1] * p.box[2]) : 1);
+  p.plane = Spread(p.box[0] * p.box[1] * p.box[2] + lanes);
+  const int64_t span = ((p.tile[0] - 1) * p.box[1] + p.tile[1] - 1) * p.box[2] + p.tile[2];
+  p.row = Spread(CeilDiv(span, lanes) * lanes);
+}
+
+Plan PlanOf(const Problem& problem, const PhaseKernels& kernels) {
+  Plan plan;
+  PhasePlan& p = plan.p;
+  const bool forward = problem.pass == Pass::kForward, sums_w = problem.pass == Pass::kWeightGrad;
+  const int64_t taps = Product(problem.k), size = SumSize(problem);
+  const int64_t lanes = kernels.vector_bytes / size;
+  p.in_type = problem.in_dtype;
+  p.out_type = problem.out_dtype;
+  p.channels_last = problem.channels_last;
+  p.n = problem.n;
+  p.groups = problem.groups;
+  p.k = forward ? problem.cig() : problem.cog();
+  p.m = forward ? problem.cog() : problem.cig();
+  p.src = DistancesOf(forward ? problem.XStrides() : problem.YStrides());
+  p.dst = DistancesOf(forward ? problem.YStrides() : problem.XStrides());
+  p.ntaps = taps;
+  p.wg = problem.cig() * problem.cog() * taps;
+  p.wk = forward ? problem.cog() * taps : taps;
+  p.wm = forward ? taps : problem.cog() * taps;
+
+  Sizes hi{};
+  for (int a = 0; a < 3; ++a) {
+    const size_t i = static_cast<size_t>(a);
+    p.src_size[a] = forward ? problem.isize[i] : problem.osize[i];
+    p.dst_size[a] = forward ? problem.osize[i] : problem.isize[i];
+    p.src_step[a] = forward ? 1 : problem.stride[i];
+    p.dst_step[a] = forward ? problem.stride[i] : 1;
+    const int64_t first = AxisTapOf(problem, a, 0).offset;
+    const int64_t last = AxisTapOf(problem, a, problem.k[i] - 1).offset;
+    p.lo[a] = std::min(first, last);
+    hi[i] = std::max(first, last);
+    plan.span[i] = hi[i] - p.lo[a];
+  }
+
+  // Slots: the source phases with taps, in order. Then the taps by destination phase and slot.
+  struct Placed {
+    int64_t dst_phase, src_phase, t;
+    std::array<int64_t, 3> offset;
+  };
+  std::vector<Placed> placed;
+  placed.reserve(static_cast<size_t>(taps));
+  const auto& s = problem.stride;
+  for (int64_t t = 0; t < taps; ++t) {
+    const AxisTap t0 = AxisTapOf(problem, 0, t / problem.k[2] / problem.k[1]);
+    const AxisTap t1 = AxisTapOf(problem, 1, t / problem.k[2] % problem.k[1]);
+    const AxisTap t2 = AxisTapOf(problem, 2, t % problem.k[2]);
+    placed.push_back({(t0.dst_phase * s[1] + t1.dst_phase) * s[2] + t2.dst_phase,
+                      (t0.src_phase * s[1] + t1.src_phase) * s[2] + t2.src_phase,
+                      t,
+                      {t0.offset - p.lo[0], t1.offset - p.lo[1], t2.offset - p.lo[2]}});
+  }
+  std::stable_sort(placed.begin(), placed.end(), [](const Placed& a, const Placed& b) {
+    return a.dst_phase != b.dst_phase ? a.dst_phase < b.dst_phase : a.src_phase < b.src_phase;
+  });
+  const int64_t phases = p.dst_step[0] * p.dst_step[1] * p.dst_step[2];
+  plan.phase_begin.assign(static_cast<size_t>(phases) + 1, 0);
+  for (const Placed& tap : placed) ++plan.phase_begin[static_cast<size_t>(tap.dst_phase) + 1];
+  for (size_t r = 0; r < static_cast<size_t>(phases); ++r) {
+    plan.phase_begin[r + 1] += plan.phase_begin[r];
+  }
+  int64_t last = -1;
+  for (const Placed& tap : placed) {
+    if (tap.src_phase == last) continue;
+    last = tap.src_phase;
+    if (forward && !plan.slots.empty()) continue;
+    plan.slots.push_back({last / s[2] / s[1], last / s[2] % s[1], last % s[2]});
+  }
+  p.nslots = static_cast<int64_t>(plan.slots.size());
+
+  int64_t m0 = 0;
+  for (int64_t mr = kernels.max_mr; mr > 0; mr /= 2) {
+    for (; m0 + mr <= p.m; m0 += mr) plan.blocks.push_back({m0, mr});
+  }
+  p.nblocks = static_cast<int64_t>(plan.blocks.size());
+
+  // Groups a task: with channels last, enough for whole cache lines on both sides; else enough for
+  // a task to be worth its overhead.
+  const int64_t narrow = std::max<int64_t>(std::min(p.k, p.m), 1);
+  const int64_t positions = Product(problem.isize) + Product(problem.osize);
+  p.group_chunk = problem.channels_last
+                      ? CeilDiv(16, narrow)
+                      : 8192 / std::max<int64_t>(std::max(p.k, p.m) * positions, 1);
+  p.group_chunk = std::clamp<int64_t>(p.group_chunk, 1, std::max<int64_t>(p.groups, 1));
+
+  // The largest tiles whose panel, and sums or x, stay in the second-level cache, and that leave
+  // enough tasks.
+  const auto side_rows = [&] {  // of sums, or of x in the weight gradient
+    return sums_w ? p.m * p.group_chunk : std::min(kernels.max_mr, p.m) * p.dst_step[2];
+  };
+  constexpr int64_t kTargets[] = {768, 576, 384, 288, 192, 144, 96};
+  constexpr int64_t kTasks = 16;
+  for (const int64_t target : kTargets) {
+    SetTiles(plan, target, lanes);
+    const int64_t panel = p.nslots * p.group_chunk * p.k * p.plane * size;
+    const bool fits = (forward ? panel <= kPanelBytes : true) &&
+                      side_rows() * p.row * size <= kSumsBytes;
+    const int64_t tasks = p.n * plan.GroupChunks() * plan.Tiles() * (sums_w ? 1 : p.nblocks);
+    if (fits && tasks >= kTasks) break;
+  }
+  const auto panel_bytes = [&](int64_t slots, int64_t k) {
+    return slots * p.group_chunk * k * p.plane * size;
+  };
+  p.slot_chunk = std::max<int64_t>(p.nslots, 1);
+  p.k_chunk = std::max<int64_t>(p.k, 1);
+  if (panel_bytes(p.slot_chunk, p.k_chunk) > kPanelBytes) {
+    p.slot_chunk = std::max<int64_t>(kPanelBytes / panel_bytes(1, p.k), 1);
+    if (panel_bytes(1, p.k) > kPanelBytes) {
+      p.group_chunk = 1;
+      p.k_chunk = std::clamp<int64_t>(kPanelBytes / panel_bytes(1, 1), 1, p.k);
+    }
+  }
+
+  // Tasks, and what they add up before it is stored.
+  const int64_t tasks = p.n * plan.GroupChunks() * plan.Tiles();
+  p.m_splits = 1;
+  p.parts = 1;
+  if (sums_w) {
+    const int64_t parts = 1 + problem.YElements() / 10 / std::max<int64_t>(problem.WElements(), 1);
+    const int64_t wanted = std::max<int64_t>(64 / plan.GroupChunks(), 1);
+    p.parts = std::max<int64_t>(std::min({parts, p.n * plan.Tiles(), wanted}), 1);
+    if (p.group_chunk == 1) {
+      p.m_splits = std::clamp<int64_t>(kTasks / (plan.GroupChunks() * p.parts), 1,
+                                       std::max<int64_t>(p.m / 16, 1));
+    }
+    p.acc_size = CeilDiv(p.m, p.m_splits) * p.group_chunk * p.row;
+  } else {
+    if (p.group_chunk == 1) {
+      const int64_t most = problem.channels_last ? p.m / 16 : p.nblocks;
+      p.m_splits = std::clamp<int64_t>(CeilDiv(kTasks, std::max<int64_t>(tasks, 1)), 1,
+                                       std::max<int64_t>(most, 1));
+    }
+    const int64_t blocks = p.group_chunk * CeilDiv(p.nblocks, p.m_splits);
+    const int64_t block_bytes = std::min(kernels.max_mr, p.m) * p.dst_step[2] * p.row * size;
+    if (p.group_chunk > 1) {
+      p.acc_blocks = blocks;
+    } else if (!p.one_panel()) {
+      p.acc_blocks = std::clamp<int64_t>(2 * kSumsBytes / std::max<int64_t>(block_bytes, 1),
+                                         CeilDiv(16, kernels.max_mr), blocks + 16);
+    } else {
+      p.acc_blocks = problem.channels_last ? CeilDiv(16, kernels.max_mr) : 1;
+    }
+    p.acc_size =
+        std::min(p.acc_blocks * kernels.max_mr, p.group_chunk * p.m) * p.dst_step[2] * p.row;
+  }
+  p.panel_size = Spread(p.slot_chunk * p.group_chunk * p.k_chunk * p.plane);
+
+  int64_t slot = -1;
+  last = -1;
+  for (const Placed& tap : placed) {
+    const auto& o = tap.offset;
+    if (tap.src_phase != last) ++slot;
+    last = tap.src_phase;
+    plan.taps.push_back({(o[0] * p.box[1] + o[1]) * p.box[2] + o[2], tap.t, forward ? 0 : slot});
+  }
+  return plan;
+}
+
+// The plan's pointers, once it lies where it stays.
+const PhasePlan& Bound(Plan& plan) {
+  plan.p.taps = plan.taps.data();
+  plan.p.phase_begin = plan.phase_begin.data();
+  plan.p.slots = reinterpret_cast<const int64_t(*)[3]>(plan.slots.data());
+  plan.p.blocks = plan.blocks.data();
+  return plan.p;
+}
+
+// A thread's buffers, kept for its next task: a few hundred KiB that need not be faulted in again.
+void* Scratch(int64_t bytes) {
+  constexpr std::align_val_t kLine{64};
+  struct Free {
+    void operator()(void* p) const { ::operator delete(p, kLine); }
+  };
+  thread_local std::unique_ptr<void, Free> buffer;
+  thread_local int64_t size = 0;
+  if (size < bytes) {
+    buffer.reset();
+    size = 0;
+    buffer.reset(::operator new(static_cast<size_t>(bytes), kLine));
+    size = bytes;
+  }
+  return buffer.get();
+}
+
+bool SumsAreResult(const Problem& p, const Plan& plan) {
+  return plan.p.parts == 1 && SizeOf(p.out_dtype) == SumSize(p);
+}
+
+template <const PhaseKernels& kernels>
+void LaunchCorrelate(const Problem& problem, const Operands& ops, const Parallel& parallel) {
+  Plan plan = PlanOf(problem, kernels);
+  const PhasePlan& p = Bound(plan);
+  const bool forward = problem.pass == Pass::kForward;
+  const int64_t tasks = p.n * plan.GroupChunks() * plan.Tiles() * p.m_splits;
+  if (problem.YElements() * problem.XElements() == 0 && tasks == 0) return;
+  const int64_t pack_tasks = std::clamp<int64_t>(problem.WElements() >> 14, 1, 64);
+  parallel.For(pack_tasks, [&](int64_t task) {
+    kernels.pack_weight(p, ops.w, ops.workspace, task, pack_tasks);
+  });
+  const PhaseOperands operands{forward ? ops.x : ops.y, ops.bias, ops.out, ops.workspace};
+  const int64_t bytes = (p.panel_size + p.acc_size) * SumSize(problem);
+  parallel.For(tasks, [&](int64_t task) { kernels.correlate(p, operands, task, Scratch(bytes)); });
+}
+
+template <const PhaseKernels& kernels>
+void LaunchWeightGrad(const Problem& problem, const Operands& ops, const Parallel& parallel) {
+  Plan plan = PlanOf(problem, kernels);
+  const PhasePlan& p = Bound(plan);
+  const int64_t bytes = (p.panel_size + p.acc_size) * SumSize(problem);
+  void* sums = SumsAreResult(problem, plan) ? ops.out : ops.workspace;
+  // x is only read, though it is called a destination.
+  const PhaseOperands operands{ops.y, nullptr, const_cast<void*>(ops.x), sums};
+  parallel.For(plan.GroupChunks() * p.m_splits * p.parts, [&](int64_t task) {
+    kernels.weight_grad(p, operands, task, Scratch(bytes));
+  });
+  if (sums == ops.out) return;
+  const int64_t add_tasks = std::clamp<int64_t>(problem.WElements() * p.parts >> 14, 1, 64);
+  parallel.For(add_tasks,
+               [&](int64_t task) { kernels.add_parts(p, sums, ops.out, task, add_tasks); });
+}
+
+template <const PhaseKernels& kernels>
+std::string Refuse(const Problem& p, const Device& device) {
+  if (kernels.vector_bytes > device.vector_bytes) {
+    return "needs vectors of " + std::to_string(kernels.vector_bytes) + " bytes, the processor has " +
+           std::to_string(device.vector_bytes);
+  }
+  if (Product(p.k) > kMaxTaps) return "takes kernels of at most 2**20 taps";
+  if (p.stride[0] > kMaxPhases || p.stride[1] > kMaxPhases || p.stride[2] > kMaxPhases ||
+      Product(p.stride) > kMaxPhases) {
+    return "takes at most 2**16 stride phases";
+  }
+  if (p.n == 0 || p.XElements() == 0 || p.YElements() == 0 || p.WElements() == 0) {
+    return "takes no empty arrays";
+  }
+  const Plan plan = PlanOf(p, kernels);
+  const int64_t bytes = (plan.p.panel_size + plan.p.acc_size) * SumSize(p);
+  if (bytes > kMaxScratch) {
+    return "would need " + std::to_string(bytes >> 20) + " MiB of scratch memory a thread, for the "
+           "span of the kernel's taps; 16 is the limit";
+  }
+  return "";
+}
+
+template <const PhaseKernels& kernels>
+int64_t Workspace(const Problem& p, const Device&) {
+  if (p.pass != Pass::kWeightGrad) return p.WElements() * SumSize(p);
+  const Plan plan = PlanOf(p, kernels);
+  return SumsAreResult(p, plan) ? 0 : plan.p.parts * p.WElements() * SumSize(p);
+}
+
+// Multiply-adds of whole tiles at two thirds of two vectors a cycle at 3 GHz, operands at 4 GB/s a
+// thread, and a weight that is rearranged at 1 GB/s.
+template <const PhaseKernels& kernels>
+double Seconds(const Problem& p, const Device& device) {
+  const Plan plan = PlanOf(p, kernels);
+  const double lanes = static_cast<double>(kernels.vector_bytes / SumSize(p));
+  const double macs = static_cast<double>(p.n * plan.Tiles() * plan.p.row) *
+                      static_cast<double>(p.WElements());
+  const double bytes = static_cast<double>(p.XElements() + p.YElements()) * 4;
+  const double weight = static_cast<double>(p.WElements()) * 4;
+  return 1e-6 + (macs / lanes / 4e9 + bytes / 4e9 + weight / 1e9) / device.threads;
+}
+
+template <const PhaseKernels& kernels>
+void AddRows(std::vector<Row>& rows, const char* name) {
+  const auto add = [&](Pass pass, Launch launch) {
+    rows.push_back({name, pass, Refuse<kernels>, Workspace<kernels>, Seconds<kernels>, launch});
+  };
+  add(Pass::kForward, LaunchCorrelate<kernels>);
+  add(Pass::kInputGrad, LaunchCorrelate<kernels>);
+  add(Pass::kWeightGrad, LaunchWeightGrad<kernels>);
+}
+
+}  // namespace
+
+void AddPhases(std::vector<Row>& rows) {
+#if defined(__x86_64__)
+  AddRows<kPhasesAvx512>(rows, "phases_avx512");
+  AddRows<kPhasesAvx2>(rows, "phases_avx2");
+#endif
+  AddRows<kPhasesPortable>(rows, "phases");
+}
+
+}  // namespace jaxconv::cpu

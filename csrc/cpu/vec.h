@@ -1,0 +1,203 @@
+// Vectors of the instruction set that the including file is compiled for (JAXCONV_VECTOR_BYTES),
+// in the compiler's own vector types. Everything is local to that file: see phase_plan.h.
+#ifndef JAXCONV_CPU_VEC_H_
+#define JAXCONV_CPU_VEC_H_
+
+#include <cstdint>
+#include <cstring>
+#include <utility>
+
+namespace jaxconv::cpu {
+namespace {
+
+#define JAXCONV_INLINE inline __attribute__((always_inline))
+
+constexpr int kBytes = JAXCONV_VECTOR_BYTES;
+
+template <class T>
+struct VecOf;
+template <>
+struct VecOf<float> {
+  using Bits = uint32_t;
+  using Int = int32_t;
+  static constexpr int kLanes = kBytes / 4;
+  typedef float type __attribute__((vector_size(kBytes)));
+  typedef float loose __attribute__((vector_size(kBytes), aligned(4), may_alias));
+  typedef uint32_t bits __attribute__((vector_size(kBytes)));
+  typedef int32_t ints __attribute__((vector_size(kBytes)));
+  typedef uint16_t half __attribute__((vector_size(kBytes / 2)));
+};
+template <>
+struct VecOf<double> {
+  static constexpr int kLanes = kBytes / 8;
+  typedef double type __attribute__((vector_size(kBytes)));
+  typedef double loose __attribute__((vector_size(kBytes), aligned(8), may_alias));
+};
+
+template <class T>
+using Vec = typename VecOf<T>::type;
+template <class T>
+constexpr int kLanes = VecOf<T>::kLanes;
+
+template <class T>
+JAXCONV_INLINE Vec<T> Broadcast(T value) {
+  return value - Vec<T>{};  // x - 0 is x for every x, -0 too
+}
+
+// 16-bit elements as they lie in memory.
+struct Bf16 {
+  uint16_t bits;
+};
+struct Fp16 {
+  uint16_t bits;
+};
+
+using F32 = VecOf<float>;
+
+JAXCONV_INLINE F32::type FloatOfBits(F32::bits b) { return reinterpret_cast<F32::type>(b); }
+JAXCONV_INLINE F32::bits BitsOfFloat(F32::type f) { return reinterpret_cast<F32::bits>(f); }
+
+JAXCONV_INLINE F32::type Widen(F32::half h, Bf16) {
+  return FloatOfBits(__builtin_convertvector(h, F32::bits) << 16);
+}
+
+JAXCONV_INLINE F32::type Widen(F32::half h, Fp16) {
+  const F32::bits u = __builtin_convertvector(h, F32::bits);
+  const F32::bits sign = (u & 0x8000) << 16, magnitude = u & 0x7fff;
+  // Subnormal halves are multiples of 2**-24; the others change their exponent's bias.
+  const F32::type small =
+      __builtin_convertvector(reinterpret_cast<F32::ints>(magnitude), F32::type) * 0x1p-24f;
+  const F32::bits normal = (magnitude << 13) + 0x38000000;
+  const F32::bits special = (magnitude << 13) | 0x7f800000;
+  F32::bits bits = magnitude < 0x400 ? BitsOfFloat(small) : normal;
+  bits = magnitude >= 0x7c00 ? special : bits;
+  return FloatOfBits(bits | sign);
+}
+
+// Rounds to nearest, ties to even. A NaN stays one.
+JAXCONV_INLINE F32::half Narrow(F32::type f, Bf16) {
+  const F32::bits u = BitsOfFloat(f);
+  const F32::bits rounded = (u + 0x7fff + ((u >> 16) & 1)) >> 16, nan = (u >> 16) | 0x40;
+  return __builtin_convertvector((u & 0x7fffffff) > 0x7f800000 ? nan : rounded, F32::half);
+}
+
+JAXCONV_INLINE F32::half Narrow(F32::type f, Fp16) {
+  const F32::bits u = BitsOfFloat(f), magnitude = u & 0x7fffffff;
+  const F32::bits normal = (magnitude - 0x38000000 + 0xfff + ((magnitude >> 13) & 1)) >> 13;
+  // In units of 2**-24, rounded by adding a float whose last bit is that unit.
+  const F32::bits small = BitsOfFloat(FloatOfBits(magnitude) + 0.5f) - 0x3f000000;
+  F32::bits half = magnitude >= 0x38800000 ? normal : small;
+  half = magnitude >= 0x477ff000 ? F32::bits{} + 0x7c00 : half;  // from 65520 on: infinity
+  half = magnitude > 0x7f800000 ? F32::bits{} + 0x7e00 : half;
+  return __builtin_convertvector(half | ((u >> 16) & 0x8000), F32::half);
+}
+
+// A vector of sums' type T from elements of type E, anywhere in memory.
+template <class T, class E>
+JAXCONV_INLINE Vec<T> Load(const E* from) {
+  if constexpr (sizeof(E) == sizeof(T)) {
+    return *reinterpret_cast<const typename VecOf<T>::loose*>(from);
+  } else {
+    F32::half h;
+    std::memcpy(&h, from, sizeof h);
+    return Widen(h, E{});
+  }
+}
+
+template <class T, class E>
+JAXCONV_INLINE void Store(E* to, Vec<T> v) {
+  if constexpr (sizeof(E) == sizeof(T)) {
+    *reinterpret_cast<typename VecOf<T>::loose*>(to) = v;
+  } else {
+    const F32::half h = Narrow(v, E{});
+    std::memcpy(to, &h, sizeof h);
+  }
+}
+
+// The first `count` elements; the other lanes are zero.
+template <class T, class E>
+JAXCONV_INLINE Vec<T> LoadSome(const E* from, int64_t count) {
+  if (count >= kLanes<T>) return Load<T>(from);
+  E some[kLanes<T>] = {};
+  for (int64_t i = 0; i < count; ++i) some[i] = from[i];
+  return Load<T>(some);
+}
+
+template <class T, class E>
+JAXCONV_INLINE void StoreSome(E* to, Vec<T> v, int64_t count) {
+  if (count >= kLanes<T>) return Store<T>(to, v);
+  E some[kLanes<T>];
+  Store<T>(some, v);
+  for (int64_t i = 0; i < count; ++i) to[i] = some[i];
+}
+
+// Lane l of the result is lane Index::at(l) of a and b, one after the other.
+template <class T, class Index, size_t... l>
+JAXCONV_INLINE Vec<T> ShuffleBy(Vec<T> a, Vec<T> b, std::index_sequence<l...>) {
+  return __builtin_shufflevector(a, b, Index::at(static_cast<int>(l))...);
+}
+template <class T, class Index>
+JAXCONV_INLINE Vec<T> Shuffle(Vec<T> a, Vec<T> b) {
+  return ShuffleBy<T, Index>(a, b, std::make_index_sequence<kLanes<T>>());
+}
+
+// a0 b0 a1 b1 ..., the first or the second half of it.
+template <int lanes, bool second>
+struct ZipIndex {
+  static constexpr int at(int l) { return l / 2 + (second ? lanes / 2 : 0) + l % 2 * lanes; }
+};
+// The even or the odd elements of a and b.
+template <int lanes, bool odd>
+struct UnzipIndex {
+  static constexpr int at(int l) { return 2 * l + (odd ? 1 : 0); }
+};
+// One of the two results of exchanging blocks of `step` lanes across the diagonal.
+template <int lanes, int step, bool second>
+struct TransposeIndex {
+  static constexpr int at(int l) {
+    if (second) return (l & step) == 0 ? l + step : l + lanes;
+    return (l & step) == 0 ? l : l - step + lanes;
+  }
+};
+
+template <class T, bool second>
+JAXCONV_INLINE Vec<T> Zip(Vec<T> a, Vec<T> b) {
+  return Shuffle<T, ZipIndex<kLanes<T>, second>>(a, b);
+}
+template <class T, bool odd>
+JAXCONV_INLINE Vec<T> Unzip(Vec<T> a, Vec<T> b) {
+  return Shuffle<T, UnzipIndex<kLanes<T>, odd>>(a, b);
+}
+
+// Transposes a square of vectors.
+template <class T, int step = kLanes<T> / 2>
+JAXCONV_INLINE void Transpose(Vec<T>* v) {
+  constexpr int lanes = kLanes<T>;
+#pragma GCC unroll 16
+  for (int i = 0; i < lanes; ++i) {
+    if ((i & step) != 0) continue;
+    const Vec<T> a = v[i], b = v[i + step];
+    v[i] = Shuffle<T, TransposeIndex<lanes, step, false>>(a, b);
+    v[i + step] = Shuffle<T, TransposeIndex<lanes, step, true>>(a, b);
+  }
+  if constexpr (step > 1) Transpose<T, step / 2>(v);
+}
+
+// Puts the sum of the lanes of v[i] into lane i of v[0], for `count` vectors, a power of two up to
+// the number of lanes. Each step adds even lanes to odd lanes, and two vectors become one.
+template <class T, int count, int width = kLanes<T>>
+JAXCONV_INLINE void AddLanes(Vec<T>* v) {
+  if constexpr (width > 1) {
+#pragma GCC unroll 8
+    for (int i = 0; i < (count + 1) / 2; ++i) {
+      const Vec<T> a = v[2 * i % count], b = v[(2 * i + 1) % count];
+      v[i] = Unzip<T, false>(a, b) + Unzip<T, true>(a, b);
+    }
+    AddLanes<T, (count + 1) / 2, width / 2>(v);
+  }
+}
+
+}  // namespace
+}  // namespace jaxconv::cpu
+
+#endif  // JAXCONV_CPU_VEC_H_
