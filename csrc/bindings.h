@@ -69,6 +69,16 @@ void BindTable(py::module_& m, const Table& (*table)()) {
       },
       py::arg("problem"), py::arg("device"), py::arg("name") = "",
       "The kernel that runs the problem, of those called `name` if given; '' if none takes it.");
+  m.def(
+      "kernel_names",
+      [table](int pass) {
+        std::vector<std::string> names;
+        for (const auto& row : table()) {
+          if (row.pass == static_cast<Pass>(pass)) names.emplace_back(row.name);
+        }
+        return names;
+      },
+      py::arg("pass_"), "The names of a pass's kernels.");
   m.attr("XLA_FFI_API_VERSION") = py::make_tuple(XLA_FFI_API_MAJOR, XLA_FFI_API_MINOR);
   m.attr("VERSION") = JAXCONV_VERSION;
 }

@@ -83,8 +83,8 @@ _MODULES = {platform: _load(platform) for platform in _XLA_PLATFORM}
 if _MODULES["cpu"] is None:
     raise ImportError(
         f"jaxconv was imported from {pathlib.Path(__file__).parent}, which has no compiled "
-        "modules. If this is the source folder, install jaxconv (`pip install .`) and run Python "
-        "from another folder, or install it in place (`pip install -e .`)."
+        "modules, and no installed jaxconv has them either: install it with `pip install .`, or in "
+        "place with `pip install -e .`"
     )
 
 
@@ -185,6 +185,11 @@ def verdicts(
     does not), the seconds it expects to take and the bytes of workspace it wants."""
     problem = _problem(platform, result, x, w, y, out, bias, spec)
     return module(platform).verdicts(problem, _device(platform))
+
+
+def kernel_names(platform: str, result: Role) -> list[str]:
+    """The names of all kernels of an operation."""
+    return module(platform).kernel_names(_PASS[result])
 
 
 def choose(

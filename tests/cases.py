@@ -154,13 +154,17 @@ CASES = [
 DTYPES = ("float32", "bfloat16", "float16", "float64")
 
 
+def of(workload: Any) -> Case:
+    """A benchmark's workload at its full size."""
+    w = workload
+    return case(w.name, w.n, w.ci, w.co, w.g, w.i, w.k, w.s, w.p, w.op, w.d)
+
+
 def shrunk(workload: Any) -> Case:
     """A benchmark's workload on a small volume: the same channels, kernel and strides."""
     most = {1: 70, 2: 14, 3: 6}[len(workload.i)]
     i = tuple(min(size, most + axis) for axis, size in enumerate(workload.i))
-    w = workload
-    p, op, d = tuple(w.p), tuple(w.op), tuple(w.d)
-    small = case(w.name, 2, w.ci, w.co, w.g, i, tuple(w.k), tuple(w.s), p, op, d)
+    small = dataclasses.replace(of(workload), n=2, i=i)
     if work(small) > 1e8:  # many channels: a smaller volume does
         small = dataclasses.replace(small, n=1, i=tuple(min(size, 3) for size in i))
     return small

@@ -111,18 +111,35 @@ def test_symbolic_batch_is_exported_and_reloaded():
         np.testing.assert_allclose(exported.call(value), f(value), rtol=1e-5, atol=1e-5)
 
 
-def test_source_folder_says_what_to_do(tmp_path):
-    """Without its compiled modules, as in a checkout, jaxconv says so and what to do."""
+def source_folder(tmp_path: pathlib.Path) -> str:
+    """A copy of jaxconv without its compiled modules, as a checkout has it, and the start of a
+    program in which Python finds it first (an editable installation's finder comes before that)."""
     source = tmp_path / "jaxconv"
     source.mkdir()
-    for file in pathlib.Path(jaxconv.__file__).parent.glob("*.py"):
+    for file in pathlib.Path(ffi.__file__).parent.glob("*.py"):
         (source / file.name).write_text(file.read_text())
-    # As from a checkout that was not installed in place: no editable finder, its folder first.
-    program = (
+    return (
         "import sys; sys.meta_path[:] = [f for f in sys.meta_path if 'skbc' not in str(type(f))]; "
-        f"sys.path.insert(0, {str(tmp_path)!r}); import jaxconv"
+        f"sys.path.insert(0, {str(tmp_path)!r}); "
     )
-    run = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
-    assert run.returncode != 0
-    assert "has no compiled modules" in run.stderr
-    assert "pip install" in run.stderr
+
+
+def run(program: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+
+
+def test_source_folder_uses_what_is_installed(tmp_path):
+    start = source_folder(tmp_path)
+    found = run(start + "import jaxconv; print(jaxconv.ffi.__file__)")
+    assert found.returncode == 0, found.stderr
+    assert str(tmp_path) in found.stdout
+
+
+def test_source_folder_alone_says_what_to_do(tmp_path):
+    start = source_folder(tmp_path)
+    start += "import jax; sys.path[:] = [p for p in sys.path if 'site-packages' not in p]; "
+    start += "import importlib.metadata as m; m.version = lambda _: '0'; "
+    failed = run(start + "import jaxconv")
+    assert failed.returncode != 0
+    assert "has no compiled modules" in failed.stderr
+    assert "pip install ." in failed.stderr
