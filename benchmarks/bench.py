@@ -24,6 +24,7 @@ from typing import Any
 
 import contestants
 import jax
+import jax.extend
 import jax.numpy as jnp
 import report
 import timing
@@ -154,9 +155,10 @@ def environment(platform: str, torch: Any, commit: str | None) -> dict[str, Any]
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "argv": sys.argv[1:],
         "device": _device_name(platform),
-        "runtime": " ".join(jax.devices()[0].client.platform_version.split()),
+        "runtime": " ".join(jax.extend.backend.get_backend().platform_version.split()),
         "commit": commit or _git("rev-parse", "HEAD"),
         "dirty": None if status is None else bool(status),
+        "load": os.getloadavg()[0],
         "python": host.python_version(),
         "jaxconv": jaxconv.__version__,
         "jax": jax.__version__,
