@@ -50,23 +50,21 @@ Valid ValidOf(int64_t at, int64_t step, int64_t size, int64_t count) {
 template <class T, class E>
 JAXCONV_INLINE void CopyRow(T* to, const E* from, int64_t step, int64_t count) {
   constexpr int lanes = kLanes<T>;
-  int64_t i = 0;
   if (step == 1) {
-    for (; i + lanes <= count; i += lanes) Store<T>(to + i, Load<T>(from + i));
-    if (i < count) StoreSome<T>(to + i, LoadSome<T>(from + i, count - i), count - i);
-    return;
-  }
-  if (step == 2) {
-    for (; i + lanes < count; i += lanes) {  // one short, as the last odd element may not exist
-      const Vec<T> a = Load<T>(from + 2 * i), b = Load<T>(from + 2 * i + lanes);
-      Store<T>(to + i, Unzip<T, false>(a, b));
+    for (int64_t i = 0; i < count; i += lanes) {
+      StoreSome<T>(to + i, LoadSome<T>(from + i, count - i), count - i);
     }
-  }
-  for (; i < count; i += lanes) {
-    const int64_t some = Min(lanes, count - i);
-    E part[lanes] = {};
-    for (int64_t l = 0; l < some; ++l) part[l] = from[(i + l) * step];
-    StoreSome<T>(to + i, Load<T>(part), some);
+  } else if (step == 2) {
+    for (int64_t i = 0; i < count; i += lanes) {
+      const int64_t some = 2 * (count - i) - 1;  // the last odd element may not exist
+      const Vec<T> a = LoadSome<T>(from + 2 * i, some);
+      const Vec<T> b = LoadSome<T>(from + 2 * i + lanes, some - lanes);
+      StoreSome<T>(to + i, Unzip<T, false>(a, b), count - i);
+    }
+  } else if constexpr (sizeof(E) == sizeof(T)) {
+    for (int64_t i = 0; i < count; ++i) to[i] = from[i * step];
+  } else {
+    for (int64_t i = 0; i < count; ++i) to[i] = LoadSome<T>(from + i * step, 1)[0];
   }
 }
 
@@ -310,6 +308,34 @@ void MultiplySpan(const T* weight, const T* panel, const Tap* taps, int64_t ntap
   }
 }
 
+// to[i * pixel + c] = sums of channel c at position i, plus bias(c), a vector of channels from c on
+template <class T, class E, class Bias>
+JAXCONV_INLINE void StorePixels(E* to, int64_t pixel, const T* sums, int64_t row, int64_t count,
+                                int64_t channels, Bias bias) {
+  constexpr int lanes = kLanes<T>;
+  for (int64_t c = 0; c < channels; c += lanes) {
+    const int64_t cs = Min(lanes, channels - c);
+    const Vec<T> b = bias(c);
+    for (int64_t i = 0; i < count; i += lanes) {
+      const int64_t is = Min(lanes, count - i);
+      Vec<T> v[lanes];
+      if (is == lanes && cs == lanes) {
+#pragma GCC unroll 16
+        for (int l = 0; l < lanes; ++l) v[l] = Load<T>(sums + (c + l) * row + i);
+        Transpose<T>(v);
+#pragma GCC unroll 16
+        for (int l = 0; l < lanes; ++l) Store<T>(to + (i + l) * pixel + c, v[l] + b);
+      } else {
+        for (int l = 0; l < lanes; ++l) {
+          v[l] = l < cs ? Load<T>(sums + (c + l) * row + i) : Vec<T>{};
+        }
+        Transpose<T>(v);
+        for (int64_t l = 0; l < is; ++l) StoreSome<T>(to + (i + l) * pixel + c, v[l] + b, cs);
+      }
+    }
+  }
+}
+
 // to[i] = sums of phase i mod step at position i / step, plus the bias, for i < count
 template <class T, class E>
 JAXCONV_INLINE void StoreRow(E* to, const T* sums, int64_t row, int64_t step, int64_t count,
@@ -338,42 +364,12 @@ JAXCONV_INLINE void StoreRow(E* to, const T* sums, int64_t row, int64_t step, in
       }
     }
   } else {
-    for (int64_t r = 0; r < step; ++r) {
-      for (int64_t j = 0; j * step + r < count; j += lanes) {
-        E part[lanes];
-        Store<T>(part, Load<T>(sums + r * row + j) + bias);
-        for (int64_t l = 0; l < lanes && (j + l) * step + r < count; ++l) {
-          to[(j + l) * step + r] = part[l];
-        }
-      }
-    }
-  }
-}
-
-// to[i * pixel + c] = sums of channel c at position i, plus the bias
-template <class T, class E>
-JAXCONV_INLINE void StorePixels(E* to, int64_t pixel, const T* sums, int64_t row, int64_t count,
-                                int64_t channels, const E* bias) {
-  constexpr int lanes = kLanes<T>;
-  for (int64_t c = 0; c < channels; c += lanes) {
-    const int64_t cs = Min(lanes, channels - c);
-    const Vec<T> b = bias != nullptr ? LoadSome<T>(bias + c, cs) : Vec<T>{};
-    for (int64_t i = 0; i < count; i += lanes) {
-      const int64_t is = Min(lanes, count - i);
-      Vec<T> v[lanes];
-      if (is == lanes && cs == lanes) {
-#pragma GCC unroll 16
-        for (int l = 0; l < lanes; ++l) v[l] = Load<T>(sums + (c + l) * row + i);
-        Transpose<T>(v);
-#pragma GCC unroll 16
-        for (int l = 0; l < lanes; ++l) Store<T>(to + (i + l) * pixel + c, v[l] + b);
-      } else {
-        for (int l = 0; l < lanes; ++l) {
-          v[l] = l < cs ? Load<T>(sums + (c + l) * row + i) : Vec<T>{};
-        }
-        Transpose<T>(v);
-        for (int64_t l = 0; l < is; ++l) StoreSome<T>(to + (i + l) * pixel + c, v[l] + b, cs);
-      }
+    // Phases are to a row what channels are to pixels.
+    const int64_t whole = count / step;
+    StorePixels<T>(to, step, sums, row, whole, step,
+                   [&](int64_t) { return bias; });
+    for (int64_t i = whole * step; i < count; ++i) {
+      StoreSome<T>(to + i, Load<T>(sums + i % step * row + whole) + bias, 1);
     }
   }
 }
@@ -402,7 +398,11 @@ void StoreSums(const PhasePlan& p, const Tile& tile, int64_t n, int64_t channel,
           StorePixels<T>(row_of(a, b) + r2 * at.s[2], step * at.s[2],
                          sums + r2 * p.row + position(a, b), step * p.row,
                          (count - r2 + step - 1) / step, channels,
-                         bias != nullptr ? bias + channel : nullptr);
+                         [&](int64_t c) {
+                           return bias == nullptr
+                                      ? Vec<T>{}
+                                      : LoadSome<T>(bias + channel + c, channels - c);
+                         });
         }
       }
     }

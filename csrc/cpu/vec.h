@@ -7,6 +7,10 @@
 #include <cstring>
 #include <utility>
 
+#if defined(__AVX512F__)
+#include <immintrin.h>
+#endif
+
 namespace jaxconv::cpu {
 namespace {
 
@@ -114,21 +118,48 @@ JAXCONV_INLINE void Store(E* to, Vec<T> v) {
   }
 }
 
-// The first `count` elements; the other lanes are zero.
+// The first `count` elements, if there are not more lanes; the other lanes are zero. AVX-512 has
+// instructions for it; elsewhere elements go through the stack.
 template <class T, class E>
 JAXCONV_INLINE Vec<T> LoadSome(const E* from, int64_t count) {
   if (count >= kLanes<T>) return Load<T>(from);
+  if (count <= 0) return Vec<T>{};
+#if defined(__AVX512F__)
+  const uint32_t mask = (uint32_t{1} << count) - 1;
+  if constexpr (sizeof(E) == 8) {
+    return _mm512_maskz_loadu_pd(static_cast<__mmask8>(mask), from);
+  } else if constexpr (sizeof(E) == 4) {
+    return _mm512_maskz_loadu_ps(static_cast<__mmask16>(mask), from);
+  } else {
+    const __m256i h = _mm256_maskz_loadu_epi16(static_cast<__mmask16>(mask), from);
+    return Widen(reinterpret_cast<F32::half>(h), E{});
+  }
+#else
   E some[kLanes<T>] = {};
   for (int64_t i = 0; i < count; ++i) some[i] = from[i];
   return Load<T>(some);
+#endif
 }
 
 template <class T, class E>
 JAXCONV_INLINE void StoreSome(E* to, Vec<T> v, int64_t count) {
   if (count >= kLanes<T>) return Store<T>(to, v);
+  if (count <= 0) return;
+#if defined(__AVX512F__)
+  const uint32_t mask = (uint32_t{1} << count) - 1;
+  if constexpr (sizeof(E) == 8) {
+    _mm512_mask_storeu_pd(to, static_cast<__mmask8>(mask), v);
+  } else if constexpr (sizeof(E) == 4) {
+    _mm512_mask_storeu_ps(to, static_cast<__mmask16>(mask), v);
+  } else {
+    const F32::half h = Narrow(v, E{});
+    _mm256_mask_storeu_epi16(to, static_cast<__mmask16>(mask), reinterpret_cast<__m256i>(h));
+  }
+#else
   E some[kLanes<T>];
   Store<T>(some, v);
   for (int64_t i = 0; i < count; ++i) to[i] = some[i];
+#endif
 }
 
 // Lane l of the result is lane Index::at(l) of a and b, one after the other.
