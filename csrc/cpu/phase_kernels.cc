@@ -46,58 +46,93 @@ Valid ValidOf(int64_t at, int64_t step, int64_t size, int64_t count) {
   return {b, Max(b, Min(end, count))};
 }
 
-// to[i] = from[i * step]
+// A row of an operand and the grid positions wanted of it: position c of phase r2 is element
+// first + c * step + r2, where 0 <= element < size, and zero elsewhere. The size is cut so that
+// positions from `count` on are zero.
+struct Row {
+  int64_t first, step, size, count;
+};
+
+// to[slot][c] for `slots` consecutive phases from r2 on. Whole vectors are written: what comes
+// after the row must be written later.
 template <class T, class E>
-JAXCONV_INLINE void CopyRow(T* to, const E* from, int64_t step, int64_t count) {
+JAXCONV_INLINE void PackRow(const Row& row, const E* from, int64_t r2, int64_t slots, T* to,
+                            int64_t slot_size) {
   constexpr int lanes = kLanes<T>;
+  const int64_t size = row.size, step = row.step;
   if (step == 1) {
-    for (int64_t i = 0; i < count; i += lanes) {
-      StoreSome<T>(to + i, LoadSome<T>(from + i, count - i), count - i);
+    for (int64_t c = 0, e = row.first; c < row.count; c += lanes, e += lanes) {
+      Store<T>(to + c, LoadBetween<T>(from + e, -e, size - e));
     }
   } else if (step == 2) {
-    for (int64_t i = 0; i < count; i += lanes) {
-      const int64_t some = 2 * (count - i) - 1;  // the last odd element may not exist
-      const Vec<T> a = LoadSome<T>(from + 2 * i, some);
-      const Vec<T> b = LoadSome<T>(from + 2 * i + lanes, some - lanes);
-      StoreSome<T>(to + i, Unzip<T, false>(a, b), count - i);
+    T* even = r2 == 0 ? to : nullptr;
+    T* odd = r2 == 0 ? (slots == 2 ? to + slot_size : nullptr) : to;
+    for (int64_t c = 0, e = row.first; c < row.count; c += lanes, e += 2 * lanes) {
+      const Vec<T> a = LoadBetween<T>(from + e, -e, size - e);
+      const Vec<T> b = LoadBetween<T>(from + e + lanes, -e - lanes, size - e - lanes);
+      if (even != nullptr) Store<T>(even + c, Unzip<T, false>(a, b));
+      if (odd != nullptr) Store<T>(odd + c, Unzip<T, true>(a, b));
     }
-  } else if constexpr (sizeof(E) == sizeof(T)) {
-    for (int64_t i = 0; i < count; ++i) to[i] = from[i * step];
+  } else if (step == 4 && slots == 4) {
+    for (int64_t c = 0, e = row.first; c < row.count; c += lanes, e += 4 * lanes) {
+      Vec<T> v[4];
+      for (int i = 0; i < 4; ++i) {
+        const int64_t at = e + i * lanes;
+        v[i] = LoadBetween<T>(from + at, -at, size - at);
+      }
+      const Vec<T> even[2] = {Unzip<T, false>(v[0], v[1]), Unzip<T, false>(v[2], v[3])};
+      const Vec<T> odd[2] = {Unzip<T, true>(v[0], v[1]), Unzip<T, true>(v[2], v[3])};
+      Store<T>(to + c, Unzip<T, false>(even[0], even[1]));
+      Store<T>(to + slot_size + c, Unzip<T, false>(odd[0], odd[1]));
+      Store<T>(to + 2 * slot_size + c, Unzip<T, true>(even[0], even[1]));
+      Store<T>(to + 3 * slot_size + c, Unzip<T, true>(odd[0], odd[1]));
+    }
   } else {
-    for (int64_t i = 0; i < count; ++i) to[i] = LoadSome<T>(from + i * step, 1)[0];
-  }
-}
-
-// to[c * plane + i] = from[i * step + c], channels being neighbours
-template <class T, class E>
-JAXCONV_INLINE void CopyPixels(T* to, int64_t plane, const E* from, int64_t step, int64_t count,
-                               int64_t channels) {
-  constexpr int lanes = kLanes<T>;
-  for (int64_t c = 0; c < channels; c += lanes) {
-    const int64_t cs = Min(lanes, channels - c);
-    for (int64_t i = 0; i < count; i += lanes) {
-      const int64_t is = Min(lanes, count - i);
-      Vec<T> v[lanes];
-      if (is == lanes && cs == lanes) {
-#pragma GCC unroll 16
-        for (int l = 0; l < lanes; ++l) v[l] = Load<T>(from + (i + l) * step + c);
-        Transpose<T>(v);
-#pragma GCC unroll 16
-        for (int l = 0; l < lanes; ++l) Store<T>(to + (c + l) * plane + i, v[l]);
-      } else {
-        for (int l = 0; l < lanes; ++l) {
-          v[l] = l < is ? LoadSome<T>(from + (i + l) * step + c, cs) : Vec<T>{};
+    // Phases are to a row what channels are to pixels: squares of positions x phases.
+    for (int64_t s = 0; s < slots; s += lanes) {
+      const int64_t some = Min(lanes, slots - s);
+      for (int64_t c = 0; c < row.count; c += lanes) {
+        Vec<T> v[lanes];
+        for (int64_t l = 0; l < lanes; ++l) {
+          const int64_t e = row.first + (c + l) * step + r2 + s;
+          v[l] = LoadBetween<T>(from + e, -e, Min(size - e, some));
         }
         Transpose<T>(v);
-        for (int64_t l = 0; l < cs; ++l) StoreSome<T>(to + (c + l) * plane + i, v[l], is);
+        for (int64_t l = 0; l < some; ++l) Store<T>(to + (s + l) * slot_size + c, v[l]);
       }
     }
   }
 }
 
-template <class T>
-JAXCONV_INLINE void Zero(T* to, int64_t count) {
-  for (int64_t i = 0; i < count; ++i) to[i] = 0;
+// to[channel][c] for channels that are neighbours, `pixel` elements from one pixel to the next.
+template <class T, class E>
+JAXCONV_INLINE void PackPixels(const Row& row, const E* from, int64_t pixel, int64_t r2,
+                               int64_t channels, T* to, int64_t plane) {
+  constexpr int lanes = kLanes<T>;
+  for (int64_t k = 0; k < channels; k += lanes) {
+    const int64_t some = Min(lanes, channels - k);
+    for (int64_t c = 0; c < row.count; c += lanes) {
+      Vec<T> v[lanes];
+      const int64_t first = row.first + c * row.step + r2;
+      const int64_t last = first + (lanes - 1) * row.step;
+      if (some == lanes && first >= 0 && last < row.size) {
+#pragma GCC unroll 16
+        for (int l = 0; l < lanes; ++l) {
+          v[l] = Load<T>(from + (first + l * row.step) * pixel + k);
+        }
+        Transpose<T>(v);
+#pragma GCC unroll 16
+        for (int l = 0; l < lanes; ++l) Store<T>(to + (k + l) * plane + c, v[l]);
+        continue;
+      }
+      for (int64_t l = 0; l < lanes; ++l) {
+        const int64_t e = first + l * row.step;
+        v[l] = e < 0 || e >= row.size ? Vec<T>{} : LoadSome<T>(from + e * pixel + k, some);
+      }
+      Transpose<T>(v);
+      for (int64_t l = 0; l < some; ++l) Store<T>(to + (k + l) * plane + c, v[l]);
+    }
+  }
 }
 
 struct Source {
@@ -106,44 +141,51 @@ struct Source {
   const int64_t* step;
 };
 
-// Some channels of one phase of an operand, a plane each: the grid positions from `begin` on, `count`
-// of them along each axis, in rows of a box; zero outside the operand and between these positions.
+// Some channels of `slots` phases of an operand that differ in axis 2 alone, a plane each: the grid
+// positions from `begin` on, `count` of them along each axis, in rows of a box; zero outside the
+// operand and between these positions.
 template <class T, class E>
 void PackPlanes(const Source& source, bool channels_last, const E* from, int64_t n, int64_t channel,
-                int64_t channels, const int64_t* phase, const int64_t* begin, const int64_t* count,
-                const int64_t* box, T* to, int64_t plane) {
+                int64_t channels, const int64_t* phase, int64_t slots, const int64_t* begin,
+                const int64_t* count, const int64_t* box, T* to, int64_t plane) {
+  constexpr int lanes = kLanes<T>;
   const Distances& at = source.at;
-  int64_t first[3];  // of the operand's elements: position 0 of the box
-  for (int a = 0; a < 3; ++a) first[a] = begin[a] * source.step[a] + phase[a];
-  const Valid v0 = ValidOf(first[0], source.step[0], source.size[0], count[0]);
-  const Valid v1 = ValidOf(first[1], source.step[1], source.size[1], count[1]);
-  const Valid v2 = ValidOf(first[2], source.step[2], source.size[2], count[2]);
-  const auto zero = [&](int64_t b, int64_t e) {
-    for (int64_t c = 0; c < channels; ++c) Zero(to + c * plane + b, e - b);
-  };
+  const int64_t slot_size = channels * plane;
   const E* base = from + n * at.n + channel * at.c;
-  const int64_t pixel = source.step[2] * at.s[2];
-  int64_t done = 0;  // positions before it are written
-  for (int64_t a = v0.begin; a < v0.end; ++a) {
-    for (int64_t b = v1.begin; b < v1.end; ++b) {
-      if (v2.begin == v2.end) continue;
-      const int64_t q = (a * box[1] + b) * box[2] + v2.begin, some = v2.end - v2.begin;
-      const E* row = base + (first[0] + a * source.step[0]) * at.s[0] +
-                     (first[1] + b * source.step[1]) * at.s[1] + first[2] * at.s[2] +
-                     v2.begin * pixel;
-      if (done < q) zero(done, q);
+  const int64_t first = begin[2] * source.step[2], step = source.step[2];
+  const Row row{first, step, Min(source.size[2], first + count[2] * step), count[2]};
+  for (int64_t a = 0; a < count[0]; ++a) {
+    for (int64_t b = 0; b < box[1]; ++b) {
+      T* to_row = to + (a * box[1] + b) * box[2];
+      const int64_t e0 = (begin[0] + a) * source.step[0] + phase[0];
+      const int64_t e1 = (begin[1] + b) * source.step[1] + phase[1];
+      const bool outside =
+          e0 < 0 || e0 >= source.size[0] || e1 < 0 || e1 >= source.size[1] || b >= count[1];
+      if (outside) {
+        for (int64_t k = 0; k < slots * channels; ++k) {
+          for (int64_t c = 0; c < box[2]; c += lanes) Store<T>(to_row + k * plane + c, Vec<T>{});
+        }
+        continue;
+      }
+      const E* from_row = base + e0 * at.s[0] + e1 * at.s[1];
       if (channels_last) {
-        CopyPixels(to + q, plane, row, pixel, some, channels);
+        for (int64_t s = 0; s < slots; ++s) {
+          PackPixels(row, from_row, at.s[2], phase[2] + s, channels, to_row + s * slot_size, plane);
+        }
       } else {
-        for (int64_t c = 0; c < channels; ++c) {
-          CopyRow(to + c * plane + q, row + c * at.c, source.step[2], some);
+        for (int64_t k = 0; k < channels; ++k) {
+          PackRow(row, from_row + k * at.c, phase[2], slots, to_row + k * plane, slot_size);
         }
       }
-      done = q + some;
+      for (int64_t c = count[2] + (lanes - count[2] % lanes) % lanes; c < box[2]; c += lanes) {
+        for (int64_t k = 0; k < slots * channels; ++k) Store<T>(to_row + k * plane + c, Vec<T>{});
+      }
     }
   }
   // What is read past the last position must be finite, too.
-  zero(done, Min(plane, count[0] * box[1] * box[2] + kLanes<T>));
+  for (int64_t k = 0; k < slots * channels; ++k) {
+    Store<T>(to + k * plane + count[0] * box[1] * box[2], Vec<T>{});
+  }
 }
 
 template <class T, class Body>
@@ -176,10 +218,14 @@ void PackPanel(const PhasePlan& p, const void* src, int64_t n, int64_t group, in
   const Source source{p.src, p.src_size, p.src_step};
   WithElement<T>(p.in_type, [&](auto element) {
     using E = decltype(element);
-    for (int64_t s = s0; s < s1; ++s) {
+    for (int64_t s = s0, next; s < s1; s = next) {
+      for (next = s + 1; next < s1; ++next) {  // phases that differ in axis 2 alone, one by one
+        const int64_t *first = p.slots[s], *r = p.slots[next];
+        if (r[0] != first[0] || r[1] != first[1] || r[2] != first[2] + next - s) break;
+      }
       PackPlanes<T>(source, p.channels_last != 0, static_cast<const E*>(src), n, group * p.k + k0,
-                    channels, p.slots[s], begin, count, p.box, panel + (s - s0) * channels * p.plane,
-                    p.plane);
+                    channels, p.slots[s], next - s, begin, count, p.box,
+                    panel + (s - s0) * channels * p.plane, p.plane);
     }
   });
 }
@@ -436,16 +482,16 @@ void Correlate(const PhasePlan& p, const PhaseOperands& ops, int64_t task, void*
   T* panel = static_cast<T*>(scratch);
   T* sums = panel + p.panel_size;
   const int64_t tiles = p.tiles[0] * p.tiles[1] * p.tiles[2];
-  const int64_t split = task % p.m_splits;
-  const Tile tile = TileAt(p, task / p.m_splits % tiles);
+  const int64_t split = task % p.splits;
+  const Tile tile = TileAt(p, task / p.splits % tiles);
   const int64_t group_chunks = (p.groups + p.group_chunk - 1) / p.group_chunk;
-  const int64_t group = task / p.m_splits / tiles % group_chunks * p.group_chunk;
-  const int64_t n = task / p.m_splits / tiles / group_chunks;
+  const int64_t group = task / p.splits / tiles % group_chunks * p.group_chunk;
+  const int64_t n = task / p.splits / tiles / group_chunks;
   const int64_t groups = Min(p.group_chunk, p.groups - group);
 
   // The blocks of all groups of the task, one after the other.
-  const int64_t first_block = p.nblocks * split / p.m_splits;
-  const int64_t blocks = p.nblocks * (split + 1) / p.m_splits - first_block;
+  const int64_t first_block = p.nblocks * split / p.splits;
+  const int64_t blocks = p.nblocks * (split + 1) / p.splits - first_block;
   const int64_t span = tile.Span(p), step = p.dst_step[2];
   if (p.one_panel()) {
     PackPanel<T>(p, ops.src, n, group, groups, tile, 0, p.k, 0, p.nslots, panel);
@@ -569,21 +615,24 @@ void ContractRows(const T* x, int64_t row, const T* const* columns, int64_t ncol
   if (c < ncolumns) Contract<T, mr, 1>(x, row, columns + c, vectors, to + c, to_row);
 }
 
-// Task (group chunk, split of M, part): the part's share of the tiles of all images.
+// Task (group chunk, split of the source's channels, part): the part's share of the tiles of all images.
 template <class T>
 void WeightGrad(const PhasePlan& p, const PhaseOperands& ops, int64_t task, void* scratch) {
   T* panel = static_cast<T*>(scratch);
   T* rows = panel + p.panel_size;
-  const int64_t part = task % p.parts, split = task / p.parts % p.m_splits;
-  const int64_t group = task / p.parts / p.m_splits * p.group_chunk;
+  const int64_t part = task % p.parts, split = task / p.parts % p.splits;
+  const int64_t group = task / p.parts / p.splits * p.group_chunk;
   const int64_t groups = Min(p.group_chunk, p.groups - group);
-  const int64_t m0 = p.m * split / p.m_splits, ms = p.m * (split + 1) / p.m_splits - m0;
+  const int64_t k_begin = p.k * split / p.splits, k_end = p.k * (split + 1) / p.splits;
   const int64_t tiles = p.tiles[0] * p.tiles[1] * p.tiles[2], units = p.n * tiles;
 
   // dw[group][m][k][t] of the part
   const int64_t size = p.groups * p.m * p.k * p.ntaps, to_row = p.k * p.ntaps;
   T* sums = static_cast<T*>(ops.workspace) + part * size + group * p.m * to_row;
-  for (int64_t g = 0; g < groups; ++g) Zero(sums + (g * p.m + m0) * to_row, ms * to_row);
+  for (int64_t m = 0; m < groups * p.m; ++m) {
+    T* to = sums + m * to_row + k_begin * p.ntaps;
+    for (int64_t i = 0; i < (k_end - k_begin) * p.ntaps; ++i) to[i] = 0;
+  }
 
   constexpr int64_t kRowsInL1 = 16;
   constexpr int64_t lanes = kLanes<T>;
@@ -597,18 +646,19 @@ void WeightGrad(const PhasePlan& p, const PhaseOperands& ops, int64_t task, void
     WithElement<T>(p.in_type, [&](auto element) {
       using E = decltype(element);
       PackPlanes<T>(x_source, p.channels_last != 0, static_cast<const E*>(ops.dst), n,
-                    group * p.m + m0, groups * ms, whole, tile.begin, tile.size, p.box, rows, p.row);
+                    group * p.m, groups * p.m, whole, 1, tile.begin, tile.size, p.box, rows,
+                    p.row);
     });
-    for (int64_t k0 = 0; k0 < p.k; k0 += p.k_chunk) {
-      const int64_t ks = Min(p.k_chunk, p.k - k0);
+    for (int64_t k0 = k_begin; k0 < k_end; k0 += p.k_chunk) {
+      const int64_t ks = Min(p.k_chunk, k_end - k0);
       for (int64_t s0 = 0; s0 < p.nslots; s0 += p.slot_chunk) {
         const int64_t s1 = Min(s0 + p.slot_chunk, p.nslots);
         const TapRange t = TapsOf(p, 0, s0, s1);
         const int64_t taps = t.end - t.begin, slot_size = groups * ks * p.plane;
         PackPanel<T>(p, ops.src, n, group, groups, tile, k0, ks, s0, s1, panel);
         for (int64_t g = 0; g < groups; ++g) {
-          for (int64_t r0 = 0; r0 < ms; r0 += kRowsInL1) {
-            const int64_t r1 = Min(r0 + kRowsInL1, ms);
+          for (int64_t r0 = 0; r0 < p.m; r0 += kRowsInL1) {
+            const int64_t r1 = Min(r0 + kRowsInL1, p.m);
             const int64_t mr = r1 - r0 >= kMaxRows ? kMaxRows : r1 - r0 >= 2 ? 2 : 1;
             const int64_t nr = Columns(static_cast<int>(mr));
             // A column is a tap of a source channel: neighbours read nearly the same of the panel.
@@ -620,12 +670,12 @@ void WeightGrad(const PhasePlan& p, const PhaseOperands& ops, int64_t task, void
                 const int64_t k = (c0 + c) / taps;
                 const Tap& tap = p.taps[t.begin + (c0 + c) % taps];
                 from[c] = panel + (tap.slot - s0) * slot_size + (g * ks + k) * p.plane + tap.rel;
-                to[c] = sums + (g * p.m + m0 + r0) * to_row + (k0 + k) * p.ntaps + tap.t;
+                to[c] = sums + (g * p.m + r0) * to_row + (k0 + k) * p.ntaps + tap.t;
               }
               int64_t r = r0;
               const auto run = [&](auto kernel, int64_t count) {
                 for (; r + count <= r1; r += count) {
-                  kernel(rows + (g * ms + r) * p.row, p.row, from, columns, vectors, to, to_row);
+                  kernel(rows + (g * p.m + r) * p.row, p.row, from, columns, vectors, to, to_row);
                   for (int64_t c = 0; c < columns; ++c) to[c] += count * to_row;
                 }
               };

@@ -65,7 +65,9 @@ struct PhasePlan {
   int64_t slot_chunk, k_chunk;       // a panel holds so many source phases and channels a group
   const Block* blocks;               // of a group
   int64_t nblocks, group_chunk;      // a task does so many groups ...
-  int64_t m_splits;                  // ... and, if that is one group, this part of its blocks
+  // ... and, if that is one group, one of so many parts of its blocks; in the weight gradient, of
+  // its source channels.
+  int64_t splits;
   int64_t acc_blocks;                // blocks computed before their sums are stored
   int64_t wg, wk, wm;                // strides of the weight along groups, source and destination
   int64_t parts;                     // weight gradient: sums over parts of the tiles

@@ -68,8 +68,7 @@ void SetTiles(Plan& plan, int64_t target, int64_t lanes) {
                       (p.box[1] * 3 <= p.tile[1] * 4 || p.tile[1] * p.box[2] < 4 * lanes);
   cut(0, planes ? target / (p.box[1] * p.box[2]) : 1);
   p.plane = Spread(p.box[0] * p.box[1] * p.box[2] + lanes);
-  const int64_t span = ((p.tile[0] - 1) * p.box[1] + p.tile[1] - 1) * p.box[2] + p.tile[2];
-  p.row = Spread(CeilDiv(span, lanes) * lanes);
+  p.row = Spread(p.tile[0] * p.box[1] * p.box[2] + lanes);
 }
 
 Plan PlanOf(const Problem& problem, const PhaseKernels& kernels) {
@@ -171,39 +170,42 @@ Plan PlanOf(const Problem& problem, const PhaseKernels& kernels) {
     const int64_t tasks = p.n * plan.GroupChunks() * plan.Tiles() * (sums_w ? 1 : p.nblocks);
     if (fits && tasks >= kTasks) break;
   }
-  const auto panel_bytes = [&](int64_t slots, int64_t k) {
-    return slots * p.group_chunk * k * p.plane * size;
-  };
-  p.slot_chunk = std::max<int64_t>(p.nslots, 1);
-  p.k_chunk = std::max<int64_t>(p.k, 1);
-  if (panel_bytes(p.slot_chunk, p.k_chunk) > kPanelBytes) {
-    p.slot_chunk = std::max<int64_t>(kPanelBytes / panel_bytes(1, p.k), 1);
-    if (panel_bytes(1, p.k) > kPanelBytes) {
-      p.group_chunk = 1;
-      p.k_chunk = std::clamp<int64_t>(kPanelBytes / panel_bytes(1, 1), 1, p.k);
-    }
-  }
-
-  // Tasks, and what they add up before it is stored.
   const int64_t tasks = p.n * plan.GroupChunks() * plan.Tiles();
-  p.m_splits = 1;
+  p.splits = 1;
   p.parts = 1;
   if (sums_w) {
     const int64_t parts = 1 + problem.YElements() / 10 / std::max<int64_t>(problem.WElements(), 1);
     const int64_t wanted = std::max<int64_t>(64 / plan.GroupChunks(), 1);
     p.parts = std::max<int64_t>(std::min({parts, p.n * plan.Tiles(), wanted}), 1);
     if (p.group_chunk == 1) {
-      p.m_splits = std::clamp<int64_t>(kTasks / (plan.GroupChunks() * p.parts), 1,
-                                       std::max<int64_t>(p.m / 16, 1));
+      p.splits = std::clamp<int64_t>(kTasks / (plan.GroupChunks() * p.parts), 1,
+                                     std::max<int64_t>(p.k / 8, 1));
     }
-    p.acc_size = CeilDiv(p.m, p.m_splits) * p.group_chunk * p.row;
+  }
+  // What of the source does not fit is read in pieces.
+  const auto panel_bytes = [&](int64_t slots, int64_t k) {
+    return slots * p.group_chunk * k * p.plane * size;
+  };
+  p.slot_chunk = std::max<int64_t>(p.nslots, 1);
+  p.k_chunk = CeilDiv(std::max<int64_t>(p.k, 1), sums_w ? p.splits : 1);
+  if (panel_bytes(p.slot_chunk, p.k_chunk) > kPanelBytes) {
+    p.slot_chunk = std::max<int64_t>(kPanelBytes / panel_bytes(1, p.k_chunk), 1);
+    if (panel_bytes(1, p.k_chunk) > kPanelBytes) {
+      p.group_chunk = 1;
+      p.k_chunk = std::clamp<int64_t>(kPanelBytes / panel_bytes(1, 1), 1, p.k_chunk);
+    }
+  }
+
+  // What is added up before it is stored.
+  if (sums_w) {
+    p.acc_size = p.m * p.group_chunk * p.row;
   } else {
     if (p.group_chunk == 1) {
       const int64_t most = problem.channels_last ? p.m / 16 : p.nblocks;
-      p.m_splits = std::clamp<int64_t>(CeilDiv(kTasks, std::max<int64_t>(tasks, 1)), 1,
+      p.splits = std::clamp<int64_t>(CeilDiv(kTasks, std::max<int64_t>(tasks, 1)), 1,
                                        std::max<int64_t>(most, 1));
     }
-    const int64_t blocks = p.group_chunk * CeilDiv(p.nblocks, p.m_splits);
+    const int64_t blocks = p.group_chunk * CeilDiv(p.nblocks, p.splits);
     const int64_t block_bytes = std::min(kernels.max_mr, p.m) * p.dst_step[2] * p.row * size;
     if (p.group_chunk > 1) {
       p.acc_blocks = blocks;
@@ -264,7 +266,7 @@ void LaunchCorrelate(const Problem& problem, const Operands& ops, const Parallel
   Plan plan = PlanOf(problem, kernels);
   const PhasePlan& p = Bound(plan);
   const bool forward = problem.pass == Pass::kForward;
-  const int64_t tasks = p.n * plan.GroupChunks() * plan.Tiles() * p.m_splits;
+  const int64_t tasks = p.n * plan.GroupChunks() * plan.Tiles() * p.splits;
   if (problem.YElements() * problem.XElements() == 0 && tasks == 0) return;
   const int64_t pack_tasks = std::clamp<int64_t>(problem.WElements() >> 14, 1, 64);
   parallel.For(pack_tasks, [&](int64_t task) {
@@ -283,7 +285,7 @@ void LaunchWeightGrad(const Problem& problem, const Operands& ops, const Paralle
   void* sums = SumsAreResult(problem, plan) ? ops.out : ops.workspace;
   // x is only read, though it is called a destination.
   const PhaseOperands operands{ops.y, nullptr, const_cast<void*>(ops.x), sums};
-  parallel.For(plan.GroupChunks() * p.m_splits * p.parts, [&](int64_t task) {
+  parallel.For(plan.GroupChunks() * p.splits * p.parts, [&](int64_t task) {
     kernels.weight_grad(p, operands, task, Scratch(bytes));
   });
   if (sums == ops.out) return;

@@ -118,14 +118,9 @@ JAXCONV_INLINE void Store(E* to, Vec<T> v) {
   }
 }
 
-// The first `count` elements, if there are not more lanes; the other lanes are zero. AVX-512 has
-// instructions for it; elsewhere elements go through the stack.
-template <class T, class E>
-JAXCONV_INLINE Vec<T> LoadSome(const E* from, int64_t count) {
-  if (count >= kLanes<T>) return Load<T>(from);
-  if (count <= 0) return Vec<T>{};
 #if defined(__AVX512F__)
-  const uint32_t mask = (uint32_t{1} << count) - 1;
+template <class T, class E>
+JAXCONV_INLINE Vec<T> LoadMasked(const E* from, uint32_t mask) {
   if constexpr (sizeof(E) == 8) {
     return _mm512_maskz_loadu_pd(static_cast<__mmask8>(mask), from);
   } else if constexpr (sizeof(E) == 4) {
@@ -134,9 +129,36 @@ JAXCONV_INLINE Vec<T> LoadSome(const E* from, int64_t count) {
     const __m256i h = _mm256_maskz_loadu_epi16(static_cast<__mmask16>(mask), from);
     return Widen(reinterpret_cast<F32::half>(h), E{});
   }
+}
+#endif
+
+// The first `count` elements, if there are not more lanes; the other lanes are zero. AVX-512 has
+// instructions for it; elsewhere elements go through the stack.
+template <class T, class E>
+JAXCONV_INLINE Vec<T> LoadSome(const E* from, int64_t count) {
+  if (count >= kLanes<T>) return Load<T>(from);
+  if (count <= 0) return Vec<T>{};
+#if defined(__AVX512F__)
+  return LoadMasked<T>(from, (uint32_t{1} << count) - 1);
 #else
   E some[kLanes<T>] = {};
   for (int64_t i = 0; i < count; ++i) some[i] = from[i];
+  return Load<T>(some);
+#endif
+}
+
+// The elements from `begin` on and before `end`; the other lanes are zero, and not read.
+template <class T, class E>
+JAXCONV_INLINE Vec<T> LoadBetween(const E* from, int64_t begin, int64_t end) {
+  if (begin <= 0) return LoadSome<T>(from, end);
+  if (begin >= end || begin >= kLanes<T>) return Vec<T>{};
+#if defined(__AVX512F__)
+  const int64_t stop = end < kLanes<T> ? end : kLanes<T>;
+  const uint32_t mask = (uint32_t{1} << stop) - (uint32_t{1} << begin);
+  return LoadMasked<T>(from, mask);
+#else
+  E some[kLanes<T>] = {};
+  for (int64_t i = begin; i < kLanes<T> && i < end; ++i) some[i] = from[i];
   return Load<T>(some);
 #endif
 }
