@@ -40,6 +40,13 @@ def _cuda_device() -> Any:
         return None
 
 
+@pytest.fixture(autouse=True, scope="module")
+def forget_compiled_functions():
+    """Thousands of compiled problems would fill the memory."""
+    yield
+    jax.clear_caches()
+
+
 @pytest.fixture(scope="session")
 def cuda_missing(request: pytest.FixtureRequest):
     """Called with what a test on CUDA lacks: skips it, or fails it under --require-cuda."""

@@ -114,6 +114,7 @@ def test_highest_precision(platform, c):
 def test_random(platform, channels_last, c, dtype):
     hypothesis.assume(cases.work(c) < 3e6)
     check(platform, c, dtype, channels_last)
+    run.clear_cache()  # thousands of compiled problems would fill the memory
 
 
 @pytest.mark.parametrize("c", CASES[:12], ids=case_id)

@@ -70,7 +70,7 @@ def test_what_is_forced_and_cannot_run_is_an_error():
     cases = [
         ("tpu", {"implementation": "cuda"}, "no kernels for this platform"),
         ("tpu", {"implementation": "direct"}, "no kernels for this platform"),
-        ("cpu", {"implementation": "nonsense"}, "its kernels: direct takes it"),
+        ("cpu", {"implementation": "nonsense"}, "its kernels: .*direct takes it"),
     ]
     for platform, arguments, message in cases:
         with pytest.raises(ValueError, match=message):
