@@ -24,11 +24,20 @@ def case_id(c: Case) -> str:
     return c.name
 
 
-@functools.partial(jax.jit, static_argnames=("result", "spec"))
-def run(result: Role, spec: ConvSpec, a: jax.Array, b: jax.Array, bias: jax.Array | None = None):
+Arrays = dict[str, jax.Array]
+
+
+def apply(result: Role, spec: ConvSpec, arrays: Arrays) -> jax.Array:
+    a, b = (arrays[role] for role in primitive.OPERANDS[result])
     if result == "y":
-        return primitive.forward(a, b, bias, spec)
+        return primitive.forward(a, b, arrays.get("bias"), spec)
     return (primitive.input_grad if result == "x" else primitive.weight_grad)(a, b, spec)
+
+
+@functools.partial(jax.jit, static_argnames="calls")
+def run(calls: tuple[tuple[Role, ConvSpec], ...], arrays: Arrays) -> list[jax.Array]:
+    """Several operations in one executable, since it is compiling that takes the time."""
+    return [apply(result, spec, arrays) for result, spec in calls]
 
 
 def kernels(platform: str, result: Role, c: Case, dtype: str, spec: ConvSpec) -> list[str]:
@@ -55,32 +64,30 @@ def check(
     tf32 = platform == "cuda" and dtype == "float32" and precision is None
     x, w, y, bias = (np.asarray(jnp.asarray(a, dtype), np.float64) for a in c.arrays())
     bias = np.asarray(jnp.asarray(bias, out_dtype), np.float64)
-    arrays, definition = {"x": x, "w": w, "y": y}, c.definition()
-
-    def device(role: Role) -> jax.Array:
-        a = jnp.asarray(arrays[role], dtype)
-        return cases.last(a, c.rank) if channels_last and role != "w" else a
+    wide_arrays, definition = {"x": x, "w": w, "y": y}, c.definition()
+    arrays = {
+        role: jnp.asarray(np.moveaxis(a, 1, -1) if channels_last and role != "w" else a, dtype)
+        for role, a in wide_arrays.items()
+    }
+    arrays["bias"] = jnp.asarray(bias, out_dtype)
+    names = {result: kernels(platform, result, c, dtype, spec) for result in ROLES}
+    calls = tuple((r, spec.replace(implementation=name)) for r in ROLES for name in names[r])
+    outputs = run(calls, arrays)
 
     for result in ROLES:
-        a, b = primitive.OPERANDS[result]
+        assert "direct" in names[result]
+        a, b = (wide_arrays[role] for role in primitive.OPERANDS[result])
         operation = getattr(definition, result)
         added = bias.reshape(-1, *(1,) * c.rank) if result == "y" else np.zeros(())
-        wanted = operation(arrays[a], arrays[b]) + added
-        allowed = oracle.bound(
-            operation, arrays[a], arrays[b], dtype, out_dtype, tf32=tf32, added=added
-        )
-        names = kernels(platform, result, c, dtype, spec)
-        assert "direct" in names
-        for name in names:
-            operands = [device(a), device(b)]
-            if result == "y":
-                operands.append(jnp.asarray(bias, out_dtype))
-            out = run(result, spec.replace(implementation=name), *operands)
-            assert out.dtype == out_dtype
-            out = cases.first(out, c.rank) if channels_last and result != "w" else out
-            oracle.assert_within(
-                np.asarray(out, np.float64), wanted, allowed, f"{platform} {result} by {name}: {c}"
-            )
+        wanted = operation(a, b) + added
+        allowed = oracle.bound(operation, a, b, dtype, out_dtype, tf32=tf32, added=added)
+        for (role, forced), out in zip(calls, outputs, strict=True):
+            if role == result:
+                assert out.dtype == out_dtype
+                value = np.asarray(out, np.float64)
+                value = np.moveaxis(value, -1, 1) if channels_last and result != "w" else value
+                what = f"{platform} {result} by {forced.implementation}: {c}"
+                oracle.assert_within(value, wanted, allowed, what)
 
 
 @pytest.mark.parametrize("channels_last", [False, True], ids=["first", "last"])
@@ -114,17 +121,16 @@ def test_highest_precision(platform, c):
 def test_random(platform, channels_last, c, dtype):
     hypothesis.assume(cases.work(c) < 3e6)
     check(platform, c, dtype, channels_last)
-    run.clear_cache()  # thousands of compiled problems would fill the memory
+    jax.clear_caches()  # thousands of compiled problems would fill the memory
 
 
 @pytest.mark.parametrize("c", CASES[:12], ids=case_id)
 def test_same_bits_in_every_run(platform, c):
-    x, w, y, _ = (jnp.asarray(a, jnp.float32) for a in c.arrays())
-    arrays = {"x": x, "w": w, "y": y}
-    for result in ROLES:
-        a, b = (arrays[role] for role in primitive.OPERANDS[result])
-        once, twice = run(result, c.spec(), a, b), run(result, c.spec(), a + 0, b + 0)
-        np.testing.assert_array_equal(np.asarray(once), np.asarray(twice))
+    arrays = dict(zip("xwy", (jnp.asarray(a, jnp.float32) for a in c.arrays()[:3]), strict=True))
+    calls = tuple((result, c.spec()) for result in ROLES)
+    once, twice = run(calls, arrays), run(calls, {role: a + 0 for role, a in arrays.items()})
+    for first, second in zip(once, twice, strict=True):
+        np.testing.assert_array_equal(np.asarray(first), np.asarray(second))
 
 
 @pytest.mark.parametrize("result", ROLES)
@@ -132,11 +138,11 @@ def test_stack_shares_operands_of_size_1(platform, result):
     c = cases.case("", 2, 4, 6, 2, (4, 5), 3, 2, 1, 1)
     rng = np.random.default_rng(1)
     shapes = {"x": c.x_shape, "w": c.w_shape, "y": c.y_shape}
-    a, b = (shapes[role] for role in primitive.OPERANDS[result])
-    first = rng.standard_normal((3, 1, *a))
-    second = rng.standard_normal((1, 2, *b))
-    out = run(result, c.spec(stack=2), jnp.asarray(first), jnp.asarray(second))
+    first, second = primitive.OPERANDS[result]
+    a = jnp.asarray(rng.standard_normal((3, 1, *shapes[first])))
+    b = jnp.asarray(rng.standard_normal((1, 2, *shapes[second])))
+    (out,) = run(((result, c.spec(stack=2)),), {first: a, second: b})
     for i in range(3):
         for j in range(2):
-            wanted = run(result, c.spec(), jnp.asarray(first[i, 0]), jnp.asarray(second[0, j]))
+            (wanted,) = run(((result, c.spec()),), {first: a[i, 0], second: b[0, j]})
             np.testing.assert_array_equal(np.asarray(out[i, j]), np.asarray(wanted))
