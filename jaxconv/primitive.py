@@ -22,6 +22,7 @@ from jax import lax
 from jax.core import ShapedArray
 from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, mlir, xla
+from jax.sharding import PartitionSpec
 
 from jaxconv import ffi, reference
 from jaxconv.spec import ConvSpec, Role, channel_axis, result_shape, widest
@@ -42,18 +43,18 @@ _FORWARD_BIAS = Primitive("jaxconv_forward_bias")
 def forward(x: jax.Array, w: jax.Array, bias: jax.Array | None, spec: ConvSpec) -> jax.Array:
     """y (*stack, *batch, co, *o) from x, w and a bias (*stack, co) of y's dtype."""
     if bias is None:
-        return _PRIMITIVES["y"].bind(x, w, spec=spec)
-    return _FORWARD_BIAS.bind(x, w, bias, spec=spec)
+        return _PRIMITIVES["y"].bind(*vary_together(x, w), spec=spec)
+    return _FORWARD_BIAS.bind(*vary_together(x, w, bias), spec=spec)
 
 
 def input_grad(y: jax.Array, w: jax.Array, spec: ConvSpec) -> jax.Array:
     """x (*stack, *batch, ci, *i) from y, such as the cotangent of a forward's result, and w."""
-    return _PRIMITIVES["x"].bind(y, w, spec=spec)
+    return _PRIMITIVES["x"].bind(*vary_together(y, w), spec=spec)
 
 
 def weight_grad(x: jax.Array, y: jax.Array, spec: ConvSpec) -> jax.Array:
     """w (*stack, ci, co // g, *k) from x and y; the sum runs over the batch."""
-    return _PRIMITIVES["w"].bind(x, y, spec=spec)
+    return _PRIMITIVES["w"].bind(*vary_together(x, y), spec=spec)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -64,7 +65,24 @@ def _abstract(result: Role, a: Any, b: Any, *bias: Any, spec: ConvSpec) -> Shape
     if a.dtype != b.dtype:
         raise TypeError(f"jaxconv {ffi.PASS_NAME[result]}: dtypes {a.dtype} and {b.dtype} differ")
     dtype = a.dtype if spec.out_dtype is None else spec.out_dtype
-    return ShapedArray(result_shape(result, a.shape, b.shape, spec), dtype)
+    shape = result_shape(result, a.shape, b.shape, spec)
+    if a.sharding.mesh.empty:
+        return ShapedArray(shape, dtype)
+    # Inside shard_map the result varies along the mesh axes along which the operands do (all along
+    # the same ones: see vary_together); nothing else is known of how it is sharded.
+    sharding = a.sharding.update(spec=PartitionSpec(*(None,) * len(shape)))
+    return ShapedArray(shape, dtype, sharding=sharding, manual_axis_type=a.manual_axis_type)
+
+
+def vary_together(*arrays: jax.Array) -> tuple[jax.Array, ...]:
+    """Inside shard_map: casts arrays to vary along every mesh axis along which one of them does, so
+    that the gradient of one that does not (a replicated weight) is summed over those axes."""
+    varying = [jax.typeof(a).manual_axis_type.varying for a in arrays]
+    union = frozenset().union(*varying)
+    return tuple(
+        lax.pcast(a, tuple(sorted(union - v)), to="varying") if union - v else a
+        for a, v in zip(arrays, varying, strict=True)
+    )
 
 
 # ---------------------------------------------------------------------------------------------

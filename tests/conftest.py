@@ -5,6 +5,10 @@ from typing import Any
 
 # Before jaxconv is loaded: kernels get outputs and workspaces full of NaN.
 os.environ["JAXCONV_POISON"] = "1"
+# Four devices to share work among, on any machine.
+os.environ["XLA_FLAGS"] = (
+    os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=4"
+)
 
 import hypothesis
 import jax
