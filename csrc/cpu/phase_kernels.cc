@@ -1,5 +1,7 @@
 // The "phases" kernels, compiled once for each instruction set. See phase_plan.h for what they
 // compute and why nothing here may be shared with other files.
+#include <type_traits>
+
 #include "cpu/phase_plan.h"
 #include "cpu/vec.h"
 
@@ -46,67 +48,97 @@ Valid ValidOf(int64_t at, int64_t step, int64_t size, int64_t count) {
   return {b, Max(b, Min(end, count))};
 }
 
-// A row of an operand and the grid positions wanted of it: position c of phase r2 is element
+// Rows of an operand and the grid positions wanted of each: position c of phase r2 is element
 // first + c * step + r2, where 0 <= element < size, and zero elsewhere. The size is cut so that
 // positions from `count` on are zero.
 struct Row {
   int64_t first, step, size, count;
 };
 
-// to[slot][c] for `slots` consecutive phases from r2 on. Whole vectors are written: what comes
-// after the row must be written later.
-template <class T, class E>
-JAXCONV_INLINE void PackRow(const Row& row, const E* from, int64_t r2, int64_t slots, T* to,
-                            int64_t slot_size) {
+constexpr int64_t kMaxMasks = 4096;  // a row's positions are fewer: see Refuse in phases.cc
+
+// What lies in the operand of each vector that is read of a row, from element `first` on.
+template <class T>
+void SetMasks(const Row& row, uint32_t* masks) {
   constexpr int lanes = kLanes<T>;
-  const int64_t size = row.size, step = row.step;
-  if (step == 1) {
-    for (int64_t c = 0, e = row.first; c < row.count; c += lanes, e += lanes) {
-      Store<T>(to + c, LoadBetween<T>(from + e, -e, size - e));
-    }
-  } else if (step == 2) {
-    T* even = r2 == 0 ? to : nullptr;
-    T* odd = r2 == 0 ? (slots == 2 ? to + slot_size : nullptr) : to;
-    for (int64_t c = 0, e = row.first; c < row.count; c += lanes, e += 2 * lanes) {
-      const Vec<T> a = LoadBetween<T>(from + e, -e, size - e);
-      const Vec<T> b = LoadBetween<T>(from + e + lanes, -e - lanes, size - e - lanes);
-      if (even != nullptr) Store<T>(even + c, Unzip<T, false>(a, b));
-      if (odd != nullptr) Store<T>(odd + c, Unzip<T, true>(a, b));
-    }
-  } else if (step == 4 && slots == 4) {
-    for (int64_t c = 0, e = row.first; c < row.count; c += lanes, e += 4 * lanes) {
-      Vec<T> v[4];
-      for (int i = 0; i < 4; ++i) {
-        const int64_t at = e + i * lanes;
-        v[i] = LoadBetween<T>(from + at, -at, size - at);
+  const int64_t vectors = (row.count + lanes - 1) / lanes * row.step;
+  for (int64_t v = 0; v < vectors; ++v) {
+    const int64_t e = row.first + v * lanes;
+    masks[v] = MaskOf<T>(-e, row.size - e);
+  }
+}
+
+// `inside`: whole vectors lie in the operand's memory, if not in the row.
+template <class T, bool inside, class E>
+JAXCONV_INLINE Vec<T> LoadOfRow(const E* from, uint32_t mask) {
+  return inside ? Masked<T>(Load<T>(from), mask) : LoadMasked<T>(from, mask);
+}
+
+// to[c]: whole vectors are written, so what comes after the row must be written later.
+template <class T, bool inside, class E>
+__attribute__((noinline)) void PackRow1(const E* from, int64_t count, const uint32_t* masks,
+                                        T* to) {
+  constexpr int lanes = kLanes<T>;
+  for (int64_t c = 0; c < count; c += lanes) {
+    Store<T>(to + c, LoadOfRow<T, inside>(from + c, *masks++));
+  }
+}
+
+// The same for both phases of step 2; null: not wanted.
+template <class T, bool inside, class E>
+__attribute__((noinline)) void PackRow2(const E* from, int64_t count, const uint32_t* masks,
+                                        T* even, T* odd) {
+  constexpr int lanes = kLanes<T>;
+  for (int64_t c = 0; c < count; c += lanes) {
+    const Vec<T> a = LoadOfRow<T, inside>(from + 2 * c, masks[0]);
+    const Vec<T> b = LoadOfRow<T, inside>(from + 2 * c + lanes, masks[1]);
+    if (even != nullptr) Store<T>(even + c, Unzip<T, false>(a, b));
+    if (odd != nullptr) Store<T>(odd + c, Unzip<T, true>(a, b));
+    masks += 2;
+  }
+}
+
+// The same for the four phases of step 4.
+template <class T, bool inside, class E>
+__attribute__((noinline)) void PackRow4(const E* from, int64_t count, const uint32_t* masks, T* to,
+                                        int64_t slot_size) {
+  constexpr int lanes = kLanes<T>;
+  for (int64_t c = 0; c < count; c += lanes) {
+    Vec<T> v[4];
+#pragma GCC unroll 4
+    for (int i = 0; i < 4; ++i) v[i] = LoadOfRow<T, inside>(from + 4 * c + i * lanes, *masks++);
+    const Vec<T> even[2] = {Unzip<T, false>(v[0], v[1]), Unzip<T, false>(v[2], v[3])};
+    const Vec<T> odd[2] = {Unzip<T, true>(v[0], v[1]), Unzip<T, true>(v[2], v[3])};
+    Store<T>(to + c, Unzip<T, false>(even[0], even[1]));
+    Store<T>(to + slot_size + c, Unzip<T, false>(odd[0], odd[1]));
+    Store<T>(to + 2 * slot_size + c, Unzip<T, true>(even[0], even[1]));
+    Store<T>(to + 3 * slot_size + c, Unzip<T, true>(odd[0], odd[1]));
+  }
+}
+
+// The same for any step and `slots` consecutive phases from r2 on: phases are to a row what
+// channels are to pixels, and squares of positions x phases are transposed.
+template <class T, class E>
+__attribute__((noinline)) void PackRowN(const Row& row, const E* from, int64_t r2, int64_t slots,
+                                        T* to, int64_t slot_size) {
+  constexpr int lanes = kLanes<T>;
+  for (int64_t s = 0; s < slots; s += lanes) {
+    const int64_t some = Min(lanes, slots - s);
+    for (int64_t c = 0; c < row.count; c += lanes) {
+      Vec<T> v[lanes];
+      for (int64_t l = 0; l < lanes; ++l) {
+        const int64_t e = row.first + (c + l) * row.step + r2 + s;
+        v[l] = LoadMasked<T>(from + e, MaskOf<T>(-e, Min(row.size - e, some)));
       }
-      const Vec<T> even[2] = {Unzip<T, false>(v[0], v[1]), Unzip<T, false>(v[2], v[3])};
-      const Vec<T> odd[2] = {Unzip<T, true>(v[0], v[1]), Unzip<T, true>(v[2], v[3])};
-      Store<T>(to + c, Unzip<T, false>(even[0], even[1]));
-      Store<T>(to + slot_size + c, Unzip<T, false>(odd[0], odd[1]));
-      Store<T>(to + 2 * slot_size + c, Unzip<T, true>(even[0], even[1]));
-      Store<T>(to + 3 * slot_size + c, Unzip<T, true>(odd[0], odd[1]));
-    }
-  } else {
-    // Phases are to a row what channels are to pixels: squares of positions x phases.
-    for (int64_t s = 0; s < slots; s += lanes) {
-      const int64_t some = Min(lanes, slots - s);
-      for (int64_t c = 0; c < row.count; c += lanes) {
-        Vec<T> v[lanes];
-        for (int64_t l = 0; l < lanes; ++l) {
-          const int64_t e = row.first + (c + l) * step + r2 + s;
-          v[l] = LoadBetween<T>(from + e, -e, Min(size - e, some));
-        }
-        Transpose<T>(v);
-        for (int64_t l = 0; l < some; ++l) Store<T>(to + (s + l) * slot_size + c, v[l]);
-      }
+      Transpose<T>(v);
+      for (int64_t l = 0; l < some; ++l) Store<T>(to + (s + l) * slot_size + c, v[l]);
     }
   }
 }
 
 // to[channel][c] for channels that are neighbours, `pixel` elements from one pixel to the next.
 template <class T, class E>
-JAXCONV_INLINE void PackPixels(const Row& row, const E* from, int64_t pixel, int64_t r2,
+__attribute__((noinline)) void PackPixels(const Row& row, const E* from, int64_t pixel, int64_t r2,
                                int64_t channels, T* to, int64_t plane) {
   constexpr int lanes = kLanes<T>;
   for (int64_t k = 0; k < channels; k += lanes) {
@@ -139,14 +171,15 @@ struct Source {
   const Distances& at;
   const int64_t* size;
   const int64_t* step;
+  int64_t elements;
 };
 
-// Some channels of `slots` phases of an operand that differ in axis 2 alone, a plane each: the grid
-// positions from `begin` on, `count` of them along each axis, in rows of a box; zero outside the
-// operand and between these positions.
+// Some channels of the phases [s0, s1) of an operand, a plane each: the grid positions from `begin`
+// on, `count` of them along each axis, in rows of a box; zero outside the operand and between these
+// positions. The operand is read in the order in which it lies in memory, as far as possible.
 template <class T, class E>
 void PackPlanes(const Source& source, bool channels_last, const E* from, int64_t n, int64_t channel,
-                int64_t channels, const int64_t* phase, int64_t slots, const int64_t* begin,
+                int64_t channels, const Slot* slots, int64_t s0, int64_t s1, const int64_t* begin,
                 const int64_t* count, const int64_t* box, T* to, int64_t plane) {
   constexpr int lanes = kLanes<T>;
   const Distances& at = source.at;
@@ -154,36 +187,74 @@ void PackPlanes(const Source& source, bool channels_last, const E* from, int64_t
   const E* base = from + n * at.n + channel * at.c;
   const int64_t first = begin[2] * source.step[2], step = source.step[2];
   const Row row{first, step, Min(source.size[2], first + count[2] * step), count[2]};
-  for (int64_t a = 0; a < count[0]; ++a) {
-    for (int64_t b = 0; b < box[1]; ++b) {
-      T* to_row = to + (a * box[1] + b) * box[2];
-      const int64_t e0 = (begin[0] + a) * source.step[0] + phase[0];
-      const int64_t e1 = (begin[1] + b) * source.step[1] + phase[1];
-      const bool outside =
-          e0 < 0 || e0 >= source.size[0] || e1 < 0 || e1 >= source.size[1] || b >= count[1];
-      if (outside) {
-        for (int64_t k = 0; k < slots * channels; ++k) {
-          for (int64_t c = 0; c < box[2]; c += lanes) Store<T>(to_row + k * plane + c, Vec<T>{});
+  const int64_t read = (row.count + lanes - 1) / lanes * lanes * step;  // of a row, in whole vectors
+  uint32_t masks[kMaxMasks];
+  if (!channels_last && (step <= 2 || step == 4)) SetMasks<T>(row, masks);
+  // Channels first, one channel after the other; channels last, all channels of a pixel at once.
+  const int64_t outer = channels_last ? 1 : channels, inner = channels_last ? channels : 1;
+
+  const auto pack_row = [&](int64_t k, int64_t a, int64_t b, int64_t s, int64_t s_end) {
+    const int64_t* phase = slots[s].phase;
+    const int64_t e0 = (begin[0] + a) * source.step[0] + phase[0];
+    const int64_t e1 = (begin[1] + b) * source.step[1] + phase[1];
+    T* to_row = to + (s - s0) * slot_size + k * plane + (a * box[1] + b) * box[2];
+    const auto zero_from = [&](int64_t column) {
+      for (int64_t i = 0; i < s_end - s; ++i) {
+        for (int64_t j = 0; j < inner; ++j) {
+          T* zero = to_row + i * slot_size + j * plane;
+          for (int64_t c = column; c < box[2]; c += lanes) Store<T>(zero + c, Vec<T>{});
         }
-        continue;
       }
-      const E* from_row = base + e0 * at.s[0] + e1 * at.s[1];
-      if (channels_last) {
-        for (int64_t s = 0; s < slots; ++s) {
-          PackPixels(row, from_row, at.s[2], phase[2] + s, channels, to_row + s * slot_size, plane);
+    };
+    if (e0 < 0 || e0 >= source.size[0] || e1 < 0 || e1 >= source.size[1] || b >= count[1]) {
+      zero_from(0);
+      return;
+    }
+    const E* from_row = base + k * at.c + e0 * at.s[0] + e1 * at.s[1];
+    if (channels_last) {
+      for (int64_t i = 0; i < s_end - s; ++i) {
+        PackPixels(row, from_row, at.s[2], phase[2] + i, channels, to_row + i * slot_size, plane);
+      }
+    } else {
+      const int64_t r2 = phase[2], some = s_end - s;
+      const E* begins = from_row + first;
+      const bool inside = begins >= from && begins + read <= from + source.elements;
+      const auto pack = [&](auto is_inside) {
+        constexpr bool kInside = decltype(is_inside)::value;
+        if (step == 1) {
+          PackRow1<T, kInside>(begins, row.count, masks, to_row);
+        } else if (step == 2) {
+          T* odd = r2 == 1 ? to_row : some == 2 ? to_row + slot_size : nullptr;
+          PackRow2<T, kInside>(begins, row.count, masks, r2 == 0 ? to_row : nullptr, odd);
+        } else {
+          PackRow4<T, kInside>(begins, row.count, masks, to_row, slot_size);
         }
+      };
+      if (step != 1 && step != 2 && !(step == 4 && some == 4)) {
+        PackRowN(row, from_row, r2, some, to_row, slot_size);
+      } else if (inside) {
+        pack(std::true_type{});
       } else {
-        for (int64_t k = 0; k < channels; ++k) {
-          PackRow(row, from_row + k * at.c, phase[2], slots, to_row + k * plane, slot_size);
-        }
+        pack(std::false_type{});
       }
-      for (int64_t c = count[2] + (lanes - count[2] % lanes) % lanes; c < box[2]; c += lanes) {
-        for (int64_t k = 0; k < slots * channels; ++k) Store<T>(to_row + k * plane + c, Vec<T>{});
+    }
+    zero_from((count[2] + lanes - 1) / lanes * lanes);
+  };
+  for (int64_t k = 0; k < outer; ++k) {
+    for (int64_t a = 0; a < count[0]; ++a) {
+      for (int64_t p0 = s0, p1; p0 < s1; p0 = p1) {
+        p1 = Min(slots[p0].plane_end, s1);
+        for (int64_t b = 0; b < box[1]; ++b) {
+          for (int64_t s = p0, s_end; s < p1; s = s_end) {
+            s_end = Min(slots[s].row_end, s1);
+            pack_row(k, a, b, s, s_end);
+          }
+        }
       }
     }
   }
   // What is read past the last position must be finite, too.
-  for (int64_t k = 0; k < slots * channels; ++k) {
+  for (int64_t k = 0; k < (s1 - s0) * channels; ++k) {
     Store<T>(to + k * plane + count[0] * box[1] * box[2], Vec<T>{});
   }
 }
@@ -215,18 +286,11 @@ void PackPanel(const PhasePlan& p, const void* src, int64_t n, int64_t group, in
   }
   // All channels of the groups are neighbours, as there is one group or all of their channels.
   const int64_t channels = groups * ks;
-  const Source source{p.src, p.src_size, p.src_step};
+  const Source source{p.src, p.src_size, p.src_step, p.n * p.src.n};
   WithElement<T>(p.in_type, [&](auto element) {
     using E = decltype(element);
-    for (int64_t s = s0, next; s < s1; s = next) {
-      for (next = s + 1; next < s1; ++next) {  // phases that differ in axis 2 alone, one by one
-        const int64_t *first = p.slots[s], *r = p.slots[next];
-        if (r[0] != first[0] || r[1] != first[1] || r[2] != first[2] + next - s) break;
-      }
-      PackPlanes<T>(source, p.channels_last != 0, static_cast<const E*>(src), n, group * p.k + k0,
-                    channels, p.slots[s], next - s, begin, count, p.box,
-                    panel + (s - s0) * channels * p.plane, p.plane);
-    }
+    PackPlanes<T>(source, p.channels_last != 0, static_cast<const E*>(src), n, group * p.k + k0,
+                  channels, p.slots, s0, s1, begin, count, p.box, panel, p.plane);
   });
 }
 
@@ -636,8 +700,8 @@ void WeightGrad(const PhasePlan& p, const PhaseOperands& ops, int64_t task, void
 
   constexpr int64_t kRowsInL1 = 16;
   constexpr int64_t lanes = kLanes<T>;
-  const Source x_source{p.dst, p.dst_size, p.dst_step};
-  const int64_t whole[3] = {0, 0, 0};
+  const Source x_source{p.dst, p.dst_size, p.dst_step, p.n * p.dst.n};
+  const Slot whole{{0, 0, 0}, 1, 1};
   for (int64_t u = units * part / p.parts; u < units * (part + 1) / p.parts; ++u) {
     const int64_t n = u / tiles;
     const Tile tile = TileAt(p, u % tiles);
@@ -646,7 +710,7 @@ void WeightGrad(const PhasePlan& p, const PhaseOperands& ops, int64_t task, void
     WithElement<T>(p.in_type, [&](auto element) {
       using E = decltype(element);
       PackPlanes<T>(x_source, p.channels_last != 0, static_cast<const E*>(ops.dst), n,
-                    group * p.m, groups * p.m, whole, 1, tile.begin, tile.size, p.box, rows,
+                    group * p.m, groups * p.m, &whole, 0, 1, tile.begin, tile.size, p.box, rows,
                     p.row);
     });
     for (int64_t k0 = k_begin; k0 < k_end; k0 += p.k_chunk) {

@@ -33,6 +33,13 @@ struct Tap {
   int64_t slot;  // index of its source phase among those with taps
 };
 
+// A source phase with taps. Phases up to `row_end` follow it one by one along axis 2, so that they
+// interleave in a row; those up to `plane_end` share its phase along axis 0.
+struct Slot {
+  int64_t phase[3];
+  int64_t row_end, plane_end;
+};
+
 // `mr` consecutive destination channels of a group, computed together.
 struct Block {
   int64_t m0, mr;
@@ -60,7 +67,7 @@ struct PhasePlan {
   const Tap* taps;                   // sorted by destination phase, then slot
   const int64_t* phase_begin;        // the taps of destination phase r: [r] .. [r + 1]
   int64_t ntaps;
-  const int64_t (*slots)[3];         // source phases with taps
+  const Slot* slots;                 // in the order of their phases
   int64_t nslots;
   int64_t slot_chunk, k_chunk;       // a panel holds so many source phases and channels a group
   const Block* blocks;               // of a group

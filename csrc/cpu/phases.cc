@@ -17,7 +17,7 @@ struct Plan {
   PhasePlan p{};
   std::vector<Tap> taps;
   std::vector<int64_t> phase_begin;
-  std::vector<std::array<int64_t, 3>> slots;
+  std::vector<Slot> slots;
   std::vector<Block> blocks;
   Sizes span;  // greatest offset of a tap less the least
 
@@ -26,6 +26,7 @@ struct Plan {
 };
 
 constexpr int64_t kMaxTaps = int64_t{1} << 20, kMaxPhases = int64_t{1} << 16;
+constexpr int64_t kMaxBox = 2048;  // positions along axis 2
 constexpr int64_t kMaxScratch = int64_t{16} << 20;  // bytes a thread
 // Half of the second-level cache for what is read, a quarter for the sums.
 constexpr int64_t kPanelBytes = int64_t{512} << 10, kSumsBytes = int64_t{256} << 10;
@@ -136,7 +137,18 @@ Plan PlanOf(const Problem& problem, const PhaseKernels& kernels) {
     if (tap.src_phase == last) continue;
     last = tap.src_phase;
     if (forward && !plan.slots.empty()) continue;
-    plan.slots.push_back({last / s[2] / s[1], last / s[2] % s[1], last % s[2]});
+    plan.slots.push_back({{last / s[2] / s[1], last / s[2] % s[1], last % s[2]}, 0, 0});
+  }
+  for (size_t i = plan.slots.size(); i-- > 0;) {
+    Slot& slot = plan.slots[i];
+    slot.row_end = slot.plane_end = static_cast<int64_t>(i) + 1;
+    if (i + 1 == plan.slots.size()) continue;
+    const Slot& next = plan.slots[i + 1];
+    if (next.phase[0] != slot.phase[0]) continue;
+    slot.plane_end = next.plane_end;
+    if (next.phase[1] == slot.phase[1] && next.phase[2] == slot.phase[2] + 1) {
+      slot.row_end = next.row_end;
+    }
   }
   p.nslots = static_cast<int64_t>(plan.slots.size());
 
@@ -235,7 +247,7 @@ Plan PlanOf(const Problem& problem, const PhaseKernels& kernels) {
 const PhasePlan& Bound(Plan& plan) {
   plan.p.taps = plan.taps.data();
   plan.p.phase_begin = plan.phase_begin.data();
-  plan.p.slots = reinterpret_cast<const int64_t(*)[3]>(plan.slots.data());
+  plan.p.slots = plan.slots.data();
   plan.p.blocks = plan.blocks.data();
   return plan.p;
 }
@@ -309,6 +321,10 @@ std::string Refuse(const Problem& p, const Device& device) {
     return "takes no empty arrays";
   }
   const Plan plan = PlanOf(p, kernels);
+  if (plan.p.box[2] > kMaxBox) {
+    return "takes rows that hear at most " + std::to_string(kMaxBox) + " inputs, these hear " +
+           std::to_string(plan.p.box[2]);
+  }
   const int64_t bytes = (plan.p.panel_size + plan.p.acc_size) * SumSize(p);
   if (bytes > kMaxScratch) {
     return "would need " + std::to_string(bytes >> 20) + " MiB of scratch memory a thread, for the "

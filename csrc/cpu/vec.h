@@ -22,7 +22,6 @@ template <class T>
 struct VecOf;
 template <>
 struct VecOf<float> {
-  using Bits = uint32_t;
   using Int = int32_t;
   static constexpr int kLanes = kBytes / 4;
   typedef float type __attribute__((vector_size(kBytes)));
@@ -33,7 +32,9 @@ struct VecOf<float> {
 };
 template <>
 struct VecOf<double> {
+  using Int = int64_t;
   static constexpr int kLanes = kBytes / 8;
+  typedef int64_t ints __attribute__((vector_size(kBytes)));
   typedef double type __attribute__((vector_size(kBytes)));
   typedef double loose __attribute__((vector_size(kBytes), aligned(8), may_alias));
 };
@@ -118,9 +119,29 @@ JAXCONV_INLINE void Store(E* to, Vec<T> v) {
   }
 }
 
+// The lanes whose bit is set; the others become zero.
+template <class T>
+JAXCONV_INLINE Vec<T> Masked(Vec<T> v, uint32_t mask) {
 #if defined(__AVX512F__)
+  asm("" : "+v"(v));  // or the compiler makes a masked load of it, which is the slower
+  if constexpr (sizeof(T) == 8) {
+    return _mm512_maskz_mov_pd(static_cast<__mmask8>(mask), v);
+  } else {
+    return _mm512_maskz_mov_ps(static_cast<__mmask16>(mask), v);
+  }
+#else
+  typename VecOf<T>::ints bit;
+  for (int l = 0; l < kLanes<T>; ++l) bit[l] = 1 << l;
+  const auto kept = (bit & static_cast<typename VecOf<T>::Int>(mask)) != 0;
+  return reinterpret_cast<Vec<T>>(reinterpret_cast<typename VecOf<T>::ints>(v) & kept);
+#endif
+}
+
+// The elements whose bit is set; the other lanes are zero, and not read. Slower than a whole load
+// and Masked, with AVX-512's instruction as well as through the stack.
 template <class T, class E>
 JAXCONV_INLINE Vec<T> LoadMasked(const E* from, uint32_t mask) {
+#if defined(__AVX512F__)
   if constexpr (sizeof(E) == 8) {
     return _mm512_maskz_loadu_pd(static_cast<__mmask8>(mask), from);
   } else if constexpr (sizeof(E) == 4) {
@@ -129,38 +150,27 @@ JAXCONV_INLINE Vec<T> LoadMasked(const E* from, uint32_t mask) {
     const __m256i h = _mm256_maskz_loadu_epi16(static_cast<__mmask16>(mask), from);
     return Widen(reinterpret_cast<F32::half>(h), E{});
   }
-}
+#else
+  E some[kLanes<T>] = {};
+  for (int l = 0; l < kLanes<T>; ++l) {
+    if ((mask >> l & 1) != 0) some[l] = from[l];
+  }
+  return Load<T>(some);
 #endif
+}
 
-// The first `count` elements, if there are not more lanes; the other lanes are zero. AVX-512 has
-// instructions for it; elsewhere elements go through the stack.
+// The bits of lanes from `begin` on and before `end`.
+template <class T>
+JAXCONV_INLINE uint32_t MaskOf(int64_t begin, int64_t end) {
+  const int64_t b = begin < 0 ? 0 : begin, e = end < kLanes<T> ? end : kLanes<T>;
+  return b < e ? (uint32_t{1} << e) - (uint32_t{1} << b) : 0;
+}
+
+// The first `count` elements, if there are not more lanes; the other lanes are zero.
 template <class T, class E>
 JAXCONV_INLINE Vec<T> LoadSome(const E* from, int64_t count) {
   if (count >= kLanes<T>) return Load<T>(from);
-  if (count <= 0) return Vec<T>{};
-#if defined(__AVX512F__)
-  return LoadMasked<T>(from, (uint32_t{1} << count) - 1);
-#else
-  E some[kLanes<T>] = {};
-  for (int64_t i = 0; i < count; ++i) some[i] = from[i];
-  return Load<T>(some);
-#endif
-}
-
-// The elements from `begin` on and before `end`; the other lanes are zero, and not read.
-template <class T, class E>
-JAXCONV_INLINE Vec<T> LoadBetween(const E* from, int64_t begin, int64_t end) {
-  if (begin <= 0) return LoadSome<T>(from, end);
-  if (begin >= end || begin >= kLanes<T>) return Vec<T>{};
-#if defined(__AVX512F__)
-  const int64_t stop = end < kLanes<T> ? end : kLanes<T>;
-  const uint32_t mask = (uint32_t{1} << stop) - (uint32_t{1} << begin);
-  return LoadMasked<T>(from, mask);
-#else
-  E some[kLanes<T>] = {};
-  for (int64_t i = begin; i < kLanes<T> && i < end; ++i) some[i] = from[i];
-  return Load<T>(some);
-#endif
+  return LoadMasked<T>(from, MaskOf<T>(0, count));
 }
 
 template <class T, class E>
