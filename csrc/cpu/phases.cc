@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <memory>
 #include <new>
+#include <numeric>
 #include <string>
 
 #include "cpu/phase_plan.h"
@@ -12,14 +13,18 @@ namespace {
 
 constexpr int64_t CeilDiv(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
-// A PhasePlan and what it points to.
+// A PhasePlan and what it points to: it may be moved, not copied.
 struct Plan {
+  Plan() = default;
+  Plan(Plan&&) = default;
   PhasePlan p{};
   std::vector<Tap> taps;
   std::vector<int64_t> phase_begin;
   std::vector<Slot> slots;
   std::vector<Block> blocks;
-  Sizes span;  // greatest offset of a tap less the least
+  Sizes span{};       // greatest offset of a tap less the least
+  int64_t row_slots = 1;  // source phases along axis 2
+  double cycles = 0;  // of one thread: an estimate
 
   int64_t Tiles() const { return p.tiles[0] * p.tiles[1] * p.tiles[2]; }
   int64_t GroupChunks() const { return CeilDiv(p.groups, p.group_chunk); }
@@ -30,6 +35,8 @@ constexpr int64_t kMaxBox = 2048;  // positions along axis 2
 constexpr int64_t kMaxScratch = int64_t{16} << 20;  // bytes a thread
 // Half of the second-level cache for what is read, a quarter for the sums.
 constexpr int64_t kPanelBytes = int64_t{512} << 10, kSumsBytes = int64_t{256} << 10;
+constexpr int64_t kSumsNear = int64_t{32} << 10;  // sums that stay in the first-level cache
+constexpr int64_t kTasks = 16;                    // enough to share evenly
 
 int64_t SumSize(const Problem& p) { return p.in_dtype == DType::kF64 ? 8 : 4; }
 
@@ -50,71 +57,116 @@ AxisTap AxisTapOf(const Problem& p, int axis, int64_t t) {
 
 Distances DistancesOf(const Strides& s) { return {s.n, s.c, {s.s[0], s.s[1], s.s[2]}}; }
 
-// Cuts the destination's grid into tiles of about `target` positions, halo not counted.
-void SetTiles(Plan& plan, int64_t target, int64_t lanes) {
+// Sets the tiles to at most `most` positions along each axis, all tiles nearly equal.
+void SetTiles(Plan& plan, const Sizes& grid, const Sizes& most, int64_t lanes) {
   PhasePlan& p = plan.p;
-  int64_t grid[3];
-  for (int a = 0; a < 3; ++a) grid[a] = std::max<int64_t>(CeilDiv(p.dst_size[a], p.dst_step[a]), 1);
-  const auto cut = [&](int a, int64_t most) {
-    p.tiles[a] = CeilDiv(grid[a], std::clamp<int64_t>(most, 1, grid[a]));
+  for (size_t a = 0; a < 3; ++a) {
+    p.tiles[a] = CeilDiv(grid[a], most[a]);
     p.tile[a] = CeilDiv(grid[a], p.tiles[a]);
     p.tiles[a] = CeilDiv(grid[a], p.tile[a]);
-    p.box[a] = p.tile[a] + plan.span[static_cast<size_t>(a)];
-  };
-  const bool whole_rows = grid[2] + plan.span[2] <= target + target / 2;
-  cut(2, whole_rows ? grid[2] : target);
-  cut(1, whole_rows ? target / p.box[2] : 1);
-  // Positions between planes are computed in vain: several planes only if that is little.
-  const bool planes = whole_rows && p.tiles[1] == 1 &&
-                      (p.box[1] * 3 <= p.tile[1] * 4 || p.tile[1] * p.box[2] < 4 * lanes);
-  cut(0, planes ? target / (p.box[1] * p.box[2]) : 1);
-  p.plane = Spread(p.box[0] * p.box[1] * p.box[2] + lanes);
-  p.row = Spread(p.tile[0] * p.box[1] * p.box[2] + lanes);
+    p.box[a] = p.tile[a] + plan.span[a];
+  }
+  const int64_t positions = p.tile[0] * p.box[1] * p.box[2];
+  p.plane = Spread(positions + plan.span[0] * p.box[1] * p.box[2] + lanes);
+  p.row = Spread(positions + lanes);
 }
 
-Plan PlanOf(const Problem& problem, const PhaseKernels& kernels) {
-  Plan plan;
-  PhasePlan& p = plan.p;
-  const bool forward = problem.pass == Pass::kForward, sums_w = problem.pass == Pass::kWeightGrad;
-  const int64_t taps = Product(problem.k), size = SumSize(problem);
-  const int64_t lanes = kernels.vector_bytes / size;
-  p.in_type = problem.in_dtype;
-  p.out_type = problem.out_dtype;
-  p.channels_last = problem.channels_last;
-  p.n = problem.n;
-  p.groups = problem.groups;
-  p.k = forward ? problem.cig() : problem.cog();
-  p.m = forward ? problem.cog() : problem.cig();
-  p.src = DistancesOf(forward ? problem.XStrides() : problem.YStrides());
-  p.dst = DistancesOf(forward ? problem.YStrides() : problem.XStrides());
-  p.ntaps = taps;
-  p.wg = problem.cig() * problem.cog() * taps;
-  p.wk = forward ? problem.cog() * taps : taps;
-  p.wm = forward ? taps : problem.cog() * taps;
+// The cycles of one thread that all tiles take, roughly: what the constants stand for was measured
+// on one processor, and only their proportions matter.
+double Cycles(const Plan& plan, const PhaseKernels& kernels, Pass pass, int64_t lanes,
+              int64_t size) {
+  const PhasePlan& p = plan.p;
+  const auto real = [](int64_t n) { return static_cast<double>(n); };
+  const int64_t steps = p.dst_step[0] * p.dst_step[1] * p.dst_step[2];
+  const double vectors =
+      real(CeilDiv(((p.tile[0] - 1) * p.box[1] + p.tile[1] - 1) * p.box[2] + p.tile[2], lanes));
+  const double macs = real(p.ntaps) * real(p.k) * real(p.m);  // of a position and a group
+  const int64_t side = pass == Pass::kWeightGrad ? std::min(p.m, p.k * p.ntaps) : p.m;
+  const double fill = side >= kernels.max_mr / 2 ? 0.6 : side > 1 ? 0.9 : 1.2;
+  // Multiply-adds, and the weight, which each tile reads anew.
+  double cycles = (vectors * fill + 0.3) * macs;
 
-  Sizes hi{};
-  for (int a = 0; a < 3; ++a) {
-    const size_t i = static_cast<size_t>(a);
-    p.src_size[a] = forward ? problem.isize[i] : problem.osize[i];
-    p.dst_size[a] = forward ? problem.osize[i] : problem.isize[i];
-    p.src_step[a] = forward ? 1 : problem.stride[i];
-    p.dst_step[a] = forward ? problem.stride[i] : 1;
-    const int64_t first = AxisTapOf(problem, a, 0).offset;
-    const int64_t last = AxisTapOf(problem, a, problem.k[i] - 1).offset;
-    p.lo[a] = std::min(first, last);
-    hi[i] = std::max(first, last);
-    plan.span[i] = hi[i] - p.lo[a];
+  const double planes = real(p.nslots) * real(p.k);
+  const double volume = real(p.box[0] * p.box[1] * p.box[2]);
+  double pack = planes * (volume / real(lanes) * 8 + real(p.box[0] * p.box[1]) * 10);
+  const int64_t panel = p.nslots * p.k * p.group_chunk * p.plane * size;
+  if (panel > kPanelBytes && pass == Pass::kForward) {
+    pack *= real(p.dst_step[0] * p.dst_step[1]);
   }
+  // A row read for some of its phases is read again for the others.
+  if (panel / p.nslots * plan.row_slots > kPanelBytes) pack *= 2;
+  const int64_t tasks = p.n * plan.GroupChunks() * plan.Tiles();
+  if (pass != Pass::kWeightGrad) pack *= real(std::min(CeilDiv(kTasks, tasks), p.nblocks));
+  cycles += pack;
+  // Each run of neighbouring rows in memory has to be found.
+  const auto runs = [&](const int64_t* count, const int64_t* step) {
+    return real(count[0] * step[0] * (p.tiles[2] > 1 ? count[1] * step[1] : 1)) * 80;
+  };
+  cycles += real(p.k) * runs(p.box, p.src_step) + real(p.m) * runs(p.tile, p.dst_step);
+  int64_t sums;
+  if (pass == Pass::kWeightGrad) {
+    sums = p.m * p.group_chunk * p.row * size;
+    cycles += macs * 3 + real(p.m) * volume / real(lanes) * 8;
+  } else {
+    sums = std::min(kernels.max_mr, p.m) * p.dst_step[2] * p.row * size;
+    cycles += vectors * real(p.m * steps) * (sums > kSumsNear ? 8 : 6);
+    // With several panels, the sums come and go with each of them.
+    if (panel > kPanelBytes) cycles += vectors * real(p.m * CeilDiv(panel, kPanelBytes)) * 12;
+  }
+  // Out of the second-level cache, everything waits.
+  if (sums > kSumsBytes) cycles *= 1.5;
+  cycles = cycles * real(p.group_chunk) + 2000;
+  return cycles * real(tasks);
+}
 
-  // Slots: the source phases with taps, in order. Then the taps by destination phase and slot.
+// The tiles that take the fewest cycles, and are enough to share.
+void ChooseTiles(Plan& plan, const PhaseKernels& kernels, Pass pass, int64_t lanes, int64_t size) {
+  PhasePlan& p = plan.p;
+  Sizes grid;
+  for (size_t a = 0; a < 3; ++a) {
+    grid[a] = std::max<int64_t>(CeilDiv(p.dst_size[a], p.dst_step[a]), 1);
+  }
+  constexpr int64_t kLengths[] = {1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 64, 128, 256};
+  constexpr int64_t kMostPositions = 4096, kWholeRow = 1152;
+  double best = 0;
+  Sizes chosen{};
+  for (const int64_t t2 : {grid[2], int64_t{768}, int64_t{384}, int64_t{192}}) {
+    if (t2 > std::min(grid[2], kWholeRow)) continue;
+    for (const int64_t t1 : kLengths) {
+      if (t1 > grid[1] && t1 > 1) break;
+      for (const int64_t t0 : kLengths) {
+        if (t0 > grid[0] && t0 > 1) break;
+        SetTiles(plan, grid, {t0, t1, t2}, lanes);
+        if (p.tile[0] * p.box[1] * p.box[2] > kMostPositions && t0 * t1 > 1) break;
+        const int64_t tasks = p.n * plan.GroupChunks() * plan.Tiles() *
+                              (pass == Pass::kWeightGrad ? std::max<int64_t>(p.k / 8, 1)
+                                                         : p.nblocks);
+        const double idle = tasks >= kTasks ? 1 : 1 + 0.5 / static_cast<double>(tasks);
+        const double cycles = Cycles(plan, kernels, pass, lanes, size) * idle;
+        if (best == 0 || cycles < best) {
+          best = cycles;
+          chosen = {t0, t1, t2};
+        }
+      }
+    }
+  }
+  if (best == 0) chosen = {1, 1, std::min(grid[2], kWholeRow)};
+  SetTiles(plan, grid, chosen, lanes);
+  plan.cycles = Cycles(plan, kernels, pass, lanes, size);
+}
+
+// Lists the source phases with taps, in order, and the taps by destination phase and slot.
+void AddTaps(Plan& plan, const Problem& problem) {
+  PhasePlan& p = plan.p;
+  const bool forward = problem.pass == Pass::kForward;
   struct Placed {
     int64_t dst_phase, src_phase, t;
     std::array<int64_t, 3> offset;
   };
   std::vector<Placed> placed;
-  placed.reserve(static_cast<size_t>(taps));
+  placed.reserve(static_cast<size_t>(p.ntaps));
   const auto& s = problem.stride;
-  for (int64_t t = 0; t < taps; ++t) {
+  for (int64_t t = 0; t < p.ntaps; ++t) {
     const AxisTap t0 = AxisTapOf(problem, 0, t / problem.k[2] / problem.k[1]);
     const AxisTap t1 = AxisTapOf(problem, 1, t / problem.k[2] % problem.k[1]);
     const AxisTap t2 = AxisTapOf(problem, 2, t % problem.k[2]);
@@ -150,7 +202,61 @@ Plan PlanOf(const Problem& problem, const PhaseKernels& kernels) {
       slot.row_end = next.row_end;
     }
   }
-  p.nslots = static_cast<int64_t>(plan.slots.size());
+  int64_t slot = -1;
+  last = -1;
+  for (const Placed& tap : placed) {
+    const auto& o = tap.offset;
+    if (tap.src_phase != last) ++slot;
+    last = tap.src_phase;
+    plan.taps.push_back({(o[0] * p.box[1] + o[1]) * p.box[2] + o[2], tap.t, forward ? 0 : slot});
+  }
+  p.taps = plan.taps.data();
+  p.phase_begin = plan.phase_begin.data();
+  p.slots = plan.slots.data();
+  p.blocks = plan.blocks.data();
+}
+
+// `with_taps`: also what only a run needs, the taps and slots.
+Plan PlanOf(const Problem& problem, const PhaseKernels& kernels, bool with_taps) {
+  Plan plan;
+  PhasePlan& p = plan.p;
+  const bool forward = problem.pass == Pass::kForward, sums_w = problem.pass == Pass::kWeightGrad;
+  const int64_t taps = Product(problem.k), size = SumSize(problem);
+  const int64_t lanes = kernels.vector_bytes / size;
+  p.in_type = problem.in_dtype;
+  p.out_type = problem.out_dtype;
+  p.channels_last = problem.channels_last;
+  p.n = problem.n;
+  p.groups = problem.groups;
+  p.k = forward ? problem.cig() : problem.cog();
+  p.m = forward ? problem.cog() : problem.cig();
+  p.src = DistancesOf(forward ? problem.XStrides() : problem.YStrides());
+  p.dst = DistancesOf(forward ? problem.YStrides() : problem.XStrides());
+  p.ntaps = taps;
+  p.wg = problem.cig() * problem.cog() * taps;
+  p.wk = forward ? problem.cog() * taps : taps;
+  p.wm = forward ? taps : problem.cog() * taps;
+
+  Sizes hi{};
+  for (int a = 0; a < 3; ++a) {
+    const size_t i = static_cast<size_t>(a);
+    p.src_size[a] = forward ? problem.isize[i] : problem.osize[i];
+    p.dst_size[a] = forward ? problem.osize[i] : problem.isize[i];
+    p.src_step[a] = forward ? 1 : problem.stride[i];
+    p.dst_step[a] = forward ? problem.stride[i] : 1;
+    const int64_t first = AxisTapOf(problem, a, 0).offset;
+    const int64_t last = AxisTapOf(problem, a, problem.k[i] - 1).offset;
+    p.lo[a] = std::min(first, last);
+    hi[i] = std::max(first, last);
+    plan.span[i] = hi[i] - p.lo[a];
+  }
+
+  p.nslots = 1;
+  for (size_t a = 0; a < 3 && !forward; ++a) {  // t * dilation mod stride takes so many values
+    plan.row_slots =
+        std::min(problem.k[a], problem.stride[a] / std::gcd(problem.stride[a], problem.dilation[a]));
+    p.nslots *= plan.row_slots;
+  }
 
   int64_t m0 = 0;
   for (int64_t mr = kernels.max_mr; mr > 0; mr /= 2) {
@@ -167,21 +273,7 @@ Plan PlanOf(const Problem& problem, const PhaseKernels& kernels) {
                       : 8192 / std::max<int64_t>(std::max(p.k, p.m) * positions, 1);
   p.group_chunk = std::clamp<int64_t>(p.group_chunk, 1, std::max<int64_t>(p.groups, 1));
 
-  // The largest tiles whose panel, and sums or x, stay in the second-level cache, and that leave
-  // enough tasks.
-  const auto side_rows = [&] {  // of sums, or of x in the weight gradient
-    return sums_w ? p.m * p.group_chunk : std::min(kernels.max_mr, p.m) * p.dst_step[2];
-  };
-  constexpr int64_t kTargets[] = {768, 576, 384, 288, 192, 144, 96};
-  constexpr int64_t kTasks = 16;
-  for (const int64_t target : kTargets) {
-    SetTiles(plan, target, lanes);
-    const int64_t panel = p.nslots * p.group_chunk * p.k * p.plane * size;
-    const bool fits = (forward ? panel <= kPanelBytes : true) &&
-                      side_rows() * p.row * size <= kSumsBytes;
-    const int64_t tasks = p.n * plan.GroupChunks() * plan.Tiles() * (sums_w ? 1 : p.nblocks);
-    if (fits && tasks >= kTasks) break;
-  }
+  ChooseTiles(plan, kernels, problem.pass, lanes, size);
   const int64_t tasks = p.n * plan.GroupChunks() * plan.Tiles();
   p.splits = 1;
   p.parts = 1;
@@ -202,6 +294,7 @@ Plan PlanOf(const Problem& problem, const PhaseKernels& kernels) {
   p.k_chunk = CeilDiv(std::max<int64_t>(p.k, 1), sums_w ? p.splits : 1);
   if (panel_bytes(p.slot_chunk, p.k_chunk) > kPanelBytes) {
     p.slot_chunk = std::max<int64_t>(kPanelBytes / panel_bytes(1, p.k_chunk), 1);
+    if (p.slot_chunk > plan.row_slots) p.slot_chunk -= p.slot_chunk % plan.row_slots;
     if (panel_bytes(1, p.k_chunk) > kPanelBytes) {
       p.group_chunk = 1;
       p.k_chunk = std::clamp<int64_t>(kPanelBytes / panel_bytes(1, 1), 1, p.k_chunk);
@@ -222,7 +315,7 @@ Plan PlanOf(const Problem& problem, const PhaseKernels& kernels) {
     if (p.group_chunk > 1) {
       p.acc_blocks = blocks;
     } else if (!p.one_panel()) {
-      p.acc_blocks = std::clamp<int64_t>(2 * kSumsBytes / std::max<int64_t>(block_bytes, 1),
+      p.acc_blocks = std::clamp<int64_t>(kSumsBytes / std::max<int64_t>(block_bytes, 1),
                                          CeilDiv(16, kernels.max_mr), blocks + 16);
     } else {
       p.acc_blocks = problem.channels_last ? CeilDiv(16, kernels.max_mr) : 1;
@@ -232,24 +325,8 @@ Plan PlanOf(const Problem& problem, const PhaseKernels& kernels) {
   }
   p.panel_size = Spread(p.slot_chunk * p.group_chunk * p.k_chunk * p.plane);
 
-  int64_t slot = -1;
-  last = -1;
-  for (const Placed& tap : placed) {
-    const auto& o = tap.offset;
-    if (tap.src_phase != last) ++slot;
-    last = tap.src_phase;
-    plan.taps.push_back({(o[0] * p.box[1] + o[1]) * p.box[2] + o[2], tap.t, forward ? 0 : slot});
-  }
+  if (with_taps) AddTaps(plan, problem);
   return plan;
-}
-
-// The plan's pointers, once it lies where it stays.
-const PhasePlan& Bound(Plan& plan) {
-  plan.p.taps = plan.taps.data();
-  plan.p.phase_begin = plan.phase_begin.data();
-  plan.p.slots = plan.slots.data();
-  plan.p.blocks = plan.blocks.data();
-  return plan.p;
 }
 
 // A thread's buffers, kept for its next task: a few hundred KiB that need not be faulted in again.
@@ -275,8 +352,8 @@ bool SumsAreResult(const Problem& p, const Plan& plan) {
 
 template <const PhaseKernels& kernels>
 void LaunchCorrelate(const Problem& problem, const Operands& ops, const Parallel& parallel) {
-  Plan plan = PlanOf(problem, kernels);
-  const PhasePlan& p = Bound(plan);
+  const Plan plan = PlanOf(problem, kernels, true);
+  const PhasePlan& p = plan.p;
   const bool forward = problem.pass == Pass::kForward;
   const int64_t tasks = p.n * plan.GroupChunks() * plan.Tiles() * p.splits;
   if (problem.YElements() * problem.XElements() == 0 && tasks == 0) return;
@@ -291,8 +368,8 @@ void LaunchCorrelate(const Problem& problem, const Operands& ops, const Parallel
 
 template <const PhaseKernels& kernels>
 void LaunchWeightGrad(const Problem& problem, const Operands& ops, const Parallel& parallel) {
-  Plan plan = PlanOf(problem, kernels);
-  const PhasePlan& p = Bound(plan);
+  const Plan plan = PlanOf(problem, kernels, true);
+  const PhasePlan& p = plan.p;
   const int64_t bytes = (p.panel_size + p.acc_size) * SumSize(problem);
   void* sums = SumsAreResult(problem, plan) ? ops.out : ops.workspace;
   // x is only read, though it is called a destination.
@@ -320,7 +397,7 @@ std::string Refuse(const Problem& p, const Device& device) {
   if (p.n == 0 || p.XElements() == 0 || p.YElements() == 0 || p.WElements() == 0) {
     return "takes no empty arrays";
   }
-  const Plan plan = PlanOf(p, kernels);
+  const Plan plan = PlanOf(p, kernels, false);
   if (plan.p.box[2] > kMaxBox) {
     return "takes rows that hear at most " + std::to_string(kMaxBox) + " inputs, these hear " +
            std::to_string(plan.p.box[2]);
@@ -336,21 +413,16 @@ std::string Refuse(const Problem& p, const Device& device) {
 template <const PhaseKernels& kernels>
 int64_t Workspace(const Problem& p, const Device&) {
   if (p.pass != Pass::kWeightGrad) return p.WElements() * SumSize(p);
-  const Plan plan = PlanOf(p, kernels);
+  const Plan plan = PlanOf(p, kernels, false);
   return SumsAreResult(p, plan) ? 0 : plan.p.parts * p.WElements() * SumSize(p);
 }
 
-// Multiply-adds of whole tiles at two thirds of two vectors a cycle at 3 GHz, operands at 4 GB/s a
-// thread, and a weight that is rearranged at 1 GB/s.
+// The cycles at 3 GHz, a weight that is rearranged at 1 GB/s, and what a call costs.
 template <const PhaseKernels& kernels>
 double Seconds(const Problem& p, const Device& device) {
-  const Plan plan = PlanOf(p, kernels);
-  const double lanes = static_cast<double>(kernels.vector_bytes / SumSize(p));
-  const double macs = static_cast<double>(p.n * plan.Tiles() * plan.p.row) *
-                      static_cast<double>(p.WElements());
-  const double bytes = static_cast<double>(p.XElements() + p.YElements()) * 4;
+  const Plan plan = PlanOf(p, kernels, false);
   const double weight = static_cast<double>(p.WElements()) * 4;
-  return 1e-6 + (macs / lanes / 4e9 + bytes / 4e9 + weight / 1e9) / device.threads;
+  return 2e-6 + (plan.cycles / 3e9 + weight / 1e9) / device.threads;
 }
 
 template <const PhaseKernels& kernels>
