@@ -1,6 +1,9 @@
 #include "cuda/table.h"
 
+#include "cuda/correlate.h"
+#include "cuda/depthwise.h"
 #include "cuda/direct.h"
+#include "cuda/weight_grad.h"
 
 namespace jaxconv::cuda {
 
@@ -8,6 +11,9 @@ const std::vector<Row>& Table() {
   static const std::vector<Row> table = [] {
     std::vector<Row> rows;
     AddDirect(rows);
+    AddDepthwise(rows);
+    AddWeightGrad(rows);
+    AddCorrelate(rows);
     return rows;
   }();
   return table;
