@@ -1,0 +1,403 @@
+#include "cuda/weight_grad.h"
+
+#include <algorithm>
+#include <cstring>
+#include <limits>
+#include <mutex>
+#include <numeric>
+#include <utility>
+
+namespace jaxconv::cuda {
+namespace {
+
+constexpr int kWindows[][2] = {
+#define JAXCONV_CASE(S, T) {S, T},
+    JAXCONV_WEIGHT_GRAD_WINDOWS(JAXCONV_CASE)
+#undef JAXCONV_CASE
+};
+
+constexpr int CeilDiv(int64_t a, int64_t b) { return static_cast<int>((a + b - 1) / b); }
+constexpr int Padding(int from, int to, int modulus) {  // what brings `from` to `to`, modulo
+  return ((to - from) % modulus + modulus) % modulus;
+}
+
+int64_t SharedMemory(const Device& device) {
+  switch (device.compute_capability) {
+    case 80:
+    case 87:
+      return 163 * 1024;
+    case 90:
+    case 100:
+    case 103:
+      return 227 * 1024;
+    default:
+      return 99 * 1024;
+  }
+}
+
+// Why no plan takes the problem, whatever its sizes.
+std::string Refuse(const Problem& p, const Device& device) {
+  if (p.Empty()) return "has nothing to read or write";
+  if (device.compute_capability < 80) return "wants compute capability 8.0";
+  if (p.in_dtype == DType::kF64) return "takes no float64";
+  if (p.in_dtype == DType::kF32 && p.precision == Precision::kHighest) {
+    return "rounds float32 operands to TF32";
+  }
+  constexpr int64_t kMost = int64_t{1} << 30;
+  for (int a = 0; a < kAxes; ++a) {
+    for (const int64_t size : {p.isize[a], p.osize[a], p.k[a] * p.dilation[a], p.pad[a], -p.pad[a],
+                               p.isize[a] * p.stride[a]}) {
+      if (size > kMost) return "indexes an axis in 32 bits";
+    }
+  }
+  if (p.n > kMost || p.ci > kMost || p.co > kMost) return "indexes an axis in 32 bits";
+  if (p.channels_last && SizeOf(p.in_dtype) == 2 &&
+      (p.ci % 2 != 0 || p.co % 2 != 0 || p.cig() % 2 != 0 || p.cog() % 2 != 0)) {
+    return "takes an even number of 16-bit channels where channels are last";
+  }
+  return "";
+}
+
+// The part of the arguments that no choice changes.
+WeightGradArgs Common(const Problem& p) {
+  WeightGradArgs a{};
+  a.n = static_cast<int>(p.n);
+  a.cig = static_cast<int>(p.cig());
+  a.cog = static_cast<int>(p.cog());
+  for (int i = 0; i < kAxes; ++i) {
+    a.isize[i] = static_cast<int>(p.isize[i]);
+    a.osize[i] = static_cast<int>(p.osize[i]);
+    a.pad[i] = static_cast<int>(p.pad[i]);
+    a.k[i] = static_cast<int>(p.k[i]);
+    a.gap[i] = i + 1 == kAxes ? 1 : static_cast<int>(std::gcd(p.stride[i], p.dilation[i]));
+    a.lattice_stride[i] = static_cast<int>(p.stride[i] / a.gap[i]);
+    a.lattice_step[i] = static_cast<int>(p.dilation[i] / a.gap[i]);
+  }
+  a.xs = p.XStrides();
+  a.ys = p.YStrides();
+  a.w_elements = p.WElements();
+  return a;
+}
+
+// The choices of a plan.
+struct Choice {
+  int groups, co_octets, ci_slots, pair_slots;
+  int runs, depth, images, ahead;
+};
+
+// Fills in what follows from the choices; false if it does not fit the device.
+bool Complete(const Problem& p, const Device& device, const WeightGradVariant& v, const Choice& c,
+              WeightGradArgs& a) {
+  const int size = static_cast<int>(SizeOf(p.in_dtype));
+  const bool half = size == 2, last = p.channels_last;
+  const int run = WeightGradRun(half, v.stride), pairs_of_warp = WeightGradPairs(v.taps, v.octets);
+  const int stride = a.lattice_stride[2];
+
+  a.groups_per_block = c.groups;
+  a.co_octets = c.co_octets;
+  a.ci_slots = c.ci_slots;
+  a.pair_slots = c.pair_slots;
+  a.pixel_slots = kWeightGradWarps / (c.groups * c.ci_slots * c.pair_slots);
+  a.group_blocks = static_cast<int>(p.groups) / c.groups;
+  a.ci_blocks = CeilDiv(a.cig, c.ci_slots * v.octets * 8);
+  a.co_blocks = CeilDiv(a.cog, c.co_octets * 8);
+  a.segments = CeilDiv(a.k[2], v.taps);
+  a.co_rows = c.co_octets * 8;
+  if (WeightGradRowList(half, last, v.stride)) a.co_rows = std::min(a.co_rows, a.cog);
+  a.rows = a.k[0] * a.k[1] * a.segments * a.co_rows;
+  const int slots = CeilDiv(CeilDiv(a.rows, 16), pairs_of_warp);
+  a.pair_blocks = CeilDiv(slots, c.pair_slots);
+
+  a.runs = c.runs;
+  a.pixels = c.runs * run;
+  a.depth = c.depth;
+  a.images = c.images;
+  a.ahead = c.ahead;
+  a.image_blocks = CeilDiv(p.n, c.images);
+  a.depth_blocks = CeilDiv(a.isize[0], c.depth);
+  a.column_blocks = CeilDiv(a.isize[2], a.pixels);
+  a.steps = int64_t{a.image_blocks} * a.depth_blocks * a.column_blocks * a.isize[1];
+  a.by_runs = DivisorOf(a.runs);
+  a.by_depth = DivisorOf(a.depth);
+
+  // The taps along depth of a block of pairs, at most.
+  const int tap_rows = a.co_rows * a.segments, per_block = 16 * pairs_of_warp * c.pair_slots;
+  int depth_taps = 1;
+  for (int b = 0; b < a.pair_blocks; ++b) {
+    const int first = b * per_block / tap_rows / a.k[1];
+    const int final = (std::min((b + 1) * per_block, a.rows) - 1) / tap_rows / a.k[1];
+    depth_taps = std::max(depth_taps, final - first + 1);
+  }
+  a.y_depth = (c.depth - 1) * a.lattice_stride[0] + (depth_taps - 1) * a.lattice_step[0] + 1;
+  a.window = (a.k[1] - 1) * a.lattice_step[1] + 1;
+  a.advance = std::min(a.lattice_stride[1], a.window);
+  if (a.y_depth > 64 || a.window > 64 || c.images * a.y_depth * a.window >= 1 << 15) return false;
+  a.by_y_depth = DivisorOf(a.y_depth);
+  a.by_planes = DivisorOf(c.images * a.y_depth);
+  a.depth_mask = a.row_mask = 0;
+  for (int d = 0; d < c.depth; ++d) {
+    for (int t = 0; t < depth_taps; ++t) {
+      a.depth_mask |= uint64_t{1} << (d * a.lattice_stride[0] + t * a.lattice_step[0]);
+    }
+  }
+  for (int t = 0; t < a.k[1]; ++t) {
+    for (int r = t * a.lattice_step[1]; r < a.window; r += a.lattice_stride[1]) {
+      a.row_mask |= uint64_t{1} << r;
+    }
+  }
+  // Windows of the steps in flight, of which some begin a new column.
+  const int fresh = std::min(c.ahead, CeilDiv(c.ahead, a.isize[1]));
+  a.slots = (1 + fresh) * a.window + (c.ahead - fresh) * a.advance;
+
+  const int x_rows = (c.groups - 1) * a.cig + c.ci_slots * v.octets * 8;
+  const int y_rows = (c.groups - 1) * a.cog + c.co_octets * 8;
+  a.x_channels = c.groups > 1 ? c.groups * a.cig : std::min(a.cig, c.ci_slots * v.octets * 8);
+  a.y_channels = c.groups > 1 ? c.groups * a.cog : std::min(a.cog, c.co_octets * 8);
+  a.y_pixels = (a.pixels - 1) * stride + (a.segments * v.taps - 1) * a.lattice_step[2] + 1;
+  a.x_run_pad = a.y_run_pad = 0;
+  a.vector = 4;
+  int64_t x_row, y_row;
+  if (last) {
+    a.vector = a.cig % (16 / size) == 0 && a.cog % (16 / size) == 0 ? 16 : 4;
+    a.x_channel = a.y_channel = size;
+    a.x_pixel = (x_rows * size + 15) / 16 * 16;
+    a.y_pixel = (y_rows * size + 15) / 16 * 16;
+    const int y_run = run * stride;
+    const bool pad_y = v.stride > 0 && a.segments == 1;
+    if (half) {  // eight matrix rows of 16 bytes: 4 runs x 2 pixels
+      if (a.x_pixel / 16 % 2 == 0) a.x_pixel += 16;
+      if (a.y_pixel / 16 % 2 == 0) a.y_pixel += 16;
+      a.x_run_pad = Padding(run * a.x_pixel, 2 * a.x_pixel, 128);
+      if (pad_y) a.y_run_pad = Padding(y_run * a.y_pixel, 2 * a.y_pixel, 128);
+    } else {  // 8 channels x 4 runs
+      a.x_run_pad = Padding(run * a.x_pixel, 32, 128);
+      if (pad_y) a.y_run_pad = Padding(y_run * a.y_pixel, 32, 128);
+    }
+    x_row = int64_t{a.pixels} * a.x_pixel + a.runs * a.x_run_pad;
+    y_row = int64_t{a.y_pixels} * a.y_pixel + (a.y_pixels - 1) / y_run * a.y_run_pad;
+    // A thread copies one unit of every position that it looks after, even in narrow copies.
+    if (std::max(a.x_channels, a.y_channels) * size > 4 * 32 * kWeightGradCopyWarps) return false;
+    if (a.y_pixels >= 1 << 15) return false;
+  } else {
+    // Rows of an odd number of words.
+    const int x_words = half ? a.pixels / 2 + 1 : a.pixels;
+    const int y_words = half ? a.y_pixels / 2 + 1 : a.y_pixels;
+    a.x_pixel = a.y_pixel = size;
+    a.x_channel = 4 * (x_words | 1);
+    a.y_channel = 4 * (y_words | 1);
+    if (y_words > 1024) return false;  // a warp's 32 words at a time, counted in 32 bits
+    x_row = int64_t{x_rows} * a.x_channel;
+    y_row = int64_t{y_rows} * a.y_channel;
+  }
+  x_row = (x_row + 15) / 16 * 16;
+  y_row = (y_row + 15) / 16 * 16;
+  const int64_t x_stage = x_row * c.images * c.depth, y_slot = y_row * c.images * a.y_depth;
+  // Windows of the last row may read a little further.
+  const int64_t slack = 16 + 4 * std::max(a.x_pixel, a.y_pixel);
+  const int64_t x_base = (y_slot * a.slots + 15) / 16 * 16;
+  int64_t shared = (x_base + x_stage * (c.ahead + 1) + slack + 15) / 16 * 16;
+  if (a.pixel_slots > 1) {
+    const int sums = 4 * pairs_of_warp * v.taps * v.octets;
+    shared = std::max(shared, int64_t{kWeightGradWarps / a.pixel_slots} * sums * 128);
+  }
+  if (shared > SharedMemory(device)) return false;
+  if (int64_t{c.images} * c.depth * c.runs >= 1 << 15) return false;
+  a.x_row = static_cast<int>(x_row);
+  a.y_row = static_cast<int>(y_row);
+  a.x_stage = static_cast<int>(x_stage);
+  a.y_slot = static_cast<int>(y_slot);
+  a.x_base = static_cast<int>(x_base);
+  a.shared = static_cast<int>(shared);
+  return true;
+}
+
+// Chooses the number of parts and says how long it should take. Clock cycles of a step: what tensor
+// cores, shared memory and instruction issue of a multiprocessor want, and the latency of a warp's
+// own instructions. Bytes: what blocks stage,
+// halos and repeated columns included. The instruction counts were read off the compiled kernels.
+double Cost(const Problem& p, const Device& device, const WeightGradVariant& v, WeightGradArgs& a) {
+  constexpr double kClock = 1.7e9, kIssue = 2.2;           // instructions a cycle, all warps
+  const double bandwidth = device.multiprocessors * 30e9;  // device memory, of the H200's class
+  const int size = static_cast<int>(SizeOf(p.in_dtype));
+  const bool half = size == 2, last = p.channels_last;
+  const int run = WeightGradRun(half, v.stride), most = WeightGradPairs(v.taps, v.octets);
+  const int window = v.stride == 0 ? run : (run - 1) * v.stride + v.taps;
+  const double words = half ? (window + 1) / 2 + 1 : window, x_words = half ? run / 2 : run;
+
+  const int64_t columns = int64_t{a.group_blocks} * a.ci_blocks * a.co_blocks * a.pair_blocks;
+  const int64_t resident = device.multiprocessors;
+  const int64_t limit = p.YElements() * size / 10 / (4 * a.w_elements);
+  const int64_t parts = std::min({std::max<int64_t>(resident / columns, 1), limit, a.steps});
+  a.parts = static_cast<int>(std::max<int64_t>(parts, 1));
+
+  const int block_pairs =
+      std::min(CeilDiv(CeilDiv(a.rows, 16), a.pair_blocks), a.pair_slots * most);
+  const double pairs = block_pairs, slots = CeilDiv(block_pairs, most);
+  const double warps = a.groups_per_block * a.ci_slots;
+  const int chunks = CeilDiv(int64_t{a.images} * a.depth * a.runs, 4);
+  const double loads = 2 * pairs * words * (v.stride == 0 ? 2 : 1) + slots * v.octets * x_words;
+  const double products = pairs * v.taps * v.octets * x_words / 2;
+  // A chunk of all warps that share it: loads, their conversion, and what surrounds them.
+  const double per_load = half ? (last ? 0.6 : 2.5) : (last ? 3 : 2);
+  const double chunk = per_load * (2 * pairs * words + slots * v.octets * x_words) +
+                       products * (half ? 2 : 1.3) + 60 * slots + 12 * pairs;
+  const double new_rows = a.isize[1] == 1 ? a.window : a.advance;
+  const double x_rows = double{1} * a.images * a.depth, y_rows = new_rows * a.images * a.y_depth;
+  double copies;
+  if (last) {
+    const double x = double{1} * a.pixels * a.x_channels, y = double{1} * a.y_pixels * a.y_channels;
+    copies = (x_rows * x + y_rows * y) * size / a.vector / 32 * 16 + (x_rows + y_rows) * 100;
+  } else {
+    const double x = 40 + 3.0 * CeilDiv(a.pixels * size, 128);
+    const double y = 40 + 3.0 * CeilDiv(a.y_pixels * size, 128);
+    copies = x_rows * (a.x_channels * x + 80) + y_rows * (a.y_channels * y + 80);
+  }
+  const double instructions = chunk * warps * chunks + copies + 150.0 * kWeightGradWarps;
+  // Warps' own latencies, of which only a few run side by side.
+  const double bytes =
+      (x_rows * a.x_channels * a.pixels + y_rows * a.y_channels * a.y_pixels) * size;
+  const double warp_pairs = std::min(block_pairs, most);
+  const double warp_chunk = chunk / slots * (1 + warp_pairs * slots / pairs) / 2;  // the busiest's
+  const double multiply = (warp_chunk * CeilDiv(chunks, a.pixel_slots) + 150) * 4.5 + 250;
+  const double copy = (copies / kWeightGradCopyWarps + 250) * 4 + 250;
+  const double arrival = bytes / (bandwidth / device.multiprocessors / kClock);
+  const double throughput =
+      std::max({2.0 * products * warps * chunks, loads * warps * chunks, instructions / kIssue});
+  const double latency = a.ahead == 1 ? 1200 : 0;  // of the last copy, which nothing hides
+  const double cycles = std::max({throughput, multiply, copy, arrival}) + latency;
+
+  const double blocks = static_cast<double>(columns) * a.parts;
+  const double steps = static_cast<double>(CeilDiv(a.steps, a.parts));
+  const double waves = CeilDiv(static_cast<int64_t>(blocks), resident);
+  const double busy = steps * waves * cycles / kClock;
+  const double least = double(p.XElements() + p.YElements()) * size / bandwidth;
+  const double staged = bytes * static_cast<double>(a.steps) * static_cast<double>(columns);
+  double seconds = std::max({busy, least, staged / (1.3 * bandwidth)}) + 6e-6;
+  seconds += waves * 4e-6;  // starting a block and writing its sums
+  if (a.parts > 1) seconds += 3e-6 + 4.0 * a.parts * static_cast<double>(a.w_elements) / 2e12;
+  return seconds;
+}
+
+// Calls visit(variant, args, seconds) for every plan that fits.
+template <class Visit>
+void ForEachPlan(const Problem& p, const Device& device, Visit visit) {
+  const WeightGradArgs common = Common(p);
+  const bool half = SizeOf(p.in_dtype) == 2;
+  const int octets_of_co = CeilDiv(p.cog(), 8);
+  const bool whole_octets = p.cig() % 8 == 0 && p.cog() % 8 == 0;
+  const auto try_walks = [&](const WeightGradVariant& variant, Choice choice) {
+    const int runs = CeilDiv(p.isize[2], WeightGradRun(half, variant.stride));
+    for (int cut = 1; cut <= runs; cut *= 2) {
+      choice.runs = CeilDiv(runs, cut);
+      if (choice.runs > 128) continue;
+      for (choice.depth = 1;; choice.depth *= 2) {
+        choice.depth = static_cast<int>(std::min<int64_t>(choice.depth, p.isize[0]));
+        for (choice.images = 1;; choice.images *= 2) {
+          for (choice.ahead = 3; choice.ahead >= 1; --choice.ahead) {
+            WeightGradArgs args = common;
+            if (!Complete(p, device, variant, choice, args)) continue;
+            const double seconds = Cost(p, device, variant, args);
+            visit(variant, args, seconds);
+          }
+          if (choice.depth < p.isize[0] || choice.images >= p.n || choice.images >= 16) break;
+        }
+        if (choice.depth >= p.isize[0] || choice.depth >= 8) break;
+      }
+    }
+  };
+  for (const auto& [stride, taps] : kWindows) {
+    if (stride != 0 && (p.stride[2] != stride || p.dilation[2] != 1)) continue;
+    if (stride != 0 && (CeilDiv(p.k[2], taps) - 1) * taps >= p.k[2]) continue;
+    for (const int octets : {1, 2}) {
+      if ((octets == 1) != (p.cig() <= 8)) continue;
+      for (int groups = 1; groups <= kWeightGradWarps; groups *= 2) {
+        if (p.groups % groups != 0) continue;
+        if (groups > 1 && p.channels_last && !whole_octets) continue;
+        for (int ci_slots = 1; ci_slots * groups <= kWeightGradWarps; ci_slots *= 2) {
+          if (ci_slots > 1 && ci_slots / 2 * octets * 8 >= p.cig()) continue;
+          if (groups > 1 && ci_slots * octets * 8 < p.cig()) continue;
+          for (int pair_slots = 1; pair_slots * ci_slots * groups <= kWeightGradWarps;
+               pair_slots *= 2) {
+            for (int co_octets = groups > 1 ? octets_of_co : 1;; co_octets *= 2) {
+              co_octets = std::min(co_octets, octets_of_co);
+              try_walks({stride, taps, octets},
+                        {groups, co_octets, ci_slots, pair_slots, 0, 0, 0, 0});
+              if (co_octets >= octets_of_co || co_octets >= 16) break;
+            }
+          }
+        }
+      }
+    }
+  }
+}
+
+WeightGradPlan Search(const Problem& p, const Device& device) {
+  WeightGradPlan best{};
+  best.refusal = Refuse(p, device);
+  if (!best.refusal.empty()) return best;
+  if (p.XElements() == 0 || p.YElements() == 0 || p.WElements() == 0) {
+    best.seconds = 2e-6;
+    return best;
+  }
+  best.refusal = "finds no cut that fits into shared memory";
+  best.seconds = std::numeric_limits<double>::infinity();
+  ForEachPlan(p, device,
+              [&](const WeightGradVariant& variant, const WeightGradArgs& args, double seconds) {
+                if (seconds >= best.seconds) return;
+                best.refusal.clear();
+                best.variant = variant;
+                best.args = args;
+                best.seconds = seconds;
+              });
+  if (best.args.parts > 1) best.workspace = 4 * best.args.parts * p.WElements();
+  return best;
+}
+
+bool Same(const Problem& a, const Problem& b) {
+  return a.pass == b.pass && a.in_dtype == b.in_dtype && a.out_dtype == b.out_dtype &&
+         a.precision == b.precision && a.channels_last == b.channels_last && a.n == b.n &&
+         a.ci == b.ci && a.co == b.co && a.groups == b.groups && a.isize == b.isize &&
+         a.osize == b.osize && a.k == b.k && a.stride == b.stride && a.dilation == b.dilation &&
+         a.pad == b.pad;
+}
+
+}  // namespace
+
+// The search takes about a millisecond, so the last results are remembered.
+WeightGradPlan PlanWeightGrad(const Problem& p, const Device& device) {
+  struct Entry {
+    Problem problem;
+    Device device;
+    WeightGradPlan plan;
+  };
+  static std::mutex mutex;
+  static std::vector<Entry> memory;
+  static size_t oldest = 0;
+  constexpr size_t kMost = 256;
+  const auto same_device = [&](const Device& d) {
+    return d.compute_capability == device.compute_capability &&
+           d.multiprocessors == device.multiprocessors;
+  };
+  const std::lock_guard<std::mutex> lock(mutex);
+  for (const Entry& e : memory) {
+    if (same_device(e.device) && Same(e.problem, p)) return e.plan;
+  }
+  Entry entry{p, device, Search(p, device)};
+  if (memory.size() < kMost) {
+    memory.push_back(entry);
+  } else {
+    memory[oldest] = entry;
+    oldest = (oldest + 1) % kMost;
+  }
+  return entry.plan;
+}
+
+void AddWeightGrad(std::vector<Row>& rows) {
+  rows.push_back({"mma", Pass::kWeightGrad,
+                  [](const Problem& p, const Device& d) { return PlanWeightGrad(p, d).refusal; },
+                  [](const Problem& p, const Device& d) { return PlanWeightGrad(p, d).workspace; },
+                  [](const Problem& p, const Device& d) { return PlanWeightGrad(p, d).seconds; },
+                  LaunchWeightGrad});
+}
+
+}  // namespace jaxconv::cuda

@@ -1,0 +1,4 @@
+#include "cuda/weight_grad.cuh"
+
+template cudaError_t jaxconv::cuda::LaunchWeightGradVariant<__nv_bfloat16, true>(
+    const WeightGradVariant&, const WeightGradArgs&, int64_t, cudaStream_t);

@@ -1,0 +1,5 @@
+#include "cuda/weight_grad.cuh"
+
+template cudaError_t jaxconv::cuda::LaunchWeightGradVariant<float, true>(const WeightGradVariant&,
+                                                                         const WeightGradArgs&,
+                                                                         int64_t, cudaStream_t);
