@@ -48,6 +48,9 @@ struct Problem {
   constexpr int64_t YElements() const { return n * co * Product(osize); }
   constexpr int64_t WElements() const { return ci * cog() * Product(k); }
 
+  // Whether x, w or y has no element: then "direct" writes what there is to write.
+  constexpr bool Empty() const { return XElements() == 0 || YElements() == 0 || WElements() == 0; }
+
   constexpr Strides XStrides() const { return StridesOf(ci, isize); }
   constexpr Strides YStrides() const { return StridesOf(co, osize); }
 
