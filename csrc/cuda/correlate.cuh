@@ -27,6 +27,13 @@ __device__ inline uint32_t RoundTF32(float v) {
   return r;
 }
 
+// Good for the tensor cores alone, which ignore the lower bits: rounds as cvt.rna does in fewer
+// instructions. A NaN stays one.
+__device__ inline uint32_t RoundForMma(uint32_t bits) {
+  const float v = __uint_as_float(bits);
+  return v == v ? bits + 0x1000 : bits;
+}
+
 __device__ inline void LoadMatrices(uint32_t (&r)[4], uint32_t address) {
   asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];"
                : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
@@ -35,6 +42,15 @@ __device__ inline void LoadMatrices(uint32_t (&r)[4], uint32_t address) {
 
 __device__ inline void CopyAsync16(uint32_t to, const void* from) {
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(to), "l"(from));
+}
+// The same, or zeros.
+__device__ inline void CopyOrZero16(uint32_t to, const void* from, bool copy) {
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to), "l"(from),
+               "r"(copy ? 16 : 0));
+}
+__device__ inline void CopyOrZero4(uint32_t to, const void* from, bool copy) {
+  asm volatile("cp.async.ca.shared.global [%0], [%1], 4, %2;" ::"r"(to), "l"(from),
+               "r"(copy ? 4 : 0));
 }
 __device__ inline void CommitCopies() { asm volatile("cp.async.commit_group;"); }
 __device__ inline void WaitForCopies() { asm volatile("cp.async.wait_group 0;" ::: "memory"); }
@@ -99,8 +115,10 @@ __device__ inline void StoreBlock(char* to, uint4 v, int low_offset, bool split)
   if constexpr (sizeof(T) == 4) {
     const float f[4] = {__uint_as_float(v.x), __uint_as_float(v.y), __uint_as_float(v.z),
                         __uint_as_float(v.w)};
-    v = make_uint4(RoundTF32(f[0]), RoundTF32(f[1]), RoundTF32(f[2]), RoundTF32(f[3]));
-    if (split) {
+    if (!split) {
+      v = make_uint4(RoundForMma(v.x), RoundForMma(v.y), RoundForMma(v.z), RoundForMma(v.w));
+    } else {
+      v = make_uint4(RoundTF32(f[0]), RoundTF32(f[1]), RoundTF32(f[2]), RoundTF32(f[3]));
       *reinterpret_cast<uint4*>(to + low_offset) = make_uint4(
           RoundTF32(f[0] - __uint_as_float(v.x)), RoundTF32(f[1] - __uint_as_float(v.y)),
           RoundTF32(f[2] - __uint_as_float(v.z)), RoundTF32(f[3] - __uint_as_float(v.w)));
@@ -140,7 +158,9 @@ __global__ void __launch_bounds__(kPackThreads)
               ((plane + (v == 2 ? p.chunk_blocks : 0)) * p.plane + p.entry_offset[entry]) * 16;
           mask[h] = p.entry_mask[entry];
         }
-        p.steps[set * p.steps_padded + s] = make_int4(offset[0], offset[1], mask[0], mask[1]);
+        const int count = s == 0 ? (blocks + 1) / 2 : 0;
+        p.steps[set * p.steps_padded + s] =
+            make_int4(offset[0], offset[1], mask[0], mask[1] | count << 16);
       }
     }
   }
@@ -320,7 +340,29 @@ template <class T, int kStep, int MT, int NC>
 __device__ inline void StoreRows(const CorrelateArgs& a, const TileOrigin& at, int group,
                                  int first_m, int column_set, float (&acc)[MT][NC][4], float* stage,
                                  int lane) {
-  const int sw = a.axis[2].so, pitch = MT * 16 * sw + 4;
+  const int sw = a.axis[2].so, total = MT * 16 * sw, pitch = total + 4;
+  // Outputs of this lane in a row of the stage: their places in phase 0 of the other axes, and how
+  // many phases of those lie inside, a byte each.
+  constexpr int kPlaces = 4;
+  int place[kPlaces], limit[kPlaces];
+  const auto locate = [&](int x0) {
+#pragma unroll
+    for (int i = 0; i < kPlaces; ++i) {
+      const int x = x0 + 32 * i + lane, m = sw == 1 ? x : sw == 2 ? x >> 1 : x / sw;
+      limit[i] = 0;
+      if (x >= total) continue;
+      const Pixel p = PixelOf(a, first_m + m / 16 * kStep + m % 16);
+      const int od = (at.q[0] + p.q[0]) * a.axis[0].so, oh = (at.q[1] + p.q[1]) * a.axis[1].so;
+      const int ow = (at.q[2] + p.q[2]) * sw + x - m * sw;
+      if (at.n + p.n < a.n && ow < a.axis[2].out_size) {
+        limit[i] = min(max(a.axis[0].out_size - od, 0), 255) |
+                   min(max(a.axis[1].out_size - oh, 0), 255) << 8;
+      }
+      place[i] = p.n * static_cast<int>(a.out_n_step) + od * a.axis[0].out_step +
+                 oh * a.axis[1].out_step + ow * a.axis[2].out_step;
+    }
+  };
+  if (total <= 32 * kPlaces) locate(0);
   Column column(a, column_set);
 #pragma unroll
   for (int j = 0; j < NC; ++j, column.Next(a)) {
@@ -340,33 +382,30 @@ __device__ inline void StoreRows(const CorrelateArgs& a, const TileOrigin& at, i
     if (rw != sw - 1) continue;
     __syncwarp();
     const int channels = min(8, a.jg - tile * 8);
-    for (int x = lane; x < MT * 16 * sw; x += 32) {
-      const int m = sw == 1 ? x : sw == 2 ? x >> 1 : x / sw;
-      const Pixel p = PixelOf(a, first_m + m / 16 * kStep + m % 16);
-      const int od = (at.q[0] + p.q[0]) * a.axis[0].so + rd;
-      const int oh = (at.q[1] + p.q[1]) * a.axis[1].so + rh;
-      const int ow = (at.q[2] + p.q[2]) * sw + x - m * sw;
-      if (at.n + p.n >= a.n || od >= a.axis[0].out_size || oh >= a.axis[1].out_size ||
-          ow >= a.axis[2].out_size) {
-        continue;
-      }
-      const int64_t offset = (at.n + p.n) * a.out_n_step +
-                             (group * a.jg + tile * 8) * a.out_c_step + od * a.axis[0].out_step +
-                             oh * a.axis[1].out_step + ow * a.axis[2].out_step;
-      const auto store = [&](auto* to) {
-        to += offset;
-        const float* from = stage + x;
-        if (channels == 8) {
+    const int64_t base = at.n * a.out_n_step + (group * a.jg + tile * 8) * a.out_c_step +
+                         int64_t{rd} * a.axis[0].out_step + int64_t{rh} * a.axis[1].out_step;
+    for (int x0 = 0; x0 < total; x0 += 32 * kPlaces) {
+      if (total > 32 * kPlaces) locate(x0);
 #pragma unroll
-          for (int c = 0; c < 8; ++c, to += a.out_c_step, from += pitch) Put(to, *from);
+      for (int i = 0; i < kPlaces; ++i) {
+        const int x = x0 + 32 * i + lane;
+        if (x0 + 32 * i >= total) break;
+        if (rd >= (limit[i] & 255) || rh >= limit[i] >> 8) continue;
+        const auto store = [&](auto* to) {
+          to += base + place[i];
+          const float* from = stage + x;
+          if (channels == 8) {
+#pragma unroll
+            for (int c = 0; c < 8; ++c, to += a.out_c_step, from += pitch) Put(to, *from);
+          } else {
+            for (int c = 0; c < channels; ++c, to += a.out_c_step, from += pitch) Put(to, *from);
+          }
+        };
+        if (sizeof(T) == 4 || a.out_f32) {
+          store(static_cast<float*>(a.out));
         } else {
-          for (int c = 0; c < channels; ++c, to += a.out_c_step, from += pitch) Put(to, *from);
+          store(static_cast<T*>(a.out));
         }
-      };
-      if (sizeof(T) == 4 || a.out_f32) {
-        store(static_cast<float*>(a.out));
-      } else {
-        store(static_cast<T*>(a.out));
       }
     }
     __syncwarp();
@@ -436,7 +475,7 @@ __device__ inline void StoreChannels(const CorrelateArgs& a, const TileOrigin& a
 // A step, known to be the same in all lanes: branches on it need no care for stragglers.
 __device__ inline int4 Uniform(int4 s) {
   return make_int4(__shfl_sync(~0u, s.x, 0), __shfl_sync(~0u, s.y, 0), __shfl_sync(~0u, s.z, 0),
-                   __shfl_sync(~0u, s.w, 0));
+                   __shfl_sync(~0u, s.w & 0xffff, 0));
 }
 
 // The columns of a step, with all of its weights on their way before the first product. Where both
@@ -491,7 +530,7 @@ __device__ inline void MultiplyStep(float (&acc)[MT][NC][4], const uint32_t (&x)
   }
 }
 
-inline constexpr int kUnroll = 4;  // blocks of channels that a thread has in flight
+inline constexpr int kUnroll = 2;  // blocks of channels that a thread has in flight
 
 // kGroup: wgmma, where a tile is 64 pixels of a group of four warps.
 template <class T, int MT, int NC, bool kGroup>
@@ -603,6 +642,46 @@ __global__ void __launch_bounds__(kGroup || MT * NC >= 32 ? 256 : 128, MT* NC >=
   };
   const int my_blocks = (a.halo + per_block - 1) / per_block;
 
+  // Where the copy units can place a block (they cannot move single 16-bit values), a whole chunk
+  // is on its way at once; the thread that asked for a block finishes it when it has arrived.
+  const bool async = sizeof(T) == 4 || a.vector_in;
+  const auto ask = [&](const int* places, int chunk, char* buffer) {
+    const int c = (chunk * a.chunk_blocks + my_block) * kBlockChannels<T>;
+    const int channels = a.cg - c;
+    const T* from = source + (channels > 0 ? c : 0) * a.in_c_step;
+    uint32_t to = SharedAddress(buffer) + (my_block * a.plane + my_pixel) * 16;
+    if (a.vector_in) {
+#pragma unroll 4
+      for (int p = my_pixel; p < my_end; p += per_block, to += per_block * 16) {
+        const int offset = places[p];
+        const bool copy = offset >= 0 && channels > 0;
+        CopyOrZero16(to, from + (copy ? offset : 0), copy);
+      }
+    } else if constexpr (sizeof(T) == 4) {
+      const T* from1 = from + (channels > 1 ? a.in_c_step : 0);
+      const T* from2 = from + (channels > 2 ? 2 * a.in_c_step : 0);
+      const T* from3 = from + (channels > 3 ? 3 * a.in_c_step : 0);
+#pragma unroll 2
+      for (int p = my_pixel; p < my_end; p += per_block, to += per_block * 16) {
+        const int offset = places[p], at = max(offset, 0);
+        CopyOrZero4(to, from + at, offset >= 0 && channels > 0);
+        CopyOrZero4(to + 4, from1 + at, offset >= 0 && channels > 1);
+        CopyOrZero4(to + 8, from2 + at, offset >= 0 && channels > 2);
+        CopyOrZero4(to + 12, from3 + at, offset >= 0 && channels > 3);
+      }
+    }
+  };
+  const auto finish = [&](char* buffer) {
+    if constexpr (sizeof(T) == 4) {
+      char* to = buffer + (my_block * a.plane + my_pixel) * 16;
+#pragma unroll 2
+      for (int p = my_pixel; p < my_end; p += per_block, to += per_block * 16) {
+        StoreBlock<T>(to, *reinterpret_cast<const uint4*>(to), a.chunk_blocks * a.plane * 16,
+                      a.split);
+      }
+    }
+  };
+
   TileOrigin next_at = OriginOf(a, blockIdx.x);
   // The first tile's first chunk; every other one is fetched while the one before it is at work.
   {
@@ -610,10 +689,17 @@ __global__ void __launch_bounds__(kGroup || MT * NC >= 32 ? 256 : 128, MT* NC >=
     FillTable(a, next_at, list, table, tid, threads);  // a thread reads what it wrote
     __syncthreads();
     aim(next_at);
-    for (int p = my_pixel; p < my_end; p += kUnroll * per_block) {
-      uint4 v[kUnroll];
-      fetch(v, table, 0, p);
-      put(v, input, p);
+    if (async) {
+      ask(table, 0, input);
+      CommitCopies();
+      WaitForCopies();
+      finish(input);
+    } else {
+      for (int p = my_pixel; p < my_end; p += kUnroll * per_block) {
+        uint4 v[kUnroll];
+        fetch(v, table, 0, p);
+        put(v, input, p);
+      }
     }
   }
   int slot = 0, buffer = 0, parity = 0;
@@ -630,6 +716,7 @@ __global__ void __launch_bounds__(kGroup || MT * NC >= 32 ? 256 : 128, MT* NC >=
       const int column_set = first_set + set_round * a.wn + wn;
       const bool busy = column_set < a.column_sets;
       const int4* steps = a.steps + column_set % a.phase_sets * a.steps_padded;
+      const int set_steps = kGroup ? __shfl_sync(~0u, __ldg(&steps[0].w) >> 16, 0) : 0;
       float acc[MT][NC][4] = {};
       int pixel = my_pixel;
       for (int chunk = 0; chunk < a.chunks; ++chunk) {
@@ -641,7 +728,7 @@ __global__ void __launch_bounds__(kGroup || MT * NC >= 32 ? 256 : 128, MT* NC >=
         const int next_chunk = chunk + 1 < a.chunks ? chunk + 1 : 0;
         const int* next_table = last_chunk ? next_places : places;
         const int shares = kUnroll * (a.chunks == 1 ? rounds : a.slabs);
-        const int batches = more ? (my_blocks + shares - 1) / shares : 0;
+        const int batches = more && !async ? (my_blocks + shares - 1) / shares : 0;
         if (a.chunks > 1)
           pixel = my_pixel;
         else
@@ -659,27 +746,36 @@ __global__ void __launch_bounds__(kGroup || MT * NC >= 32 ? 256 : 128, MT* NC >=
               CommitCopies();
             }
           }
+          if (async && more && (a.chunks > 1 ? slab == 0 : round == 0)) {
+            ask(next_table, next_chunk, next);
+            CommitCopies();
+          }
+          const bool arrive =
+              async && more && (a.chunks > 1 ? slab + 1 == a.slabs : round + 1 == rounds);
           if constexpr (kGroup) {
             if (busy) {
               const uint32_t along_rows =
                   a.axis[2].box == 8 ? a.axis[2].slots * a.axis[2].length * 16 : 128;
-              const uint64_t weights =
-                  Descriptor(ring + slot * slab_bytes + wn * set_bytes, 128, 256);
+              // The offsets add to the descriptors' addresses, which never overflow their bits.
+              uint64_t pixels[MT];
+#pragma unroll
+              for (int mt = 0; mt < MT; ++mt) {
+                pixels[mt] = Descriptor(row[mt] + buffer * input_bytes, a.plane * 16, along_rows);
+              }
+              uint64_t weights = Descriptor(ring + slot * slab_bytes + wn * set_bytes, 128, 256);
               const int4* s = steps + slab * a.slab_steps;
-              int4 step = Uniform(__ldg(s)), next_step = __ldg(s + min(1, a.slab_steps - 1));
+              const int count = min(a.slab_steps, set_steps - slab * a.slab_steps);
+              int offset = __shfl_sync(~0u, __ldg(&s[0].x), 0),
+                  next_offset = __ldg(&s[count > 1].x);
               GroupFence();
-              for (int i = 0; i < a.slab_steps; ++i) {
-                if (step.z == 0) break;
-                const int4 later = __ldg(s + min(i + 2, a.slab_steps - 1));
+              for (int i = 0; i < count; ++i, weights += NC * 256 / 16) {
+                const int later = __ldg(&s[min(i + 2, count - 1)].x);
 #pragma unroll
                 for (int mt = 0; mt < MT; ++mt) {
-                  GroupMma<T, NC>::Run(
-                      acc[mt],
-                      Descriptor(row[mt] + buffer * input_bytes + step.x, a.plane * 16, along_rows),
-                      weights + i * (NC * 256 / 16));
+                  GroupMma<T, NC>::Run(acc[mt], pixels[mt] + (offset >> 4), weights);
                 }
-                step = Uniform(next_step);
-                next_step = later;
+                offset = __shfl_sync(~0u, next_offset, 0);
+                next_offset = later;
               }
               GroupCommit();
             }
@@ -688,6 +784,10 @@ __global__ void __launch_bounds__(kGroup || MT * NC >= 32 ? 256 : 128, MT* NC >=
               uint4 v[kUnroll];
               fetch(v, next_table, next_chunk, pixel);
               put(v, next, pixel);
+            }
+            if (arrive) {
+              WaitForCopies();
+              finish(next);
             }
             GroupWait();
           } else {
@@ -733,6 +833,10 @@ __global__ void __launch_bounds__(kGroup || MT * NC >= 32 ? 256 : 128, MT* NC >=
             if (batches > 0) {
               put(v, next, pixel);
               pixel += kUnroll * per_block;
+            }
+            if (arrive) {
+              WaitForCopies();
+              finish(next);
             }
           }
           slot = resident ? (slot + 1 == rounds ? 0 : slot + 1) : slot ^ 1;
