@@ -55,7 +55,7 @@ struct Row {
   int64_t first, step, size, count;
 };
 
-constexpr int64_t kMaxMasks = 4096;  // a row's positions are fewer: see Refuse in phases.cc
+constexpr int64_t kMaxMasks = 16384;  // a row's positions are fewer: see Refuse in phases.cc
 
 // What lies in the operand of each vector that is read of a row, from element `first` on.
 template <class T>
@@ -74,51 +74,29 @@ JAXCONV_INLINE Vec<T> LoadOfRow(const E* from, uint32_t mask) {
   return inside ? Masked<T>(Load<T>(from), mask) : LoadMasked<T>(from, mask);
 }
 
-// to[c]: whole vectors are written, so what comes after the row must be written later.
-template <class T, bool inside, class E>
-__attribute__((noinline)) void PackRow1(const E* from, int64_t count, const uint32_t* masks,
-                                        T* to) {
+// to[slot][c] for `slots` consecutive phases from r2 on, of a step that is a power of two. Whole
+// vectors are written, so what comes after the row must be written later.
+template <class T, int step, bool inside, class E>
+__attribute__((noinline)) void PackRow(const E* from, int64_t count, const uint32_t* masks,
+                                       int64_t r2, int64_t slots, T* to, int64_t slot_size) {
   constexpr int lanes = kLanes<T>;
   for (int64_t c = 0; c < count; c += lanes) {
-    Store<T>(to + c, LoadOfRow<T, inside>(from + c, *masks++));
-  }
-}
-
-// The same for both phases of step 2; null: not wanted.
-template <class T, bool inside, class E>
-__attribute__((noinline)) void PackRow2(const E* from, int64_t count, const uint32_t* masks,
-                                        T* even, T* odd) {
-  constexpr int lanes = kLanes<T>;
-  for (int64_t c = 0; c < count; c += lanes) {
-    const Vec<T> a = LoadOfRow<T, inside>(from + 2 * c, masks[0]);
-    const Vec<T> b = LoadOfRow<T, inside>(from + 2 * c + lanes, masks[1]);
-    if (even != nullptr) Store<T>(even + c, Unzip<T, false>(a, b));
-    if (odd != nullptr) Store<T>(odd + c, Unzip<T, true>(a, b));
-    masks += 2;
-  }
-}
-
-// The same for the four phases of step 4.
-template <class T, bool inside, class E>
-__attribute__((noinline)) void PackRow4(const E* from, int64_t count, const uint32_t* masks, T* to,
-                                        int64_t slot_size) {
-  constexpr int lanes = kLanes<T>;
-  for (int64_t c = 0; c < count; c += lanes) {
-    Vec<T> v[4];
-#pragma GCC unroll 4
-    for (int i = 0; i < 4; ++i) v[i] = LoadOfRow<T, inside>(from + 4 * c + i * lanes, *masks++);
-    const Vec<T> even[2] = {Unzip<T, false>(v[0], v[1]), Unzip<T, false>(v[2], v[3])};
-    const Vec<T> odd[2] = {Unzip<T, true>(v[0], v[1]), Unzip<T, true>(v[2], v[3])};
-    Store<T>(to + c, Unzip<T, false>(even[0], even[1]));
-    Store<T>(to + slot_size + c, Unzip<T, false>(odd[0], odd[1]));
-    Store<T>(to + 2 * slot_size + c, Unzip<T, true>(even[0], even[1]));
-    Store<T>(to + 3 * slot_size + c, Unzip<T, true>(odd[0], odd[1]));
+    Vec<T> in[step], out[step];
+#pragma GCC unroll 16
+    for (int i = 0; i < step; ++i) {
+      in[i] = LoadOfRow<T, inside>(from + c * step + i * lanes, *masks++);
+    }
+    Deinterleave<T, step>(in, out);
+#pragma GCC unroll 16
+    for (int r = 0; r < step; ++r) {
+      if (r >= r2 && r - r2 < slots) Store<T>(to + (r - r2) * slot_size + c, out[r]);
+    }
   }
 }
 
 // The same for any step and `slots` consecutive phases from r2 on: phases are to a row what
 // channels are to pixels, and squares of positions x phases are transposed.
-template <class T, class E>
+template <class T, bool inside, class E>
 __attribute__((noinline)) void PackRowN(const Row& row, const E* from, int64_t r2, int64_t slots,
                                         T* to, int64_t slot_size) {
   constexpr int lanes = kLanes<T>;
@@ -128,7 +106,8 @@ __attribute__((noinline)) void PackRowN(const Row& row, const E* from, int64_t r
       Vec<T> v[lanes];
       for (int64_t l = 0; l < lanes; ++l) {
         const int64_t e = row.first + (c + l) * row.step + r2 + s;
-        v[l] = LoadMasked<T>(from + e, MaskOf<T>(-e, Min(row.size - e, some)));
+        const uint32_t mask = MaskOf<T>(-e, Min(row.size - e, some));
+        v[l] = LoadOfRow<T, inside>(from + e, mask);
       }
       Transpose<T>(v);
       for (int64_t l = 0; l < some; ++l) Store<T>(to + (s + l) * slot_size + c, v[l]);
@@ -180,16 +159,17 @@ struct Source {
 template <class T, class E>
 void PackPlanes(const Source& source, bool channels_last, const E* from, int64_t n, int64_t channel,
                 int64_t channels, const Slot* slots, int64_t s0, int64_t s1, const int64_t* begin,
-                const int64_t* count, const int64_t* box, T* to, int64_t plane) {
+                const int64_t* count, const int64_t* box, int64_t tail, T* to, int64_t plane) {
   constexpr int lanes = kLanes<T>;
   const Distances& at = source.at;
   const int64_t slot_size = channels * plane;
   const E* base = from + n * at.n + channel * at.c;
   const int64_t first = begin[2] * source.step[2], step = source.step[2];
   const Row row{first, step, Min(source.size[2], first + count[2] * step), count[2]};
-  const int64_t read = (row.count + lanes - 1) / lanes * lanes * step;  // of a row, in whole vectors
+  // What is read of a row in whole vectors, or squares of them.
+  const int64_t read = (row.count + lanes - 1) / lanes * lanes * step + lanes;
   uint32_t masks[kMaxMasks];
-  if (!channels_last && (step <= 2 || step == 4)) SetMasks<T>(row, masks);
+  if (!channels_last && step <= 16) SetMasks<T>(row, masks);
   // Channels first, one channel after the other; channels last, all channels of a pixel at once.
   const int64_t outer = channels_last ? 1 : channels, inner = channels_last ? channels : 1;
 
@@ -221,18 +201,25 @@ void PackPlanes(const Source& source, bool channels_last, const E* from, int64_t
       const bool inside = begins >= from && begins + read <= from + source.elements;
       const auto pack = [&](auto is_inside) {
         constexpr bool kInside = decltype(is_inside)::value;
-        if (step == 1) {
-          PackRow1<T, kInside>(begins, row.count, masks, to_row);
-        } else if (step == 2) {
-          T* odd = r2 == 1 ? to_row : some == 2 ? to_row + slot_size : nullptr;
-          PackRow2<T, kInside>(begins, row.count, masks, r2 == 0 ? to_row : nullptr, odd);
-        } else {
-          PackRow4<T, kInside>(begins, row.count, masks, to_row, slot_size);
+        const auto run = [&](auto kernel) {
+          kernel(begins, row.count, masks, r2, some, to_row, slot_size);
+        };
+        switch (step) {
+          case 1:
+            return run(PackRow<T, 1, kInside, E>);
+          case 2:
+            return run(PackRow<T, 2, kInside, E>);
+          case 4:
+            return run(PackRow<T, 4, kInside, E>);
+          case 8:
+            return run(PackRow<T, 8, kInside, E>);
+          case 16:
+            return run(PackRow<T, 16, kInside, E>);
+          default:
+            PackRowN<T, kInside>(row, from_row, r2, some, to_row, slot_size);
         }
       };
-      if (step != 1 && step != 2 && !(step == 4 && some == 4)) {
-        PackRowN(row, from_row, r2, some, to_row, slot_size);
-      } else if (inside) {
+      if (inside) {
         pack(std::true_type{});
       } else {
         pack(std::false_type{});
@@ -255,7 +242,9 @@ void PackPlanes(const Source& source, bool channels_last, const E* from, int64_t
   }
   // What is read past the last position must be finite, too.
   for (int64_t k = 0; k < (s1 - s0) * channels; ++k) {
-    Store<T>(to + k * plane + count[0] * box[1] * box[2], Vec<T>{});
+    for (int64_t c = 0; c < tail; c += lanes) {
+      Store<T>(to + k * plane + count[0] * box[1] * box[2] + c, Vec<T>{});
+    }
   }
 }
 
@@ -282,7 +271,7 @@ void PackPanel(const PhasePlan& p, const void* src, int64_t n, int64_t group, in
   int64_t begin[3], count[3];
   for (int a = 0; a < 3; ++a) {
     begin[a] = tile.begin[a] + p.lo[a];
-    count[a] = p.box[a] - p.tile[a] + tile.size[a];
+    count[a] = p.span[a] + tile.size[a];
   }
   // All channels of the groups are neighbours, as there is one group or all of their channels.
   const int64_t channels = groups * ks;
@@ -290,43 +279,51 @@ void PackPanel(const PhasePlan& p, const void* src, int64_t n, int64_t group, in
   WithElement<T>(p.in_type, [&](auto element) {
     using E = decltype(element);
     PackPlanes<T>(source, p.channels_last != 0, static_cast<const E*>(src), n, group * p.k + k0,
-                  channels, p.slots, s0, s1, begin, count, p.box, panel, p.plane);
+                  channels, p.slots, s0, s1, begin, count, p.box, p.tail, panel, p.plane);
   });
 }
 
+// A square of taps x (source channel, channel of a block) at a time, transposed: a row of it is
+// contiguous in the weight, a column in the packed one.
 template <class T>
 void PackWeight(const PhasePlan& p, const void* weight, void* packed, int64_t task, int64_t tasks) {
-  constexpr int64_t kRun = 32;  // so many channels at once keep what is read in the nearest cache
+  constexpr int64_t kRun = 32, lanes = kLanes<T>;
   const int64_t runs = (p.k + kRun - 1) / kRun, units = p.groups * p.nblocks * runs;
-  const int64_t phases = p.dst_step[0] * p.dst_step[1] * p.dst_step[2];
-  for (int64_t u = units * task / tasks; u < units * (task + 1) / tasks; ++u) {
-    const int64_t run = u % runs, g = u / runs / p.nblocks;
-    const Block block = p.blocks[u / runs % p.nblocks];
-    WithElement<T>(p.in_type, [&](auto element) {
-      using E = decltype(element);
+  WithElement<T>(p.in_type, [&](auto element) {
+    using E = decltype(element);
+    const E* end = static_cast<const E*>(weight) + p.groups * p.wg;
+    for (int64_t u = units * task / tasks; u < units * (task + 1) / tasks; ++u) {
+      const int64_t run = u % runs, g = u / runs / p.nblocks;
+      const Block block = p.blocks[u / runs % p.nblocks];
+      const int64_t mr = block.mr, k_end = Min(p.k, (run + 1) * kRun);
       const E* w = static_cast<const E*>(weight) + g * p.wg + block.m0 * p.wm;
       T* to = static_cast<T*>(packed) + g * p.k * p.m * p.ntaps;
-      for (int64_t r = 0; r < phases; ++r) {
-        const int64_t first = p.phase_begin[r], taps = p.phase_begin[r + 1] - first;
-        T* panel = to + p.k * (first * p.m + block.m0 * taps);
-        for (int64_t i = 0; i < taps; ++i) {
-          const E* from = w + p.taps[first + i].t;
-          for (int64_t k = run * kRun; k < Min(p.k, (run + 1) * kRun); ++k) {
-            const int64_t chunk = k / p.k_chunk * p.k_chunk, ks = Min(p.k_chunk, p.k - chunk);
-            T* row = panel + (chunk * taps + i * ks + k - chunk) * block.mr;
-            for (int64_t m = 0; m < block.mr; ++m) {
-              const E value = from[k * p.wk + m * p.wm];
-              if constexpr (sizeof(E) == sizeof(T)) {
-                row[m] = value;
-              } else {
-                row[m] = LoadSome<T>(&value, 1)[0];
-              }
+      for (int64_t k = run * kRun, ks; k < k_end; k += ks) {
+        const int64_t chunk = k / p.k_chunk * p.k_chunk, chunk_size = Min(p.k_chunk, p.k - chunk);
+        ks = Min(Min(Max(lanes / mr, 1), k_end - k), chunk + chunk_size - k);
+        const int64_t ms = Min(mr, lanes);  // of a square, which has ks * ms rows
+        for (int64_t t = 0; t < p.ntaps; t += lanes) {
+          const int64_t some = Min(lanes, p.ntaps - t);
+          for (int64_t m = 0; m < mr; m += ms) {
+            Vec<T> v[lanes];
+            for (int64_t l = 0; l < lanes; ++l) {
+              const E* from = w + (k + l / ms) * p.wk + (m + l % ms) * p.wm + t;
+              v[l] = l >= ks * ms           ? Vec<T>{}
+                     : from + lanes <= end ? Load<T>(from)
+                                           : LoadMasked<T>(from, MaskOf<T>(0, some));
+            }
+            Transpose<T>(v);
+            for (int64_t l = 0; l < some; ++l) {
+              const Place& at = p.places[t + l];
+              T* row = to + p.k * (at.first * p.m + block.m0 * at.taps) +
+                       (chunk * at.taps + at.index * chunk_size + k - chunk) * mr + m;
+              StoreSome<T>(row, v[l], ks * ms);
             }
           }
         }
       }
-    });
-  }
+    }
+  });
 }
 
 // ---------------------------------------------------------------------------------------------
@@ -451,36 +448,40 @@ template <class T, class E>
 JAXCONV_INLINE void StoreRow(E* to, const T* sums, int64_t row, int64_t step, int64_t count,
                              Vec<T> bias) {
   constexpr int lanes = kLanes<T>;
-  if (step == 1) {
-    for (int64_t i = 0; i < count; i += lanes) {
-      StoreSome<T>(to + i, Load<T>(sums + i) + bias, count - i);
-    }
-  } else if (step == 2) {
-    for (int64_t i = 0; i < count; i += 2 * lanes) {
-      const Vec<T> a = Load<T>(sums + i / 2) + bias, b = Load<T>(sums + row + i / 2) + bias;
-      StoreSome<T>(to + i, Zip<T, false>(a, b), count - i);
-      if (i + lanes < count) StoreSome<T>(to + i + lanes, Zip<T, true>(a, b), count - i - lanes);
-    }
-  } else if (step == 4) {
-    for (int64_t i = 0; i < count; i += 4 * lanes) {
-      Vec<T> v[4];
-      for (int r = 0; r < 4; ++r) v[r] = Load<T>(sums + r * row + i / 4) + bias;
-      const Vec<T> even[2] = {Zip<T, false>(v[0], v[2]), Zip<T, true>(v[0], v[2])};
-      const Vec<T> odd[2] = {Zip<T, false>(v[1], v[3]), Zip<T, true>(v[1], v[3])};
-      const Vec<T> out[4] = {Zip<T, false>(even[0], odd[0]), Zip<T, true>(even[0], odd[0]),
-                             Zip<T, false>(even[1], odd[1]), Zip<T, true>(even[1], odd[1])};
-      for (int r = 0; r < 4 && i + r * lanes < count; ++r) {
-        StoreSome<T>(to + i + r * lanes, out[r], count - i - r * lanes);
+  const auto interleaved = [&](auto constant) {
+    constexpr int n = decltype(constant)::value;
+    for (int64_t i = 0; i < count; i += n * lanes) {
+      Vec<T> in[n], out[n];
+#pragma GCC unroll 16
+      for (int r = 0; r < n; ++r) in[r] = Load<T>(sums + r * row + i / n) + bias;
+      Interleave<T, n>(in, out);
+      if (i + n * lanes <= count) {
+#pragma GCC unroll 16
+        for (int r = 0; r < n; ++r) Store<T>(to + i + r * lanes, out[r]);
+      } else {
+        for (int r = 0; r < n; ++r) StoreSome<T>(to + i + r * lanes, out[r], count - i - r * lanes);
       }
     }
-  } else {
-    // Phases are to a row what channels are to pixels.
-    const int64_t whole = count / step;
-    StorePixels<T>(to, step, sums, row, whole, step,
-                   [&](int64_t) { return bias; });
-    for (int64_t i = whole * step; i < count; ++i) {
-      StoreSome<T>(to + i, Load<T>(sums + i % step * row + whole) + bias, 1);
-    }
+  };
+  switch (step) {
+    case 1:
+      return interleaved(std::integral_constant<int, 1>{});
+    case 2:
+      return interleaved(std::integral_constant<int, 2>{});
+    case 4:
+      return interleaved(std::integral_constant<int, 4>{});
+    case 8:
+      return interleaved(std::integral_constant<int, 8>{});
+    case 16:
+      return interleaved(std::integral_constant<int, 16>{});
+    default:
+      break;
+  }
+  // Phases are to a row what channels are to pixels.
+  const int64_t whole = count / step;
+  StorePixels<T>(to, step, sums, row, whole, step, [&](int64_t) { return bias; });
+  for (int64_t i = whole * step; i < count; ++i) {
+    StoreSome<T>(to + i, Load<T>(sums + i % step * row + whole) + bias, 1);
   }
 }
 
@@ -710,7 +711,7 @@ void WeightGrad(const PhasePlan& p, const PhaseOperands& ops, int64_t task, void
     WithElement<T>(p.in_type, [&](auto element) {
       using E = decltype(element);
       PackPlanes<T>(x_source, p.channels_last != 0, static_cast<const E*>(ops.dst), n,
-                    group * p.m, groups * p.m, &whole, 0, 1, tile.begin, tile.size, p.box, rows,
+                    group * p.m, groups * p.m, &whole, 0, 1, tile.begin, tile.size, p.box, 1, rows,
                     p.row);
     });
     for (int64_t k0 = k_begin; k0 < k_end; k0 += p.k_chunk) {

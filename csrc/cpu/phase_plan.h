@@ -17,7 +17,9 @@
 // hears are copied into a panel, [phase][channel][plane], zero where the source has no element.
 // Planes are boxes, P0 x P1 x P2, of the tile and its halo, so that position (j0, j1, j2) of the
 // tile is q = (j0 * P1 + j1) * P2 + j2 and a tap reads q + rel: one run of vectors covers the whole
-// tile, and the few results between its rows are thrown away.
+// tile, and the few results between its rows are thrown away. Zeros after a row of the source also
+// serve as the zeros before the next one: as far as the halo is zero on both sides, it is left out
+// of P1 and P2 once.
 #ifndef JAXCONV_CPU_PHASE_PLAN_H_
 #define JAXCONV_CPU_PHASE_PLAN_H_
 
@@ -31,6 +33,12 @@ struct Tap {
   int64_t rel;   // offset in a plane
   int64_t t;     // index in the weight
   int64_t slot;  // index of its source phase among those with taps
+};
+
+// Where tap t of the weight is in the order of PhasePlan::taps.
+struct Place {
+  int64_t first, taps;  // of its destination phase
+  int64_t index;        // its own, in that phase
 };
 
 // A source phase with taps. Phases up to `row_end` follow it one by one along axis 2, so that they
@@ -61,10 +69,13 @@ struct PhasePlan {
   int64_t src_step[3], dst_step[3];  // the stride in the operand with phases, 1 in the other
   int64_t lo[3];                     // least offset of a tap
   int64_t tile[3], tiles[3];         // positions of a tile; tiles
+  int64_t span[3];                   // greatest offset less the least
   int64_t box[3];                    // P0, P1, P2
+  int64_t tail;                      // what is read past a plane's boxes
   int64_t plane;                     // elements from one plane to the next
   int64_t row;                       // elements from one row of sums to the next
   const Tap* taps;                   // sorted by destination phase, then slot
+  const Place* places;
   const int64_t* phase_begin;        // the taps of destination phase r: [r] .. [r + 1]
   int64_t ntaps;
   const Slot* slots;                 // in the order of their phases

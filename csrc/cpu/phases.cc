@@ -22,7 +22,8 @@ struct Plan {
   std::vector<int64_t> phase_begin;
   std::vector<Slot> slots;
   std::vector<Block> blocks;
-  Sizes span{};       // greatest offset of a tap less the least
+  Sizes shared{};     // halo that is zero on both sides of a tile that is all of the grid
+  std::vector<Place> places;
   int64_t row_slots = 1;  // source phases along axis 2
   double cycles = 0;  // of one thread: an estimate
 
@@ -31,7 +32,7 @@ struct Plan {
 };
 
 constexpr int64_t kMaxTaps = int64_t{1} << 20, kMaxPhases = int64_t{1} << 16;
-constexpr int64_t kMaxBox = 2048;  // positions along axis 2
+constexpr int64_t kMaxBox = 2000;  // positions along axis 2
 constexpr int64_t kMaxScratch = int64_t{16} << 20;  // bytes a thread
 // Half of the second-level cache for what is read, a quarter for the sums.
 constexpr int64_t kPanelBytes = int64_t{512} << 10, kSumsBytes = int64_t{256} << 10;
@@ -64,10 +65,11 @@ void SetTiles(Plan& plan, const Sizes& grid, const Sizes& most, int64_t lanes) {
     p.tiles[a] = CeilDiv(grid[a], most[a]);
     p.tile[a] = CeilDiv(grid[a], p.tiles[a]);
     p.tiles[a] = CeilDiv(grid[a], p.tile[a]);
-    p.box[a] = p.tile[a] + plan.span[a];
+    p.box[a] = p.tile[a] + p.span[a] - (p.tiles[a] == 1 ? plan.shared[a] : 0);
   }
+  p.tail = (p.tile[1] + p.span[1] - p.box[1]) * p.box[2] + p.tile[2] + p.span[2] - p.box[2] + lanes;
   const int64_t positions = p.tile[0] * p.box[1] * p.box[2];
-  p.plane = Spread(positions + plan.span[0] * p.box[1] * p.box[2] + lanes);
+  p.plane = Spread(positions + p.span[0] * p.box[1] * p.box[2] + p.tail + lanes);
   p.row = Spread(positions + lanes);
 }
 
@@ -180,6 +182,7 @@ void AddTaps(Plan& plan, const Problem& problem) {
   });
   const int64_t phases = p.dst_step[0] * p.dst_step[1] * p.dst_step[2];
   plan.phase_begin.assign(static_cast<size_t>(phases) + 1, 0);
+  plan.places.resize(placed.size());
   for (const Placed& tap : placed) ++plan.phase_begin[static_cast<size_t>(tap.dst_phase) + 1];
   for (size_t r = 0; r < static_cast<size_t>(phases); ++r) {
     plan.phase_begin[r + 1] += plan.phase_begin[r];
@@ -208,9 +211,14 @@ void AddTaps(Plan& plan, const Problem& problem) {
     const auto& o = tap.offset;
     if (tap.src_phase != last) ++slot;
     last = tap.src_phase;
+    const int64_t begin = plan.phase_begin[static_cast<size_t>(tap.dst_phase)];
+    plan.places[static_cast<size_t>(tap.t)] = {
+        begin, plan.phase_begin[static_cast<size_t>(tap.dst_phase) + 1] - begin,
+        static_cast<int64_t>(plan.taps.size()) - begin};
     plan.taps.push_back({(o[0] * p.box[1] + o[1]) * p.box[2] + o[2], tap.t, forward ? 0 : slot});
   }
   p.taps = plan.taps.data();
+  p.places = plan.places.data();
   p.phase_begin = plan.phase_begin.data();
   p.slots = plan.slots.data();
   p.blocks = plan.blocks.data();
@@ -237,7 +245,6 @@ Plan PlanOf(const Problem& problem, const PhaseKernels& kernels, bool with_taps)
   p.wk = forward ? problem.cog() * taps : taps;
   p.wm = forward ? taps : problem.cog() * taps;
 
-  Sizes hi{};
   for (int a = 0; a < 3; ++a) {
     const size_t i = static_cast<size_t>(a);
     p.src_size[a] = forward ? problem.isize[i] : problem.osize[i];
@@ -247,8 +254,12 @@ Plan PlanOf(const Problem& problem, const PhaseKernels& kernels, bool with_taps)
     const int64_t first = AxisTapOf(problem, a, 0).offset;
     const int64_t last = AxisTapOf(problem, a, problem.k[i] - 1).offset;
     p.lo[a] = std::min(first, last);
-    hi[i] = std::max(first, last);
-    plan.span[i] = hi[i] - p.lo[a];
+    p.span[a] = std::max(first, last) - p.lo[a];
+    // Zeros of a row of all positions: those before the first element of any phase, and those after
+    // the last of any phase.
+    const int64_t grid = CeilDiv(p.dst_size[a], p.dst_step[a]);
+    const int64_t before = -p.lo[a], after = p.lo[a] + p.span[a] + grid - CeilDiv(p.src_size[a], p.src_step[a]);
+    if (a > 0) plan.shared[i] = std::clamp<int64_t>(std::min(before, after), 0, p.span[a]);
   }
 
   p.nslots = 1;
@@ -398,9 +409,9 @@ std::string Refuse(const Problem& p, const Device& device) {
     return "takes no empty arrays";
   }
   const Plan plan = PlanOf(p, kernels, false);
-  if (plan.p.box[2] > kMaxBox) {
+  if (plan.p.tile[2] + plan.p.span[2] > kMaxBox) {
     return "takes rows that hear at most " + std::to_string(kMaxBox) + " inputs, these hear " +
-           std::to_string(plan.p.box[2]);
+           std::to_string(plan.p.tile[2] + plan.p.span[2]);
   }
   const int64_t bytes = (plan.p.panel_size + plan.p.acc_size) * SumSize(p);
   if (bytes > kMaxScratch) {

@@ -232,6 +232,44 @@ JAXCONV_INLINE Vec<T> Unzip(Vec<T> a, Vec<T> b) {
   return Shuffle<T, UnzipIndex<kLanes<T>, odd>>(a, b);
 }
 
+// Element i * n + r of `out`, n vectors in a row, is element i of in[r].
+template <class T, int n>
+JAXCONV_INLINE void Interleave(const Vec<T>* in, Vec<T>* out) {
+  if constexpr (n == 1) {
+    out[0] = in[0];
+  } else {
+    Vec<T> even[n / 2], odd[n / 2], a[n / 2], b[n / 2];
+#pragma GCC unroll 8
+    for (int i = 0; i < n / 2; ++i) even[i] = in[2 * i], odd[i] = in[2 * i + 1];
+    Interleave<T, n / 2>(even, a);
+    Interleave<T, n / 2>(odd, b);
+#pragma GCC unroll 8
+    for (int i = 0; i < n / 2; ++i) {
+      out[2 * i] = Zip<T, false>(a[i], b[i]);
+      out[2 * i + 1] = Zip<T, true>(a[i], b[i]);
+    }
+  }
+}
+
+// The inverse.
+template <class T, int n>
+JAXCONV_INLINE void Deinterleave(const Vec<T>* in, Vec<T>* out) {
+  if constexpr (n == 1) {
+    out[0] = in[0];
+  } else {
+    Vec<T> even[n / 2], odd[n / 2], a[n / 2], b[n / 2];
+#pragma GCC unroll 8
+    for (int i = 0; i < n / 2; ++i) {
+      even[i] = Unzip<T, false>(in[2 * i], in[2 * i + 1]);
+      odd[i] = Unzip<T, true>(in[2 * i], in[2 * i + 1]);
+    }
+    Deinterleave<T, n / 2>(even, a);
+    Deinterleave<T, n / 2>(odd, b);
+#pragma GCC unroll 8
+    for (int i = 0; i < n / 2; ++i) out[2 * i] = a[i], out[2 * i + 1] = b[i];
+  }
+}
+
 // Transposes a square of vectors.
 template <class T, int step = kLanes<T> / 2>
 JAXCONV_INLINE void Transpose(Vec<T>* v) {
