@@ -75,7 +75,10 @@ def test_what_is_forced_and_cannot_run_is_an_error():
     for platform, arguments, message in cases:
         with pytest.raises(ValueError, match=message):
             lowered(platform, **arguments)
-    with pytest.raises(ValueError, match="kernels take float32"):
+    with (
+        jax.default_device(jax.devices("cpu")[0]),
+        pytest.raises(ValueError, match="kernels take float32"),
+    ):
         jaxconv.conv_transpose1d(
             jnp.ones((1, 1, 3), "int32"), jnp.ones((1, 1, 1), "int32"), implementation="cpu"
         )

@@ -189,6 +189,9 @@ bool Complete(const Problem& p, const Device& device, const WeightGradVariant& v
     x_row = int64_t{x_rows} * a.x_channel;
     y_row = int64_t{y_rows} * a.y_channel;
   }
+  // A window of 16-bit words is rounded up, so it may read past its row, where the ring's next slot
+  // is being filled: what is read there is not used, but room keeps the two apart.
+  if (half) y_row += last ? 4 * a.y_pixel + a.y_run_pad : 8;
   x_row = (x_row + 15) / 16 * 16;
   y_row = (y_row + 15) / 16 * 16;
   const int64_t x_stage = x_row * c.images * c.depth, y_slot = y_row * c.images * a.y_depth;
