@@ -75,12 +75,17 @@ JAXCONV_INLINE Vec<T> LoadOfRow(const E* from, uint32_t mask) {
 }
 
 // to[slot][c] for `slots` consecutive phases from r2 on, of a step that is a power of two. Whole
-// vectors are written, so what comes after the row must be written later.
+// vectors are written, so what comes after the row must be written later. The same row of the next
+// channel, `ahead` elements on, is asked for: it lies on another page, which the processor does not
+// foresee.
 template <class T, int step, bool inside, class E>
 __attribute__((noinline)) void PackRow(const E* from, int64_t count, const uint32_t* masks,
-                                       int64_t r2, int64_t slots, T* to, int64_t slot_size) {
+                                       int64_t r2, int64_t slots, T* to, int64_t slot_size,
+                                       int64_t ahead) {
   constexpr int lanes = kLanes<T>;
   for (int64_t c = 0; c < count; c += lanes) {
+#pragma GCC unroll 16
+    for (int i = 0; i < step; ++i) __builtin_prefetch(from + c * step + i * lanes + ahead);
     Vec<T> in[step], out[step];
 #pragma GCC unroll 16
     for (int i = 0; i < step; ++i) {
@@ -202,7 +207,7 @@ void PackPlanes(const Source& source, bool channels_last, const E* from, int64_t
       const auto pack = [&](auto is_inside) {
         constexpr bool kInside = decltype(is_inside)::value;
         const auto run = [&](auto kernel) {
-          kernel(begins, row.count, masks, r2, some, to_row, slot_size);
+          kernel(begins, row.count, masks, r2, some, to_row, slot_size, at.c);
         };
         switch (step) {
           case 1:
@@ -443,15 +448,18 @@ JAXCONV_INLINE void StorePixels(E* to, int64_t pixel, const T* sums, int64_t row
   }
 }
 
-// to[i] = sums of phase i mod step at position i / step, plus the bias, for i < count
+// to[i] = sums of phase i mod step at position i / step, plus the bias, for i < count. The memory
+// `ahead` elements on is written next.
 template <class T, class E>
 JAXCONV_INLINE void StoreRow(E* to, const T* sums, int64_t row, int64_t step, int64_t count,
-                             Vec<T> bias) {
+                             Vec<T> bias, int64_t ahead) {
   constexpr int lanes = kLanes<T>;
   const auto interleaved = [&](auto constant) {
     constexpr int n = decltype(constant)::value;
     for (int64_t i = 0; i < count; i += n * lanes) {
       Vec<T> in[n], out[n];
+#pragma GCC unroll 16
+      for (int r = 0; r < n; ++r) __builtin_prefetch(to + i + r * lanes + ahead, 1);
 #pragma GCC unroll 16
       for (int r = 0; r < n; ++r) in[r] = Load<T>(sums + r * row + i / n) + bias;
       Interleave<T, n>(in, out);
@@ -525,7 +533,7 @@ void StoreSums(const PhasePlan& p, const Tile& tile, int64_t n, int64_t channel,
     for (int64_t a0 = 0; a0 < v0.end; ++a0) {
       for (int64_t a1 = 0; a1 < v1.end; ++a1) {
         StoreRow<T>(row_of(a0, a1) + c * at.c, sums + c * step * p.row + position(a0, a1), p.row,
-                    step, count, b);
+                    step, count, b, at.c);
       }
     }
   }
@@ -548,9 +556,9 @@ void Correlate(const PhasePlan& p, const PhaseOperands& ops, int64_t task, void*
   T* sums = panel + p.panel_size;
   const int64_t tiles = p.tiles[0] * p.tiles[1] * p.tiles[2];
   const int64_t split = task % p.splits;
-  const Tile tile = TileAt(p, task / p.splits % tiles);
   const int64_t group_chunks = (p.groups + p.group_chunk - 1) / p.group_chunk;
-  const int64_t group = task / p.splits / tiles % group_chunks * p.group_chunk;
+  const int64_t group = task / p.splits % group_chunks * p.group_chunk;
+  const Tile tile = TileAt(p, task / p.splits / group_chunks % tiles);
   const int64_t n = task / p.splits / tiles / group_chunks;
   const int64_t groups = Min(p.group_chunk, p.groups - group);
 
