@@ -334,12 +334,32 @@ void PackWeight(const PhasePlan& p, const void* weight, void* packed, int64_t ta
 // ---------------------------------------------------------------------------------------------
 // Forward and input gradient
 
+// What one panel is multiplied by: taps, each of `channels` rows of the weight.
+struct Factors {
+  const Tap* taps;
+  int64_t ntaps, channels;
+  int64_t plane, slot_size;
+};
+
+// The rows of a panel's planes that are not all zero: so many come before row r. Null: unknown.
+struct LiveRows {
+  const int32_t* before;
+  int64_t pitch;  // P2
+
+  int64_t RowOf(int64_t row, int64_t column) const {
+    return column < pitch ? row : row + column / pitch;
+  }
+};
+constexpr int64_t kMaxLiveRows = 1024, kMaxListed = 512;
+
 // sums[m][q] (+)= sum over taps and channels of weight[m] * panel[channel][q + rel], for mr
 // channels and nr vectors of positions. The weight is one value a lane-wide multiply-add, the
-// panel's vectors are used mr times, the sums stay in registers.
+// panel's vectors are used mr times, the sums stay in registers. `listed`: the taps to take; null:
+// all of them.
 template <class T, int mr, int nr>
-__attribute__((noinline)) void Multiply(const T* weight, const T* panel, const Tap* taps, int64_t ntaps, int64_t channels,
-              int64_t plane, int64_t slot_size, T* sums, int64_t row, bool add) {
+__attribute__((noinline)) void Multiply(const T* weight, const T* panel, const Factors& f,
+                                        const int32_t* listed, int64_t count, T* sums, int64_t row,
+                                        bool add) {
   constexpr int lanes = kLanes<T>;
   Vec<T> acc[mr][nr];
 #pragma GCC unroll 8
@@ -349,19 +369,22 @@ __attribute__((noinline)) void Multiply(const T* weight, const T* panel, const T
       acc[m][v] = add ? Load<T>(sums + m * row + v * lanes) : Vec<T>{};
     }
   }
-  for (int64_t i = 0; i < ntaps; ++i) {
-    const T* from = panel + taps[i].slot * slot_size + taps[i].rel;
+  const int64_t channels = f.channels, plane = f.plane;
+  for (int64_t i = 0; i < count; ++i) {
+    const int64_t t = listed != nullptr ? listed[i] : i;
+    const T* from = panel + f.taps[t].slot * f.slot_size + f.taps[t].rel;
+    const T* w_row = weight + t * channels * mr;
     for (int64_t k = 0; k < channels; ++k) {
       Vec<T> x[nr];
 #pragma GCC unroll 8
       for (int v = 0; v < nr; ++v) x[v] = Load<T>(from + v * lanes);
 #pragma GCC unroll 8
       for (int m = 0; m < mr; ++m) {
-        const Vec<T> w = Broadcast(weight[m]);
+        const Vec<T> w = Broadcast(w_row[m]);
 #pragma GCC unroll 8
         for (int v = 0; v < nr; ++v) acc[m][v] += w * x[v];
       }
-      weight += mr;
+      w_row += mr;
       from += plane;
     }
   }
@@ -380,16 +403,32 @@ constexpr int kMaxMr = 4;
 constexpr int MaxNr(int mr) { return mr == 4 ? 3 : mr == 2 ? 4 : 6; }
 #endif
 
-// All positions [0, span) of one block.
+// All positions [0, span) of one block. Taps that hear nothing but zeros are left out.
 template <class T, int mr>
-void MultiplySpan(const T* weight, const T* panel, const Tap* taps, int64_t ntaps, int64_t channels,
-                  int64_t plane, int64_t slot_size, int64_t span, T* sums, int64_t row, bool add) {
+void MultiplySpan(const T* weight, const T* panel, const Factors& f, const LiveRows& live,
+                  int64_t span, T* sums, int64_t row, bool add) {
   constexpr int lanes = kLanes<T>, max_nr = MaxNr(mr);
   const int64_t vectors = (span + lanes - 1) / lanes, runs = (vectors + max_nr - 1) / max_nr;
   for (int64_t r = 0; r < runs; ++r) {  // runs of nearly equal length
     const int64_t v = vectors * r / runs, q = v * lanes;
+    int32_t listed[kMaxListed];
+    int64_t count = f.ntaps;
+    if (live.before != nullptr) {
+      const int64_t end = Min(vectors * (r + 1) / runs * lanes, span) - 1;
+      const int64_t row0 = q / live.pitch, column0 = q % live.pitch;
+      const int64_t row1 = end / live.pitch, column1 = end % live.pitch;
+      count = 0;
+      for (int64_t t = 0; t < f.ntaps; ++t) {
+        const Tap& tap = f.taps[t];
+        const int64_t first = live.RowOf(row0 + tap.row, column0 + tap.column);
+        const int64_t last = live.RowOf(row1 + tap.row, column1 + tap.column);
+        listed[count] = static_cast<int32_t>(t);
+        count += live.before[last + 1] > live.before[first] ? 1 : 0;
+      }
+    }
     const auto run = [&](auto kernel) {
-      kernel(weight, panel + q, taps, ntaps, channels, plane, slot_size, sums + q, row, add);
+      kernel(weight, panel + q, f, live.before != nullptr ? listed : nullptr, count, sums + q, row,
+             add);
     };
     switch (vectors * (r + 1) / runs - v) {
       case 1:
@@ -550,6 +589,25 @@ TapRange TapsOf(const PhasePlan& p, int64_t phase, int64_t s0, int64_t s1) {
   return t;
 }
 
+// Fills in LiveRows::before for the one slot of a tile's panel, and returns the last of it.
+int64_t CountLive(const PhasePlan& p, const Tile& tile, int64_t rows, int32_t* before) {
+  int32_t count = 0;
+  for (int64_t r = 0; r < rows; ++r) {
+    before[r] = count;
+    const int64_t a = r / p.box[1], b = r % p.box[1];
+    const int64_t e0 =
+        (tile.begin[0] + p.lo[0] + a) * p.src_step[0] + p.slots[0].phase[0];
+    const int64_t e1 =
+        (tile.begin[1] + p.lo[1] + b) * p.src_step[1] + p.slots[0].phase[1];
+    if (a < tile.size[0] + p.span[0] && e0 >= 0 && e0 < p.src_size[0] && e1 >= 0 &&
+        e1 < p.src_size[1]) {
+      ++count;
+    }
+  }
+  before[rows] = count;
+  return count;
+}
+
 template <class T>
 void Correlate(const PhasePlan& p, const PhaseOperands& ops, int64_t task, void* scratch) {
   T* panel = static_cast<T*>(scratch);
@@ -566,8 +624,15 @@ void Correlate(const PhasePlan& p, const PhaseOperands& ops, int64_t task, void*
   const int64_t first_block = p.nblocks * split / p.splits;
   const int64_t blocks = p.nblocks * (split + 1) / p.splits - first_block;
   const int64_t span = tile.Span(p), step = p.dst_step[2];
+  int32_t live_before[kMaxLiveRows + 1];
+  LiveRows live{nullptr, p.box[2]};
   if (p.one_panel()) {
     PackPanel<T>(p, ops.src, n, group, groups, tile, 0, p.k, 0, p.nslots, panel);
+    const int64_t rows = ((tile.size[0] + p.span[0]) * p.box[1] * p.box[2] + p.tail) / p.box[2] + 1;
+    if (p.nslots == 1 && p.ntaps <= kMaxListed && rows <= kMaxLiveRows && p.k >= 8 &&
+        CountLive(p, tile, rows, live_before) < (tile.size[0] + p.span[0]) * p.box[1]) {
+      live.before = live_before;
+    }
   }
   for (int64_t r01 = 0; r01 < p.dst_step[0] * p.dst_step[1]; ++r01) {
     for (int64_t b0 = 0; b0 < groups * blocks; b0 += p.acc_blocks) {
@@ -594,8 +659,8 @@ void Correlate(const PhasePlan& p, const PhaseOperands& ops, int64_t task, void*
                                 (k0 * taps + (t.begin - first) * ks) * block.mr;
               const auto run = [&](auto kernel) {
                 const int64_t slot_size = groups * ks * p.plane;
-                kernel(weight, panel + g * ks * p.plane - s0 * slot_size, p.taps + t.begin,
-                       t.end - t.begin, ks, p.plane, slot_size, span,
+                const Factors factors{p.taps + t.begin, t.end - t.begin, ks, p.plane, slot_size};
+                kernel(weight, panel + g * ks * p.plane - s0 * slot_size, factors, live, span,
                        sums + (channels * step + r2) * p.row, step * p.row, k0 > 0 || s0 > 0);
               };
               switch (block.mr) {

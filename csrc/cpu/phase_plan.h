@@ -30,7 +30,8 @@
 namespace jaxconv::cpu {
 
 struct Tap {
-  int64_t rel;   // offset in a plane
+  int64_t rel;   // offset in a plane: row * P2 + column
+  int64_t row, column;
   int64_t t;     // index in the weight
   int64_t slot;  // index of its source phase among those with taps
 };

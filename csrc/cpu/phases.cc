@@ -215,7 +215,8 @@ void AddTaps(Plan& plan, const Problem& problem) {
     plan.places[static_cast<size_t>(tap.t)] = {
         begin, plan.phase_begin[static_cast<size_t>(tap.dst_phase) + 1] - begin,
         static_cast<int64_t>(plan.taps.size()) - begin};
-    plan.taps.push_back({(o[0] * p.box[1] + o[1]) * p.box[2] + o[2], tap.t, forward ? 0 : slot});
+    const int64_t row = o[0] * p.box[1] + o[1];
+    plan.taps.push_back({row * p.box[2] + o[2], row, o[2], tap.t, forward ? 0 : slot});
   }
   p.taps = plan.taps.data();
   p.places = plan.places.data();
