@@ -21,7 +21,8 @@ inline py::capsule HandlerCapsule(XLA_FFI_Handler* handler) {
 }
 
 // Defines the problem, the verdicts on it and the module's versions.
-// `Device` must already be bound. Each module has its own Problem, since each has its own copy of it.
+// `Device` must already be bound. Each module has its own Problem, since each has its own copy of
+// it.
 template <class Device, class Table>
 void BindTable(py::module_& m, const Table& (*table)()) {
   py::class_<Problem>(m, "Problem", py::module_local(),

@@ -25,8 +25,7 @@ ffi::Error Dispatch(const Table& table, const Device& device, const Call& call, 
     }
     return ffi::Error::InvalidArgument(what);
   }
-  return call.ForEach(
-      [&](const Operands& operands) { return run(*row, call.problem, operands); });
+  return call.ForEach([&](const Operands& operands) { return run(*row, call.problem, operands); });
 }
 
 }  // namespace jaxconv

@@ -190,7 +190,8 @@ ffi::ErrorOr<Call> Decoder::Decode(const ffi::RemainingArgs& args, const ffi::Re
   const size_t stack = static_cast<size_t>(attr_.stack);
   const int64_t groups = attr_.groups;
   if (x.batch != y.batch || x.dims.size() != y.dims.size()) {
-    return Invalid("batch axes of x " + ToString(x.dims) + " and y " + ToString(y.dims) + " differ");
+    return Invalid("batch axes of x " + ToString(x.dims) + " and y " + ToString(y.dims) +
+                   " differ");
   }
   const int64_t ci = w.dims[stack], cog = w.dims[stack + 1];
   if (ci % groups != 0 || x.c != ci || y.c / groups != cog || y.c % groups != 0) {
@@ -201,9 +202,22 @@ ffi::ErrorOr<Call> Decoder::Decode(const ffi::RemainingArgs& args, const ffi::Re
   Call call;
   call.kernel = attr_.kernel;
   Problem& p = call.problem;
-  p = Problem{pass_, *in,  *to, static_cast<Precision>(attr_.precision),
-              attr_.channels_last != 0, args.size() == 3, x.batch, ci, y.c, groups,
-              x.s,   y.s,  w.s, {1, 1, 1}, {1, 1, 1}, {0, 0, 0}};
+  p = Problem{pass_,
+              *in,
+              *to,
+              static_cast<Precision>(attr_.precision),
+              attr_.channels_last != 0,
+              args.size() == 3,
+              x.batch,
+              ci,
+              y.c,
+              groups,
+              x.s,
+              y.s,
+              w.s,
+              {1, 1, 1},
+              {1, 1, 1},
+              {0, 0, 0}};
   for (size_t i = 0; i < rank(); ++i) {
     const size_t axis = kAxes - rank() + i;
     p.stride[axis] = attr_.stride[i];

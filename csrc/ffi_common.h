@@ -15,20 +15,21 @@ namespace jaxconv {
 
 namespace ffi = ::xla::ffi;
 
-// The attributes of every jaxconv FFI call. Sizes are not among them: they are read off the buffers.
+// The attributes of every jaxconv FFI call. Sizes are not among them: they are read off the
+// buffers.
 struct Attributes {
   ffi::Span<const int64_t> stride, dilation, pad;  // one value a spatial axis
   int64_t groups;
-  int64_t stack;          // leading axes that stack whole problems; size 1 broadcasts an operand
-  int64_t channels_last;  // 0 or 1
-  int64_t precision;      // jaxconv::Precision
+  int64_t stack;            // leading axes that stack whole problems; size 1 broadcasts an operand
+  int64_t channels_last;    // 0 or 1
+  int64_t precision;        // jaxconv::Precision
   std::string_view kernel;  // a row of the kernel table, or empty: choose one at the call
 };
 
 // One FFI call: a problem, solved once for each element of the stack.
 struct Call {
   Problem problem;
-  Operands operands;  // of the first element
+  Operands operands;                   // of the first element
   int64_t out_bytes, workspace_bytes;  // of the whole stack
   std::string_view kernel;
 
@@ -48,22 +49,22 @@ struct Call {
 ffi::ErrorOr<Call> DecodeCall(Pass pass, const ffi::RemainingArgs& args,
                               const ffi::RemainingRets& rets, const Attributes& attributes);
 
-// Whether JAXCONV_POISON=1: handlers then fill the output and the workspace with NaN (bytes of ones)
-// before a kernel runs, so that tests see an element that is not written.
+// Whether JAXCONV_POISON=1: handlers then fill the output and the workspace with NaN (bytes of
+// ones) before a kernel runs, so that tests see an element that is not written.
 bool Poisoned();
 inline constexpr int kPoison = 0xff;
 
 // The attribute bindings shared by all handlers, in the order of Attributes' members.
-#define JAXCONV_BIND_ATTRIBUTES()                                                \
-  RemainingArgs()                                                                \
-      .RemainingRets()                                                           \
-      .Attr<::xla::ffi::Span<const int64_t>>("stride")                           \
-      .Attr<::xla::ffi::Span<const int64_t>>("dilation")                         \
-      .Attr<::xla::ffi::Span<const int64_t>>("pad")                              \
-      .Attr<int64_t>("groups")                                                   \
-      .Attr<int64_t>("stack")                                                    \
-      .Attr<int64_t>("channels_last")                                            \
-      .Attr<int64_t>("precision")                                                \
+#define JAXCONV_BIND_ATTRIBUTES()                        \
+  RemainingArgs()                                        \
+      .RemainingRets()                                   \
+      .Attr<::xla::ffi::Span<const int64_t>>("stride")   \
+      .Attr<::xla::ffi::Span<const int64_t>>("dilation") \
+      .Attr<::xla::ffi::Span<const int64_t>>("pad")      \
+      .Attr<int64_t>("groups")                           \
+      .Attr<int64_t>("stack")                            \
+      .Attr<int64_t>("channels_last")                    \
+      .Attr<int64_t>("precision")                        \
       .Attr<std::string_view>("kernel")
 
 template <class Body>

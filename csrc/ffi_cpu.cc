@@ -87,7 +87,7 @@ ffi::Error Handle(ffi::ThreadPool pool, ffi::RemainingArgs args, ffi::RemainingR
                   });
 }
 
-#define JAXCONV_CPU_HANDLER(name, pass)  \
+#define JAXCONV_CPU_HANDLER(name, pass)      \
   XLA_FFI_DEFINE_HANDLER(name, Handle<pass>, \
                          ffi::Ffi::Bind().Ctx<ffi::ThreadPool>().JAXCONV_BIND_ATTRIBUTES())
 JAXCONV_CPU_HANDLER(kForwardHandler, Pass::kForward);
@@ -99,9 +99,7 @@ JAXCONV_CPU_HANDLER(kWeightGradHandler, Pass::kWeightGrad);
 PYBIND11_MODULE(_cpu, m) {
   m.doc() = "CPU kernels of jaxconv.";
   py::class_<Device>(m, "Device", "What the choice of a CPU kernel depends on.")
-      .def(py::init([](int threads, int vector_bytes) {
-             return Device{threads, vector_bytes};
-           }),
+      .def(py::init([](int threads, int vector_bytes) { return Device{threads, vector_bytes}; }),
            py::kw_only(), py::arg("threads"), py::arg("vector_bytes") = VectorBytes());
   BindTable<Device>(m, &Table);
   m.def("handlers", [] {

@@ -54,12 +54,12 @@ ffi::Error Handle(cudaStream_t stream, int32_t ordinal, ffi::RemainingArgs args,
 }
 
 // What a handler launches depends on shapes and attributes only, so XLA may capture it in a graph.
-#define JAXCONV_CUDA_HANDLER(name, pass)                                 \
-  XLA_FFI_DEFINE_HANDLER(name, Handle<pass>,                             \
-                         ffi::Ffi::Bind()                                \
-                             .Ctx<ffi::PlatformStream<cudaStream_t>>()   \
-                             .Ctx<ffi::DeviceOrdinal>()                  \
-                             .JAXCONV_BIND_ATTRIBUTES(),                 \
+#define JAXCONV_CUDA_HANDLER(name, pass)                               \
+  XLA_FFI_DEFINE_HANDLER(name, Handle<pass>,                           \
+                         ffi::Ffi::Bind()                              \
+                             .Ctx<ffi::PlatformStream<cudaStream_t>>() \
+                             .Ctx<ffi::DeviceOrdinal>()                \
+                             .JAXCONV_BIND_ATTRIBUTES(),               \
                          {ffi::Traits::kCmdBufferCompatible})
 JAXCONV_CUDA_HANDLER(kForwardHandler, Pass::kForward);
 JAXCONV_CUDA_HANDLER(kInputGradHandler, Pass::kInputGrad);

@@ -5,8 +5,8 @@
 //   T(x, w, y) = sum  x[n, ci, i] * w[ci, co, t] * y[n, co, o]      (co in the group of ci)
 //
 // has three partial derivatives, which are the three passes: the forward (by y), the input gradient
-// (by x) and the weight gradient (by w). The letters are those of the Python side. What is constexpr
-// here can be called in device code, too.
+// (by x) and the weight gradient (by w). The letters are those of the Python side. What is
+// constexpr here can be called in device code, too.
 #ifndef JAXCONV_PROBLEM_H_
 #define JAXCONV_PROBLEM_H_
 
@@ -57,7 +57,8 @@ struct Problem {
  private:
   constexpr Strides StridesOf(int64_t c, const Sizes& s) const {
     const int64_t pixel = channels_last ? c : 1;
-    return {c * Product(s), channels_last ? 1 : Product(s), {s[1] * s[2] * pixel, s[2] * pixel, pixel}};
+    return {
+        c * Product(s), channels_last ? 1 : Product(s), {s[1] * s[2] * pixel, s[2] * pixel, pixel}};
   }
 };
 
@@ -83,7 +84,8 @@ struct Range {
 constexpr int64_t FloorDiv(int64_t a, int64_t b) { return a >= 0 ? a / b : -((-a + b - 1) / b); }
 
 constexpr Range InputRange(const Problem& p, int axis, int64_t t) {
-  // 0 <= i * stride + shift < osize   <=>   ceil(-shift / stride) <= i < ceil((osize - shift) / stride)
+  // 0 <= i * stride + shift < osize   <=>   ceil(-shift / stride) <= i < ceil((osize - shift) /
+  // stride)
   const int64_t shift = t * p.dilation[axis] - p.pad[axis], stride = p.stride[axis];
   const int64_t begin = -FloorDiv(shift, stride);
   const int64_t end = -FloorDiv(shift - p.osize[axis], stride);

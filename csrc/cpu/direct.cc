@@ -142,21 +142,17 @@ void WeightGrad(const Problem& p, const Operands& ops, const Parallel& parallel)
 }
 
 void LaunchForward(const Problem& p, const Operands& ops, const Parallel& parallel) {
-  WithTypes(p, [&](auto in, auto out) {
-    Forward<decltype(in), decltype(out)>(p, ops, parallel);
-  });
+  WithTypes(p, [&](auto in, auto out) { Forward<decltype(in), decltype(out)>(p, ops, parallel); });
 }
 
 void LaunchInputGrad(const Problem& p, const Operands& ops, const Parallel& parallel) {
-  WithTypes(p, [&](auto in, auto out) {
-    InputGrad<decltype(in), decltype(out)>(p, ops, parallel);
-  });
+  WithTypes(p,
+            [&](auto in, auto out) { InputGrad<decltype(in), decltype(out)>(p, ops, parallel); });
 }
 
 void LaunchWeightGrad(const Problem& p, const Operands& ops, const Parallel& parallel) {
-  WithTypes(p, [&](auto in, auto out) {
-    WeightGrad<decltype(in), decltype(out)>(p, ops, parallel);
-  });
+  WithTypes(p,
+            [&](auto in, auto out) { WeightGrad<decltype(in), decltype(out)>(p, ops, parallel); });
 }
 
 std::string TakesAll(const Problem&, const Device&) { return ""; }

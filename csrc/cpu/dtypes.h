@@ -28,9 +28,8 @@ struct BF16 {
   explicit BF16(float value) {
     const uint32_t u = BitsOfFloat(value);
     // A NaN keeps its sign and stays one; anything else rounds to nearest, ties to even.
-    bits = static_cast<uint16_t>((u & 0x7fffffff) > 0x7f800000
-                                     ? (u >> 16) | 0x40
-                                     : (u + 0x7fff + ((u >> 16) & 1)) >> 16);
+    bits = static_cast<uint16_t>(
+        (u & 0x7fffffff) > 0x7f800000 ? (u >> 16) | 0x40 : (u + 0x7fff + ((u >> 16) & 1)) >> 16);
   }
   explicit operator float() const { return FloatOfBits(uint32_t{bits} << 16); }
 };

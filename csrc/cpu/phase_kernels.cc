@@ -16,11 +16,6 @@ int64_t Max(int64_t a, int64_t b) { return a > b ? a : b; }
 
 struct Tile {
   int64_t begin[3], size[3];
-
-  // Positions from the tile's first to its last, those between its rows included.
-  int64_t Span(const PhasePlan& p) const {
-    return ((size[0] - 1) * p.box[1] + size[1] - 1) * p.box[2] + size[2];
-  }
 };
 
 Tile TileAt(const PhasePlan& p, int64_t index) {
@@ -32,6 +27,12 @@ Tile TileAt(const PhasePlan& p, int64_t index) {
     tile.size[a] = Min(p.tile[a], grid - tile.begin[a]);
   }
   return tile;
+}
+
+// Positions of a segment, from its first to its last, those between rows included.
+int64_t SpanOf(const PhasePlan& p, const Tile& tile) {
+  const int64_t plane = (tile.size[1] - 1) * p.box[2] + tile.size[2];
+  return p.segments == 1 ? (tile.size[0] - 1) * p.box[1] * p.box[2] + plane : plane;
 }
 
 // ---------------------------------------------------------------------------------------------
@@ -123,7 +124,7 @@ __attribute__((noinline)) void PackRowN(const Row& row, const E* from, int64_t r
 // to[channel][c] for channels that are neighbours, `pixel` elements from one pixel to the next.
 template <class T, class E>
 __attribute__((noinline)) void PackPixels(const Row& row, const E* from, int64_t pixel, int64_t r2,
-                               int64_t channels, T* to, int64_t plane) {
+                                          int64_t channels, T* to, int64_t plane) {
   constexpr int lanes = kLanes<T>;
   for (int64_t k = 0; k < channels; k += lanes) {
     const int64_t some = Min(lanes, channels - k);
@@ -313,7 +314,7 @@ void PackWeight(const PhasePlan& p, const void* weight, void* packed, int64_t ta
             Vec<T> v[lanes];
             for (int64_t l = 0; l < lanes; ++l) {
               const E* from = w + (k + l / ms) * p.wk + (m + l % ms) * p.wm + t;
-              v[l] = l >= ks * ms           ? Vec<T>{}
+              v[l] = l >= ks * ms          ? Vec<T>{}
                      : from + lanes <= end ? Load<T>(from)
                                            : LoadMasked<T>(from, MaskOf<T>(0, some));
             }
@@ -403,18 +404,18 @@ constexpr int kMaxMr = 4;
 constexpr int MaxNr(int mr) { return mr == 4 ? 3 : mr == 2 ? 4 : 6; }
 #endif
 
-// All positions [0, span) of one block. Taps that hear nothing but zeros are left out.
+// Positions [begin, begin + span) of one block. Taps that hear nothing but zeros are left out.
 template <class T, int mr>
 void MultiplySpan(const T* weight, const T* panel, const Factors& f, const LiveRows& live,
-                  int64_t span, T* sums, int64_t row, bool add) {
+                  int64_t begin, int64_t span, T* sums, int64_t row, bool add) {
   constexpr int lanes = kLanes<T>, max_nr = MaxNr(mr);
   const int64_t vectors = (span + lanes - 1) / lanes, runs = (vectors + max_nr - 1) / max_nr;
   for (int64_t r = 0; r < runs; ++r) {  // runs of nearly equal length
-    const int64_t v = vectors * r / runs, q = v * lanes;
+    const int64_t v = vectors * r / runs, q = begin + v * lanes;
     int32_t listed[kMaxListed];
     int64_t count = f.ntaps;
     if (live.before != nullptr) {
-      const int64_t end = Min(vectors * (r + 1) / runs * lanes, span) - 1;
+      const int64_t end = begin + Min(vectors * (r + 1) / runs * lanes, span) - 1;
       const int64_t row0 = q / live.pitch, column0 = q % live.pitch;
       const int64_t row1 = end / live.pitch, column1 = end % live.pitch;
       count = 0;
@@ -540,10 +541,10 @@ void StoreSums(const PhasePlan& p, const Tile& tile, int64_t n, int64_t channel,
   const Distances& at = p.dst;
   const int64_t step = p.dst_step[2], o2 = tile.begin[2] * step;
   const int64_t count = Min(tile.size[2] * step, p.dst_size[2] - o2);
-  const Valid v0 = ValidOf(tile.begin[0] * p.dst_step[0] + r0, p.dst_step[0], p.dst_size[0],
-                           tile.size[0]);
-  const Valid v1 = ValidOf(tile.begin[1] * p.dst_step[1] + r1, p.dst_step[1], p.dst_size[1],
-                           tile.size[1]);
+  const Valid v0 =
+      ValidOf(tile.begin[0] * p.dst_step[0] + r0, p.dst_step[0], p.dst_size[0], tile.size[0]);
+  const Valid v1 =
+      ValidOf(tile.begin[1] * p.dst_step[1] + r1, p.dst_step[1], p.dst_size[1], tile.size[1]);
   const auto row_of = [&](int64_t a, int64_t b) {
     return dst + n * at.n + channel * at.c + ((tile.begin[0] + a) * p.dst_step[0] + r0) * at.s[0] +
            ((tile.begin[1] + b) * p.dst_step[1] + r1) * at.s[1] + o2 * at.s[2];
@@ -553,22 +554,18 @@ void StoreSums(const PhasePlan& p, const Tile& tile, int64_t n, int64_t channel,
     for (int64_t a = 0; a < v0.end; ++a) {
       for (int64_t b = 0; b < v1.end; ++b) {
         for (int64_t r2 = 0; r2 < Min(step, count); ++r2) {
-          StorePixels<T>(row_of(a, b) + r2 * at.s[2], step * at.s[2],
-                         sums + r2 * p.row + position(a, b), step * p.row,
-                         (count - r2 + step - 1) / step, channels,
-                         [&](int64_t c) {
-                           return bias == nullptr
-                                      ? Vec<T>{}
-                                      : LoadSome<T>(bias + channel + c, channels - c);
-                         });
+          StorePixels<T>(
+              row_of(a, b) + r2 * at.s[2], step * at.s[2], sums + r2 * p.row + position(a, b),
+              step * p.row, (count - r2 + step - 1) / step, channels, [&](int64_t c) {
+                return bias == nullptr ? Vec<T>{} : LoadSome<T>(bias + channel + c, channels - c);
+              });
         }
       }
     }
     return;
   }
   for (int64_t c = 0; c < channels; ++c) {
-    const Vec<T> b =
-        bias != nullptr ? Broadcast(LoadSome<T>(bias + channel + c, 1)[0]) : Vec<T>{};
+    const Vec<T> b = bias != nullptr ? Broadcast(LoadSome<T>(bias + channel + c, 1)[0]) : Vec<T>{};
     for (int64_t a0 = 0; a0 < v0.end; ++a0) {
       for (int64_t a1 = 0; a1 < v1.end; ++a1) {
         StoreRow<T>(row_of(a0, a1) + c * at.c, sums + c * step * p.row + position(a0, a1), p.row,
@@ -595,10 +592,8 @@ int64_t CountLive(const PhasePlan& p, const Tile& tile, int64_t rows, int32_t* b
   for (int64_t r = 0; r < rows; ++r) {
     before[r] = count;
     const int64_t a = r / p.box[1], b = r % p.box[1];
-    const int64_t e0 =
-        (tile.begin[0] + p.lo[0] + a) * p.src_step[0] + p.slots[0].phase[0];
-    const int64_t e1 =
-        (tile.begin[1] + p.lo[1] + b) * p.src_step[1] + p.slots[0].phase[1];
+    const int64_t e0 = (tile.begin[0] + p.lo[0] + a) * p.src_step[0] + p.slots[0].phase[0];
+    const int64_t e1 = (tile.begin[1] + p.lo[1] + b) * p.src_step[1] + p.slots[0].phase[1];
     if (a < tile.size[0] + p.span[0] && e0 >= 0 && e0 < p.src_size[0] && e1 >= 0 &&
         e1 < p.src_size[1]) {
       ++count;
@@ -623,7 +618,8 @@ void Correlate(const PhasePlan& p, const PhaseOperands& ops, int64_t task, void*
   // The blocks of all groups of the task, one after the other.
   const int64_t first_block = p.nblocks * split / p.splits;
   const int64_t blocks = p.nblocks * (split + 1) / p.splits - first_block;
-  const int64_t span = tile.Span(p), step = p.dst_step[2];
+  const int64_t segments = p.segments == 1 ? 1 : tile.size[0], step = p.dst_step[2];
+  const int64_t span = SpanOf(p, tile);
   int32_t live_before[kMaxLiveRows + 1];
   LiveRows live{nullptr, p.box[2]};
   if (p.one_panel()) {
@@ -660,8 +656,11 @@ void Correlate(const PhasePlan& p, const PhaseOperands& ops, int64_t task, void*
               const auto run = [&](auto kernel) {
                 const int64_t slot_size = groups * ks * p.plane;
                 const Factors factors{p.taps + t.begin, t.end - t.begin, ks, p.plane, slot_size};
-                kernel(weight, panel + g * ks * p.plane - s0 * slot_size, factors, live, span,
-                       sums + (channels * step + r2) * p.row, step * p.row, k0 > 0 || s0 > 0);
+                for (int64_t i = 0; i < segments; ++i) {
+                  kernel(weight, panel + g * ks * p.plane - s0 * slot_size, factors, live,
+                         i * p.box[1] * p.box[2], span, sums + (channels * step + r2) * p.row,
+                         step * p.row, k0 > 0 || s0 > 0);
+                }
               };
               switch (block.mr) {
                 case 1:
@@ -681,8 +680,7 @@ void Correlate(const PhasePlan& p, const PhaseOperands& ops, int64_t task, void*
           }
         }
       }
-      const int64_t channel =
-          (group + b0 / blocks) * p.m + p.blocks[first_block + b0 % blocks].m0;
+      const int64_t channel = (group + b0 / blocks) * p.m + p.blocks[first_block + b0 % blocks].m0;
       WithElement<T>(p.out_type, [&](auto element) {
         using E = decltype(element);
         StoreSums<T, E>(p, tile, n, channel, channels, r01 / p.dst_step[1], r01 % p.dst_step[1],
@@ -695,25 +693,36 @@ void Correlate(const PhasePlan& p, const PhaseOperands& ops, int64_t task, void*
 // ---------------------------------------------------------------------------------------------
 // Weight gradient
 
-// to[m][t] += sum over positions q of x[m][q] * columns[t][q], for mr rows and nr columns
+// Runs of vectors, `stride` elements apart.
+struct Segments {
+  int64_t count, stride, vectors;
+};
+
+// to[m][t] (+)= sum over positions q of x[m][q] * columns[t][q], for mr rows and nr columns
 template <class T, int mr, int nr>
-__attribute__((noinline)) void Contract(const T* x, int64_t row, const T* const* columns, int64_t vectors, T* const* to,
-              int64_t to_row) {
+__attribute__((noinline)) void Contract(const T* x, int64_t row, const T* const* columns,
+                                        int64_t vectors, T* const* to, int64_t to_row) {
   constexpr int lanes = kLanes<T>;
   const T* from[nr];
 #pragma GCC unroll 8
   for (int c = 0; c < nr; ++c) from[c] = columns[c];
   Vec<T> acc[mr * nr] = {};
-  for (int64_t v = 0; v < vectors; ++v) {
-    Vec<T> xs[mr];
+  const int64_t vectors = segments.vectors;
+  for (int64_t i = 0; i < segments.count; ++i) {
+    for (int64_t v = 0; v < vectors; ++v) {
+      Vec<T> xs[mr];
 #pragma GCC unroll 4
-    for (int m = 0; m < mr; ++m) xs[m] = Load<T>(x + m * row + v * lanes);
+      for (int m = 0; m < mr; ++m) xs[m] = Load<T>(x + m * row + v * lanes);
 #pragma GCC unroll 8
-    for (int c = 0; c < nr; ++c) {
-      const Vec<T> y = Load<T>(from[c] + v * lanes);
+      for (int c = 0; c < nr; ++c) {
+        const Vec<T> y = Load<T>(from[c] + v * lanes);
 #pragma GCC unroll 4
-      for (int m = 0; m < mr; ++m) acc[c * mr + m] += xs[m] * y;
+        for (int m = 0; m < mr; ++m) acc[c * mr + m] += xs[m] * y;
+      }
     }
+    x += segments.stride;
+#pragma GCC unroll 8
+    for (int c = 0; c < nr; ++c) from[c] += segments.stride;
   }
   constexpr int count = mr * nr, at_once = lanes < 8 ? lanes : 8;
 #pragma GCC unroll 8
@@ -724,7 +733,10 @@ __attribute__((noinline)) void Contract(const T* x, int64_t row, const T* const*
     AddLanes<T, at_once>(v);
 #pragma GCC unroll 8
     for (int j = 0; j < at_once; ++j) {
-      if (i + j < count) to[(i + j) / mr][(i + j) % mr * to_row] += v[0][j];
+      if (i + j < count) {
+        T& sum = to[(i + j) / mr][(i + j) % mr * to_row];
+        sum = add ? sum + v[0][j] : v[0][j];
+      }
     }
   }
 }
@@ -739,21 +751,23 @@ constexpr int Columns(int mr) { return mr == 2 ? 6 : 8; }
 
 template <class T, int mr>
 void ContractRows(const T* x, int64_t row, const T* const* columns, int64_t ncolumns,
-                  int64_t vectors, T* const* to, int64_t to_row) {
+                  const Segments& segments, T* const* to, int64_t to_row, bool add) {
+  const auto run = [&](auto kernel, int64_t c) {
+    kernel(x, row, columns + c, segments, to + c, to_row, add);
+  };
   constexpr int nr = Columns(mr);
-  if (ncolumns == nr) return Contract<T, mr, nr>(x, row, columns, vectors, to, to_row);
+  if (ncolumns == nr) return run(Contract<T, mr, nr>, 0);
   int64_t c = 0;
-  for (; c + 4 <= ncolumns; c += 4) {
-    Contract<T, mr, 4>(x, row, columns + c, vectors, to + c, to_row);
-  }
+  for (; c + 4 <= ncolumns; c += 4) run(Contract<T, mr, 4>, c);
   if (ncolumns - c >= 2) {
-    Contract<T, mr, 2>(x, row, columns + c, vectors, to + c, to_row);
+    run(Contract<T, mr, 2>, c);
     c += 2;
   }
-  if (c < ncolumns) Contract<T, mr, 1>(x, row, columns + c, vectors, to + c, to_row);
+  if (c < ncolumns) run(Contract<T, mr, 1>, c);
 }
 
-// Task (group chunk, split of the source's channels, part): the part's share of the tiles of all images.
+// Task (group chunk, split of the source's channels, part): the part's share of the tiles of all
+// images.
 template <class T>
 void WeightGrad(const PhasePlan& p, const PhaseOperands& ops, int64_t task, void* scratch) {
   T* panel = static_cast<T*>(scratch);
@@ -767,11 +781,6 @@ void WeightGrad(const PhasePlan& p, const PhaseOperands& ops, int64_t task, void
   // dw[group][m][k][t] of the part
   const int64_t size = p.groups * p.m * p.k * p.ntaps, to_row = p.k * p.ntaps;
   T* sums = static_cast<T*>(ops.workspace) + part * size + group * p.m * to_row;
-  for (int64_t m = 0; m < groups * p.m; ++m) {
-    T* to = sums + m * to_row + k_begin * p.ntaps;
-    for (int64_t i = 0; i < (k_end - k_begin) * p.ntaps; ++i) to[i] = 0;
-  }
-
   constexpr int64_t kRowsInL1 = 16;
   constexpr int64_t lanes = kLanes<T>;
   const Source x_source{p.dst, p.dst_size, p.dst_step, p.n * p.dst.n};
@@ -779,13 +788,14 @@ void WeightGrad(const PhasePlan& p, const PhaseOperands& ops, int64_t task, void
   for (int64_t u = units * part / p.parts; u < units * (part + 1) / p.parts; ++u) {
     const int64_t n = u / tiles;
     const Tile tile = TileAt(p, u % tiles);
-    const int64_t vectors = (tile.Span(p) + lanes - 1) / lanes;
+    const Segments segments{p.segments == 1 ? 1 : tile.size[0], p.box[1] * p.box[2],
+                            (SpanOf(p, tile) + lanes - 1) / lanes};
+    const bool first = u == units * part / p.parts;
     // x lies in the same boxes as y, with zeros where a box is not of the tile.
     WithElement<T>(p.in_type, [&](auto element) {
       using E = decltype(element);
-      PackPlanes<T>(x_source, p.channels_last != 0, static_cast<const E*>(ops.dst), n,
-                    group * p.m, groups * p.m, &whole, 0, 1, tile.begin, tile.size, p.box, 1, rows,
-                    p.row);
+      PackPlanes<T>(x_source, p.channels_last != 0, static_cast<const E*>(ops.dst), n, group * p.m,
+                    groups * p.m, &whole, 0, 1, tile.begin, tile.size, p.box, 1, rows, p.row);
     });
     for (int64_t k0 = k_begin; k0 < k_end; k0 += p.k_chunk) {
       const int64_t ks = Min(p.k_chunk, k_end - k0);
@@ -813,7 +823,8 @@ void WeightGrad(const PhasePlan& p, const PhaseOperands& ops, int64_t task, void
               int64_t r = r0;
               const auto run = [&](auto kernel, int64_t count) {
                 for (; r + count <= r1; r += count) {
-                  kernel(rows + (g * p.m + r) * p.row, p.row, from, columns, vectors, to, to_row);
+                  kernel(rows + (g * p.m + r) * p.row, p.row, from, columns, segments, to, to_row,
+                         !first);
                   for (int64_t c = 0; c < columns; ++c) to[c] += count * to_row;
                 }
               };

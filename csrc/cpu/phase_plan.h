@@ -30,7 +30,7 @@
 namespace jaxconv::cpu {
 
 struct Tap {
-  int64_t rel;   // offset in a plane: row * P2 + column
+  int64_t rel;  // offset in a plane: row * P2 + column
   int64_t row, column;
   int64_t t;     // index in the weight
   int64_t slot;  // index of its source phase among those with taps
@@ -73,24 +73,25 @@ struct PhasePlan {
   int64_t span[3];                   // greatest offset less the least
   int64_t box[3];                    // P0, P1, P2
   int64_t tail;                      // what is read past a plane's boxes
+  int64_t segment, segments;         // positions computed at once; how many times, a plane apart
   int64_t plane;                     // elements from one plane to the next
   int64_t row;                       // elements from one row of sums to the next
   const Tap* taps;                   // sorted by destination phase, then slot
   const Place* places;
-  const int64_t* phase_begin;        // the taps of destination phase r: [r] .. [r + 1]
+  const int64_t* phase_begin;  // the taps of destination phase r: [r] .. [r + 1]
   int64_t ntaps;
-  const Slot* slots;                 // in the order of their phases
+  const Slot* slots;  // in the order of their phases
   int64_t nslots;
-  int64_t slot_chunk, k_chunk;       // a panel holds so many source phases and channels a group
-  const Block* blocks;               // of a group
-  int64_t nblocks, group_chunk;      // a task does so many groups ...
+  int64_t slot_chunk, k_chunk;   // a panel holds so many source phases and channels a group
+  const Block* blocks;           // of a group
+  int64_t nblocks, group_chunk;  // a task does so many groups ...
   // ... and, if that is one group, one of so many parts of its blocks; in the weight gradient, of
   // its source channels.
   int64_t splits;
-  int64_t acc_blocks;                // blocks computed before their sums are stored
-  int64_t wg, wk, wm;                // strides of the weight along groups, source and destination
-  int64_t parts;                     // weight gradient: sums over parts of the tiles
-  int64_t panel_size, acc_size;      // elements of a thread's buffers
+  int64_t acc_blocks;            // blocks computed before their sums are stored
+  int64_t wg, wk, wm;            // strides of the weight along groups, source and destination
+  int64_t parts;                 // weight gradient: sums over parts of the tiles
+  int64_t panel_size, acc_size;  // elements of a thread's buffers
 
   bool one_panel() const { return slot_chunk >= nslots && k_chunk >= k; }
 };

@@ -1,5 +1,3 @@
-#include "cpu/phases.h"
-
 #include <algorithm>
 #include <memory>
 #include <new>
@@ -7,6 +5,7 @@
 #include <string>
 
 #include "cpu/phase_plan.h"
+#include "cpu/phases.h"
 
 namespace jaxconv::cpu {
 namespace {
@@ -22,17 +21,17 @@ struct Plan {
   std::vector<int64_t> phase_begin;
   std::vector<Slot> slots;
   std::vector<Block> blocks;
-  Sizes shared{};     // halo that is zero on both sides of a tile that is all of the grid
+  Sizes shared{};  // halo that is zero on both sides of a tile that is all of the grid
   std::vector<Place> places;
   int64_t row_slots = 1;  // source phases along axis 2
-  double cycles = 0;  // of one thread: an estimate
+  double cycles = 0;      // of one thread: an estimate
 
   int64_t Tiles() const { return p.tiles[0] * p.tiles[1] * p.tiles[2]; }
   int64_t GroupChunks() const { return CeilDiv(p.groups, p.group_chunk); }
 };
 
 constexpr int64_t kMaxTaps = int64_t{1} << 20, kMaxPhases = int64_t{1} << 16;
-constexpr int64_t kMaxBox = 2000;  // positions along axis 2
+constexpr int64_t kMaxBox = 2000;                   // positions along axis 2
 constexpr int64_t kMaxScratch = int64_t{16} << 20;  // bytes a thread
 // Half of the second-level cache for what is read, a quarter for the sums.
 constexpr int64_t kPanelBytes = int64_t{512} << 10, kSumsBytes = int64_t{256} << 10;
@@ -140,9 +139,9 @@ void ChooseTiles(Plan& plan, const PhaseKernels& kernels, Pass pass, int64_t lan
         if (t0 > grid[0] && t0 > 1) break;
         SetTiles(plan, grid, {t0, t1, t2}, lanes);
         if (p.tile[0] * p.box[1] * p.box[2] > kMostPositions && t0 * t1 > 1) break;
-        const int64_t tasks = p.n * plan.GroupChunks() * plan.Tiles() *
-                              (pass == Pass::kWeightGrad ? std::max<int64_t>(p.k / 8, 1)
-                                                         : p.nblocks);
+        const int64_t tasks =
+            p.n * plan.GroupChunks() * plan.Tiles() *
+            (pass == Pass::kWeightGrad ? std::max<int64_t>(p.k / 8, 1) : p.nblocks);
         const double idle = tasks >= kTasks ? 1 : 1 + 0.5 / static_cast<double>(tasks);
         const double cycles = Cycles(plan, kernels, pass, lanes, size) * idle;
         if (best == 0 || cycles < best) {
@@ -259,14 +258,15 @@ Plan PlanOf(const Problem& problem, const PhaseKernels& kernels, bool with_taps)
     // Zeros of a row of all positions: those before the first element of any phase, and those after
     // the last of any phase.
     const int64_t grid = CeilDiv(p.dst_size[a], p.dst_step[a]);
-    const int64_t before = -p.lo[a], after = p.lo[a] + p.span[a] + grid - CeilDiv(p.src_size[a], p.src_step[a]);
+    const int64_t before = -p.lo[a],
+                  after = p.lo[a] + p.span[a] + grid - CeilDiv(p.src_size[a], p.src_step[a]);
     if (a > 0) plan.shared[i] = std::clamp<int64_t>(std::min(before, after), 0, p.span[a]);
   }
 
   p.nslots = 1;
   for (size_t a = 0; a < 3 && !forward; ++a) {  // t * dilation mod stride takes so many values
-    plan.row_slots =
-        std::min(problem.k[a], problem.stride[a] / std::gcd(problem.stride[a], problem.dilation[a]));
+    plan.row_slots = std::min(problem.k[a],
+                              problem.stride[a] / std::gcd(problem.stride[a], problem.dilation[a]));
     p.nslots *= plan.row_slots;
   }
 
@@ -320,7 +320,7 @@ Plan PlanOf(const Problem& problem, const PhaseKernels& kernels, bool with_taps)
     if (p.group_chunk == 1) {
       const int64_t most = problem.channels_last ? p.m / 16 : p.nblocks;
       p.splits = std::clamp<int64_t>(CeilDiv(kTasks, std::max<int64_t>(tasks, 1)), 1,
-                                       std::max<int64_t>(most, 1));
+                                     std::max<int64_t>(most, 1));
     }
     const int64_t blocks = p.group_chunk * CeilDiv(p.nblocks, p.splits);
     const int64_t block_bytes = std::min(kernels.max_mr, p.m) * p.dst_step[2] * p.row * size;
@@ -386,9 +386,8 @@ void LaunchWeightGrad(const Problem& problem, const Operands& ops, const Paralle
   void* sums = SumsAreResult(problem, plan) ? ops.out : ops.workspace;
   // x is only read, though it is called a destination.
   const PhaseOperands operands{ops.y, nullptr, const_cast<void*>(ops.x), sums};
-  parallel.For(plan.GroupChunks() * p.splits * p.parts, [&](int64_t task) {
-    kernels.weight_grad(p, operands, task, Scratch(bytes));
-  });
+  parallel.For(plan.GroupChunks() * p.splits * p.parts,
+               [&](int64_t task) { kernels.weight_grad(p, operands, task, Scratch(bytes)); });
   if (sums == ops.out) return;
   const int64_t add_tasks = std::clamp<int64_t>(problem.WElements() * p.parts >> 14, 1, 64);
   parallel.For(add_tasks,
@@ -398,8 +397,8 @@ void LaunchWeightGrad(const Problem& problem, const Operands& ops, const Paralle
 template <const PhaseKernels& kernels>
 std::string Refuse(const Problem& p, const Device& device) {
   if (kernels.vector_bytes > device.vector_bytes) {
-    return "needs vectors of " + std::to_string(kernels.vector_bytes) + " bytes, the processor has " +
-           std::to_string(device.vector_bytes);
+    return "needs vectors of " + std::to_string(kernels.vector_bytes) +
+           " bytes, the processor has " + std::to_string(device.vector_bytes);
   }
   if (Product(p.k) > kMaxTaps) return "takes kernels of at most 2**20 taps";
   if (p.stride[0] > kMaxPhases || p.stride[1] > kMaxPhases || p.stride[2] > kMaxPhases ||
@@ -416,7 +415,8 @@ std::string Refuse(const Problem& p, const Device& device) {
   }
   const int64_t bytes = (plan.p.panel_size + plan.p.acc_size) * SumSize(p);
   if (bytes > kMaxScratch) {
-    return "would need " + std::to_string(bytes >> 20) + " MiB of scratch memory a thread, for the "
+    return "would need " + std::to_string(bytes >> 20) +
+           " MiB of scratch memory a thread, for the "
            "span of the kernel's taps; 16 is the limit";
   }
   return "";

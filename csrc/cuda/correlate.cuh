@@ -21,16 +21,17 @@ __device__ inline uint32_t SharedAddress(const void* p) {
   return static_cast<uint32_t>(__cvta_generic_to_shared(p));
 }
 
-// The nearest TF32 value. Hopper has an instruction for ties to even; before it, and for ties away
-// from zero, it takes four.
 __device__ inline uint32_t RoundTF32(float v) {
   uint32_t r;
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
-  asm("cvt.rn.tf32.f32 %0, %1;" : "=r"(r) : "f"(v));
-#else
   asm("cvt.rna.tf32.f32 %0, %1;" : "=r"(r) : "f"(v));
-#endif
   return r;
+}
+
+// Good for the tensor cores alone, which ignore the lower bits: rounds as cvt.rna does in fewer
+// instructions. A NaN stays one.
+__device__ inline uint32_t RoundForMma(uint32_t bits) {
+  const float v = __uint_as_float(bits);
+  return v == v ? bits + 0x1000 : bits;
 }
 
 __device__ inline void LoadMatrices(uint32_t (&r)[4], uint32_t address) {
@@ -114,8 +115,10 @@ __device__ inline void StoreBlock(char* to, uint4 v, int low_offset, bool split)
   if constexpr (sizeof(T) == 4) {
     const float f[4] = {__uint_as_float(v.x), __uint_as_float(v.y), __uint_as_float(v.z),
                         __uint_as_float(v.w)};
-    v = make_uint4(RoundTF32(f[0]), RoundTF32(f[1]), RoundTF32(f[2]), RoundTF32(f[3]));
-    if (split) {
+    if (!split) {
+      v = make_uint4(RoundForMma(v.x), RoundForMma(v.y), RoundForMma(v.z), RoundForMma(v.w));
+    } else {
+      v = make_uint4(RoundTF32(f[0]), RoundTF32(f[1]), RoundTF32(f[2]), RoundTF32(f[3]));
       *reinterpret_cast<uint4*>(to + low_offset) = make_uint4(
           RoundTF32(f[0] - __uint_as_float(v.x)), RoundTF32(f[1] - __uint_as_float(v.y)),
           RoundTF32(f[2] - __uint_as_float(v.z)), RoundTF32(f[3] - __uint_as_float(v.w)));
@@ -529,16 +532,11 @@ __device__ inline void MultiplyStep(float (&acc)[MT][NC][4], const uint32_t (&x)
 
 inline constexpr int kUnroll = 2;  // blocks of channels that a thread has in flight
 
-constexpr int MaxThreads(int mt, int nc, bool group) {
-  return group || mt * nc >= 32 ? 256 : mt * nc <= 4 ? 512 : 128;
-}
-constexpr int MinBlocks(int mt, int nc, bool group) {
-  return mt * nc >= 32 || mt * nc <= 4 ? 1 : group ? 2 : 3;
-}
-
 // kGroup: wgmma, where a tile is 64 pixels of a group of four warps.
 template <class T, int MT, int NC, bool kGroup>
-__global__ void __launch_bounds__(MaxThreads(MT, NC, kGroup), MinBlocks(MT, NC, kGroup))
+__global__ void __launch_bounds__(kGroup || MT * NC >= 32 ? 256 : 128, MT* NC >= 32 ? 1
+                                                                       : kGroup     ? 2
+                                                                                    : 3)
     Correlate(const __grid_constant__ CorrelateArgs a) {
   if constexpr (kGroup && !kHasGroups) return;
   extern __shared__ __align__(128) char smem[];
@@ -883,7 +881,6 @@ cudaError_t EnqueueCorrelate(const CorrelatePlan& plan, const CorrelatePack& pac
     if (plan.mt == 2 && plan.nc == 8) return EnqueueTile<T, 2, 8, false>(plan, args, stream);
     if (plan.mt == 4 && plan.nc == 4) return EnqueueTile<T, 4, 4, false>(plan, args, stream);
     if (plan.mt == 4 && plan.nc == 2) return EnqueueTile<T, 4, 2, false>(plan, args, stream);
-    if (plan.mt == 2 && plan.nc == 2) return EnqueueTile<T, 2, 2, false>(plan, args, stream);
   }
   return cudaErrorInvalidConfiguration;
 }

@@ -3,6 +3,6 @@
 namespace jaxconv::cuda {
 
 template cudaError_t EnqueueCorrelate<__half>(const CorrelatePlan&, const CorrelatePack&,
-                                          const CorrelateArgs&, cudaStream_t);
+                                              const CorrelateArgs&, cudaStream_t);
 
 }  // namespace jaxconv::cuda

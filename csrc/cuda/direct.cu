@@ -1,7 +1,6 @@
-#include "cuda/direct.h"
-
 #include <algorithm>
 
+#include "cuda/direct.h"
 #include "cuda/dtypes.cuh"
 
 namespace jaxconv::cuda {
@@ -144,7 +143,8 @@ __global__ void __launch_bounds__(kThreads)
       if (threadIdx.x < half) sums[threadIdx.x] += sums[threadIdx.x + half];
       __syncthreads();
     }
-    if (threadIdx.x == 0) dw[element] = FromAccumulator<Out>(static_cast<Accumulator<Out>>(sums[0]));
+    if (threadIdx.x == 0)
+      dw[element] = FromAccumulator<Out>(static_cast<Accumulator<Out>>(sums[0]));
     __syncthreads();
   }
 }
