@@ -1,3 +1,5 @@
+#include "cpu/phases.h"
+
 #include <algorithm>
 #include <memory>
 #include <new>
@@ -5,7 +7,6 @@
 #include <string>
 
 #include "cpu/phase_plan.h"
-#include "cpu/phases.h"
 
 namespace jaxconv::cpu {
 namespace {
