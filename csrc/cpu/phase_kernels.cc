@@ -314,6 +314,7 @@ void PackWeight(const PhasePlan& p, const void* weight, void* packed, int64_t ta
             Vec<T> v[lanes];
             for (int64_t l = 0; l < lanes; ++l) {
               const E* from = w + (k + l / ms) * p.wk + (m + l % ms) * p.wm + t;
+              __builtin_prefetch(from + 2 * ks * p.wk);  // on other pages: see PackRow
               v[l] = l >= ks * ms          ? Vec<T>{}
                      : from + lanes <= end ? Load<T>(from)
                                            : LoadMasked<T>(from, MaskOf<T>(0, some));
