@@ -86,8 +86,9 @@ class Timer:
                     continue
                 start = time.perf_counter()
                 if len(runners) > 1:
-                    # Threads of the one before may still spin, and caches hold its data.
-                    time.sleep(0.002)
+                    # OpenMP's threads of the one before spin for milliseconds, and caches hold its
+                    # data.
+                    time.sleep(0.02)
                     if first[key] < self.sample_s:
                         runner.once()
                 samples[key].append(self._sample(runner, enqueues[key]))

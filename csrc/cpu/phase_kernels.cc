@@ -16,11 +16,6 @@ int64_t Max(int64_t a, int64_t b) { return a > b ? a : b; }
 
 struct Tile {
   int64_t begin[3], size[3];
-
-  // Positions from the tile's first to its last, those between its rows included.
-  int64_t Span(const PhasePlan& p) const {
-    return ((size[0] - 1) * p.box[1] + size[1] - 1) * p.box[2] + size[2];
-  }
 };
 
 Tile TileAt(const PhasePlan& p, int64_t index) {
@@ -32,6 +27,12 @@ Tile TileAt(const PhasePlan& p, int64_t index) {
     tile.size[a] = Min(p.tile[a], grid - tile.begin[a]);
   }
   return tile;
+}
+
+// Positions of a segment, from its first to its last, those between rows included.
+int64_t SpanOf(const PhasePlan& p, const Tile& tile) {
+  const int64_t plane = (tile.size[1] - 1) * p.box[2] + tile.size[2];
+  return p.segments == 1 ? (tile.size[0] - 1) * p.box[1] * p.box[2] + plane : plane;
 }
 
 // ---------------------------------------------------------------------------------------------
@@ -313,6 +314,7 @@ void PackWeight(const PhasePlan& p, const void* weight, void* packed, int64_t ta
             Vec<T> v[lanes];
             for (int64_t l = 0; l < lanes; ++l) {
               const E* from = w + (k + l / ms) * p.wk + (m + l % ms) * p.wm + t;
+              __builtin_prefetch(from + 2 * ks * p.wk);  // on other pages: see PackRow
               v[l] = l >= ks * ms          ? Vec<T>{}
                      : from + lanes <= end ? Load<T>(from)
                                            : LoadMasked<T>(from, MaskOf<T>(0, some));
@@ -403,18 +405,18 @@ constexpr int kMaxMr = 4;
 constexpr int MaxNr(int mr) { return mr == 4 ? 3 : mr == 2 ? 4 : 6; }
 #endif
 
-// All positions [0, span) of one block. Taps that hear nothing but zeros are left out.
+// Positions [begin, begin + span) of one block. Taps that hear nothing but zeros are left out.
 template <class T, int mr>
 void MultiplySpan(const T* weight, const T* panel, const Factors& f, const LiveRows& live,
-                  int64_t span, T* sums, int64_t row, bool add) {
+                  int64_t begin, int64_t span, T* sums, int64_t row, bool add) {
   constexpr int lanes = kLanes<T>, max_nr = MaxNr(mr);
   const int64_t vectors = (span + lanes - 1) / lanes, runs = (vectors + max_nr - 1) / max_nr;
   for (int64_t r = 0; r < runs; ++r) {  // runs of nearly equal length
-    const int64_t v = vectors * r / runs, q = v * lanes;
+    const int64_t v = vectors * r / runs, q = begin + v * lanes;
     int32_t listed[kMaxListed];
     int64_t count = f.ntaps;
     if (live.before != nullptr) {
-      const int64_t end = Min(vectors * (r + 1) / runs * lanes, span) - 1;
+      const int64_t end = begin + Min(vectors * (r + 1) / runs * lanes, span) - 1;
       const int64_t row0 = q / live.pitch, column0 = q % live.pitch;
       const int64_t row1 = end / live.pitch, column1 = end % live.pitch;
       count = 0;
@@ -617,7 +619,8 @@ void Correlate(const PhasePlan& p, const PhaseOperands& ops, int64_t task, void*
   // The blocks of all groups of the task, one after the other.
   const int64_t first_block = p.nblocks * split / p.splits;
   const int64_t blocks = p.nblocks * (split + 1) / p.splits - first_block;
-  const int64_t span = tile.Span(p), step = p.dst_step[2];
+  const int64_t segments = p.segments == 1 ? 1 : tile.size[0], step = p.dst_step[2];
+  const int64_t span = SpanOf(p, tile);
   int32_t live_before[kMaxLiveRows + 1];
   LiveRows live{nullptr, p.box[2]};
   if (p.one_panel()) {
@@ -654,8 +657,11 @@ void Correlate(const PhasePlan& p, const PhaseOperands& ops, int64_t task, void*
               const auto run = [&](auto kernel) {
                 const int64_t slot_size = groups * ks * p.plane;
                 const Factors factors{p.taps + t.begin, t.end - t.begin, ks, p.plane, slot_size};
-                kernel(weight, panel + g * ks * p.plane - s0 * slot_size, factors, live, span,
-                       sums + (channels * step + r2) * p.row, step * p.row, k0 > 0 || s0 > 0);
+                for (int64_t i = 0; i < segments; ++i) {
+                  kernel(weight, panel + g * ks * p.plane - s0 * slot_size, factors, live,
+                         i * p.box[1] * p.box[2], span, sums + (channels * step + r2) * p.row,
+                         step * p.row, k0 > 0 || s0 > 0);
+                }
               };
               switch (block.mr) {
                 case 1:
@@ -688,25 +694,37 @@ void Correlate(const PhasePlan& p, const PhaseOperands& ops, int64_t task, void*
 // ---------------------------------------------------------------------------------------------
 // Weight gradient
 
-// to[m][t] += sum over positions q of x[m][q] * columns[t][q], for mr rows and nr columns
+// Runs of vectors, `stride` elements apart.
+struct Segments {
+  int64_t count, stride, vectors;
+};
+
+// to[m][t] (+)= sum over positions q of x[m][q] * columns[t][q], for mr rows and nr columns
 template <class T, int mr, int nr>
 __attribute__((noinline)) void Contract(const T* x, int64_t row, const T* const* columns,
-                                        int64_t vectors, T* const* to, int64_t to_row) {
+                                        const Segments& segments, T* const* to, int64_t to_row,
+                                        bool add) {
   constexpr int lanes = kLanes<T>;
   const T* from[nr];
 #pragma GCC unroll 8
   for (int c = 0; c < nr; ++c) from[c] = columns[c];
   Vec<T> acc[mr * nr] = {};
-  for (int64_t v = 0; v < vectors; ++v) {
-    Vec<T> xs[mr];
+  const int64_t vectors = segments.vectors;
+  for (int64_t i = 0; i < segments.count; ++i) {
+    for (int64_t v = 0; v < vectors; ++v) {
+      Vec<T> xs[mr];
 #pragma GCC unroll 4
-    for (int m = 0; m < mr; ++m) xs[m] = Load<T>(x + m * row + v * lanes);
+      for (int m = 0; m < mr; ++m) xs[m] = Load<T>(x + m * row + v * lanes);
 #pragma GCC unroll 8
-    for (int c = 0; c < nr; ++c) {
-      const Vec<T> y = Load<T>(from[c] + v * lanes);
+      for (int c = 0; c < nr; ++c) {
+        const Vec<T> y = Load<T>(from[c] + v * lanes);
 #pragma GCC unroll 4
-      for (int m = 0; m < mr; ++m) acc[c * mr + m] += xs[m] * y;
+        for (int m = 0; m < mr; ++m) acc[c * mr + m] += xs[m] * y;
+      }
     }
+    x += segments.stride;
+#pragma GCC unroll 8
+    for (int c = 0; c < nr; ++c) from[c] += segments.stride;
   }
   constexpr int count = mr * nr, at_once = lanes < 8 ? lanes : 8;
 #pragma GCC unroll 8
@@ -717,7 +735,10 @@ __attribute__((noinline)) void Contract(const T* x, int64_t row, const T* const*
     AddLanes<T, at_once>(v);
 #pragma GCC unroll 8
     for (int j = 0; j < at_once; ++j) {
-      if (i + j < count) to[(i + j) / mr][(i + j) % mr * to_row] += v[0][j];
+      if (i + j < count) {
+        T& sum = to[(i + j) / mr][(i + j) % mr * to_row];
+        sum = add ? sum + v[0][j] : v[0][j];
+      }
     }
   }
 }
@@ -732,18 +753,19 @@ constexpr int Columns(int mr) { return mr == 2 ? 6 : 8; }
 
 template <class T, int mr>
 void ContractRows(const T* x, int64_t row, const T* const* columns, int64_t ncolumns,
-                  int64_t vectors, T* const* to, int64_t to_row) {
+                  const Segments& segments, T* const* to, int64_t to_row, bool add) {
+  const auto run = [&](auto kernel, int64_t c) {
+    kernel(x, row, columns + c, segments, to + c, to_row, add);
+  };
   constexpr int nr = Columns(mr);
-  if (ncolumns == nr) return Contract<T, mr, nr>(x, row, columns, vectors, to, to_row);
+  if (ncolumns == nr) return run(Contract<T, mr, nr>, 0);
   int64_t c = 0;
-  for (; c + 4 <= ncolumns; c += 4) {
-    Contract<T, mr, 4>(x, row, columns + c, vectors, to + c, to_row);
-  }
+  for (; c + 4 <= ncolumns; c += 4) run(Contract<T, mr, 4>, c);
   if (ncolumns - c >= 2) {
-    Contract<T, mr, 2>(x, row, columns + c, vectors, to + c, to_row);
+    run(Contract<T, mr, 2>, c);
     c += 2;
   }
-  if (c < ncolumns) Contract<T, mr, 1>(x, row, columns + c, vectors, to + c, to_row);
+  if (c < ncolumns) run(Contract<T, mr, 1>, c);
 }
 
 // Task (group chunk, split of the source's channels, part): the part's share of the tiles of all
@@ -761,11 +783,6 @@ void WeightGrad(const PhasePlan& p, const PhaseOperands& ops, int64_t task, void
   // dw[group][m][k][t] of the part
   const int64_t size = p.groups * p.m * p.k * p.ntaps, to_row = p.k * p.ntaps;
   T* sums = static_cast<T*>(ops.workspace) + part * size + group * p.m * to_row;
-  for (int64_t m = 0; m < groups * p.m; ++m) {
-    T* to = sums + m * to_row + k_begin * p.ntaps;
-    for (int64_t i = 0; i < (k_end - k_begin) * p.ntaps; ++i) to[i] = 0;
-  }
-
   constexpr int64_t kRowsInL1 = 16;
   constexpr int64_t lanes = kLanes<T>;
   const Source x_source{p.dst, p.dst_size, p.dst_step, p.n * p.dst.n};
@@ -773,7 +790,9 @@ void WeightGrad(const PhasePlan& p, const PhaseOperands& ops, int64_t task, void
   for (int64_t u = units * part / p.parts; u < units * (part + 1) / p.parts; ++u) {
     const int64_t n = u / tiles;
     const Tile tile = TileAt(p, u % tiles);
-    const int64_t vectors = (tile.Span(p) + lanes - 1) / lanes;
+    const Segments segments{p.segments == 1 ? 1 : tile.size[0], p.box[1] * p.box[2],
+                            (SpanOf(p, tile) + lanes - 1) / lanes};
+    const bool first = u == units * part / p.parts;
     // x lies in the same boxes as y, with zeros where a box is not of the tile.
     WithElement<T>(p.in_type, [&](auto element) {
       using E = decltype(element);
@@ -806,7 +825,8 @@ void WeightGrad(const PhasePlan& p, const PhaseOperands& ops, int64_t task, void
               int64_t r = r0;
               const auto run = [&](auto kernel, int64_t count) {
                 for (; r + count <= r1; r += count) {
-                  kernel(rows + (g * p.m + r) * p.row, p.row, from, columns, vectors, to, to_row);
+                  kernel(rows + (g * p.m + r) * p.row, p.row, from, columns, segments, to, to_row,
+                         !first);
                   for (int64_t c = 0; c < columns; ++c) to[c] += count * to_row;
                 }
               };

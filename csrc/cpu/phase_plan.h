@@ -73,6 +73,7 @@ struct PhasePlan {
   int64_t span[3];                   // greatest offset less the least
   int64_t box[3];                    // P0, P1, P2
   int64_t tail;                      // what is read past a plane's boxes
+  int64_t segment, segments;         // positions computed at once; how many times, a plane apart
   int64_t plane;                     // elements from one plane to the next
   int64_t row;                       // elements from one row of sums to the next
   const Tap* taps;                   // sorted by destination phase, then slot

@@ -69,6 +69,13 @@ void SetTiles(Plan& plan, const Sizes& grid, const Sizes& most, int64_t lanes) {
   }
   p.tail = (p.tile[1] + p.span[1] - p.box[1]) * p.box[2] + p.tile[2] + p.span[2] - p.box[2] + lanes;
   const int64_t positions = p.tile[0] * p.box[1] * p.box[2];
+  // Plane by plane, if what is computed past the end of one does not reach the next.
+  p.segment = (p.tile[1] - 1) * p.box[2] + p.tile[2];
+  p.segments = p.tile[0];
+  if (p.box[1] * p.box[2] - p.segment < lanes) {
+    p.segment += (p.tile[0] - 1) * p.box[1] * p.box[2];
+    p.segments = 1;
+  }
   p.plane = Spread(positions + p.span[0] * p.box[1] * p.box[2] + p.tail + lanes);
   p.row = Spread(positions + lanes);
 }
@@ -80,8 +87,7 @@ double Cycles(const Plan& plan, const PhaseKernels& kernels, Pass pass, int64_t 
   const PhasePlan& p = plan.p;
   const auto real = [](int64_t n) { return static_cast<double>(n); };
   const int64_t steps = p.dst_step[0] * p.dst_step[1] * p.dst_step[2];
-  const double vectors =
-      real(CeilDiv(((p.tile[0] - 1) * p.box[1] + p.tile[1] - 1) * p.box[2] + p.tile[2], lanes));
+  const double vectors = real(p.segments * CeilDiv(p.segment, lanes));
   const double macs = real(p.ntaps) * real(p.k) * real(p.m);  // of a position and a group
   const int64_t side = pass == Pass::kWeightGrad ? std::min(p.m, p.k * p.ntaps) : p.m;
   const double fill = side >= kernels.max_mr / 2 ? 0.6 : side > 1 ? 0.9 : 1.2;
@@ -108,15 +114,15 @@ double Cycles(const Plan& plan, const PhaseKernels& kernels, Pass pass, int64_t 
   int64_t sums;
   if (pass == Pass::kWeightGrad) {
     sums = p.m * p.group_chunk * p.row * size;
-    cycles += macs * 3 + real(p.m) * volume / real(lanes) * 8;
+    cycles += macs * 4.5 + real(p.m) * volume / real(lanes) * 8;
   } else {
     sums = std::min(kernels.max_mr, p.m) * p.dst_step[2] * p.row * size;
     cycles += vectors * real(p.m * steps) * (sums > kSumsNear ? 8 : 6);
     // With several panels, the sums come and go with each of them.
     if (panel > kPanelBytes) cycles += vectors * real(p.m * CeilDiv(panel, kPanelBytes)) * 12;
   }
-  // Out of the second-level cache, everything waits.
-  if (sums > kSumsBytes) cycles *= 1.5;
+  // Out of the second-level cache, everything waits; x is read in pieces of the first-level one.
+  if (sums > (pass == Pass::kWeightGrad ? 3 * kSumsBytes : kSumsBytes)) cycles *= 1.5;
   cycles = cycles * real(p.group_chunk) + 2000;
   return cycles * real(tasks);
 }
