@@ -8,9 +8,6 @@
 namespace jaxconv::cpu {
 namespace {
 
-int64_t Min(int64_t a, int64_t b) { return a < b ? a : b; }
-int64_t Max(int64_t a, int64_t b) { return a > b ? a : b; }
-
 // ---------------------------------------------------------------------------------------------
 // Tiles
 
@@ -250,22 +247,6 @@ void PackPlanes(const Source& source, bool channels_last, const E* from, int64_t
   for (int64_t k = 0; k < (s1 - s0) * channels; ++k) {
     for (int64_t c = 0; c < tail; c += lanes) {
       Store<T>(to + k * plane + count[0] * box[1] * box[2] + c, Vec<T>{});
-    }
-  }
-}
-
-template <class T, class Body>
-JAXCONV_INLINE void WithElement(DType type, Body body) {
-  if constexpr (sizeof(T) == 8) {
-    body(double{});
-  } else {
-    switch (type) {
-      case DType::kBF16:
-        return body(Bf16{});
-      case DType::kF16:
-        return body(Fp16{});
-      default:
-        return body(float{});
     }
   }
 }
@@ -844,16 +825,16 @@ void WeightGrad(const PhasePlan& p, const PhaseOperands& ops, int64_t task, void
 }
 
 template <class T>
-void AddParts(const PhasePlan& p, const void* parts, void* dw, int64_t task, int64_t tasks) {
+void AddParts(DType out_type, int64_t size, int64_t parts, const T* from, void* dw, int64_t task,
+              int64_t tasks) {
   constexpr int lanes = kLanes<T>;
-  const int64_t size = p.groups * p.m * p.k * p.ntaps, vectors = (size + lanes - 1) / lanes;
-  const T* from = static_cast<const T*>(parts);
-  WithElement<T>(p.out_type, [&](auto element) {
+  const int64_t vectors = (size + lanes - 1) / lanes;
+  WithElement<T>(out_type, [&](auto element) {
     auto* to = static_cast<decltype(element)*>(dw);
     for (int64_t v = vectors * task / tasks; v < vectors * (task + 1) / tasks; ++v) {
       const int64_t i = v * lanes, some = size - i;
       Vec<T> sum = LoadSome<T>(from + i, some);
-      for (int64_t part = 1; part < p.parts; ++part) {
+      for (int64_t part = 1; part < parts; ++part) {
         sum += LoadSome<T>(from + part * size + i, some);
       }
       StoreSome<T>(to + i, sum, some);
@@ -876,14 +857,16 @@ void WeightGradOf(const PhasePlan& p, const PhaseOperands& ops, int64_t task, vo
   p.in_type == DType::kF64 ? WeightGrad<double>(p, ops, task, scratch)
                            : WeightGrad<float>(p, ops, task, scratch);
 }
-void AddPartsOf(const PhasePlan& p, const void* sums, void* dw, int64_t task, int64_t tasks) {
-  p.in_type == DType::kF64 ? AddParts<double>(p, sums, dw, task, tasks)
-                           : AddParts<float>(p, sums, dw, task, tasks);
+void AddPartsOf(DType in_type, DType out_type, int64_t size, int64_t parts, const void* sums,
+                void* dw, int64_t task, int64_t tasks) {
+  in_type == DType::kF64
+      ? AddParts(out_type, size, parts, static_cast<const double*>(sums), dw, task, tasks)
+      : AddParts(out_type, size, parts, static_cast<const float*>(sums), dw, task, tasks);
 }
 
 }  // namespace
 
-extern const PhaseKernels JAXCONV_KERNELS = {kBytes,      kMaxMr,       PackWeightOf,
-                                             CorrelateOf, WeightGradOf, AddPartsOf};
+extern const PhaseKernels JAXCONV_PHASES = {kBytes,      kMaxMr,       PackWeightOf,
+                                            CorrelateOf, WeightGradOf, AddPartsOf};
 
 }  // namespace jaxconv::cpu

@@ -113,8 +113,9 @@ struct PhaseKernels {
   void (*correlate)(const PhasePlan&, const PhaseOperands&, int64_t task, void* scratch);
   // Operand `dst` is x; the workspace gets the sums of each part.
   void (*weight_grad)(const PhasePlan&, const PhaseOperands&, int64_t task, void* scratch);
-  // Adds the parts, in order, into part `task` of `tasks` of dw.
-  void (*add_parts)(const PhasePlan&, const void* sums, void* dw, int64_t task, int64_t tasks);
+  // Adds the parts, of `size` sums each, in order, into part `task` of `tasks` of dw.
+  void (*add_parts)(DType in_type, DType out_type, int64_t size, int64_t parts, const void* sums,
+                    void* dw, int64_t task, int64_t tasks);
 };
 
 extern const PhaseKernels kPhasesPortable;

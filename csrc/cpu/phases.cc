@@ -1,12 +1,11 @@
 #include "cpu/phases.h"
 
 #include <algorithm>
-#include <memory>
-#include <new>
 #include <numeric>
 #include <string>
 
 #include "cpu/phase_plan.h"
+#include "cpu/scratch.h"
 
 namespace jaxconv::cpu {
 namespace {
@@ -348,23 +347,6 @@ Plan PlanOf(const Problem& problem, const PhaseKernels& kernels, bool with_taps)
   return plan;
 }
 
-// A thread's buffers, kept for its next task: a few hundred KiB that need not be faulted in again.
-void* Scratch(int64_t bytes) {
-  constexpr std::align_val_t kLine{64};
-  struct Free {
-    void operator()(void* p) const { ::operator delete(p, kLine); }
-  };
-  thread_local std::unique_ptr<void, Free> buffer;
-  thread_local int64_t size = 0;
-  if (size < bytes) {
-    buffer.reset();
-    size = 0;
-    buffer.reset(::operator new(static_cast<size_t>(bytes), kLine));
-    size = bytes;
-  }
-  return buffer.get();
-}
-
 bool SumsAreResult(const Problem& p, const Plan& plan) {
   return plan.p.parts == 1 && SizeOf(p.out_dtype) == SumSize(p);
 }
@@ -382,7 +364,8 @@ void LaunchCorrelate(const Problem& problem, const Operands& ops, const Parallel
   });
   const PhaseOperands operands{forward ? ops.x : ops.y, ops.bias, ops.out, ops.workspace};
   const int64_t bytes = (p.panel_size + p.acc_size) * SumSize(problem);
-  parallel.For(tasks, [&](int64_t task) { kernels.correlate(p, operands, task, Scratch(bytes)); });
+  parallel.For(tasks,
+               [&](int64_t task) { kernels.correlate(p, operands, task, ThreadScratch(bytes)); });
 }
 
 template <const PhaseKernels& kernels>
@@ -394,11 +377,13 @@ void LaunchWeightGrad(const Problem& problem, const Operands& ops, const Paralle
   // x is only read, though it is called a destination.
   const PhaseOperands operands{ops.y, nullptr, const_cast<void*>(ops.x), sums};
   parallel.For(plan.GroupChunks() * p.splits * p.parts,
-               [&](int64_t task) { kernels.weight_grad(p, operands, task, Scratch(bytes)); });
+               [&](int64_t task) { kernels.weight_grad(p, operands, task, ThreadScratch(bytes)); });
   if (sums == ops.out) return;
   const int64_t add_tasks = std::clamp<int64_t>(problem.WElements() * p.parts >> 14, 1, 64);
-  parallel.For(add_tasks,
-               [&](int64_t task) { kernels.add_parts(p, sums, ops.out, task, add_tasks); });
+  parallel.For(add_tasks, [&](int64_t task) {
+    kernels.add_parts(p.in_type, p.out_type, problem.WElements(), p.parts, sums, ops.out, task,
+                      add_tasks);
+  });
 }
 
 template <const PhaseKernels& kernels>

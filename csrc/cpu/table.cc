@@ -2,6 +2,7 @@
 
 #include "cpu/direct.h"
 #include "cpu/phases.h"
+#include "cpu/pixels.h"
 
 namespace jaxconv::cpu {
 
@@ -22,6 +23,7 @@ int VectorBytes() {
 const std::vector<Row>& Table() {
   static const std::vector<Row> table = [] {
     std::vector<Row> rows;
+    AddPixels(rows);
     AddPhases(rows);
     AddDirect(rows);
     return rows;

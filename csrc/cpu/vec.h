@@ -11,12 +11,18 @@
 #include <immintrin.h>
 #endif
 
+#include "problem.h"
+
 namespace jaxconv::cpu {
 namespace {
 
 #define JAXCONV_INLINE inline __attribute__((always_inline))
 
 constexpr int kBytes = JAXCONV_VECTOR_BYTES;
+
+// As std::min and std::max, which could be linked in another file's variant.
+JAXCONV_INLINE int64_t Min(int64_t a, int64_t b) { return a < b ? a : b; }
+JAXCONV_INLINE int64_t Max(int64_t a, int64_t b) { return a > b ? a : b; }
 
 template <class T>
 struct VecOf;
@@ -116,6 +122,23 @@ JAXCONV_INLINE void Store(E* to, Vec<T> v) {
   } else {
     const F32::half h = Narrow(v, E{});
     std::memcpy(to, &h, sizeof h);
+  }
+}
+
+// Calls body with a value of the element type that `type` names, where sums are of type T.
+template <class T, class Body>
+JAXCONV_INLINE void WithElement(DType type, Body body) {
+  if constexpr (sizeof(T) == 8) {
+    body(double{});
+  } else {
+    switch (type) {
+      case DType::kBF16:
+        return body(Bf16{});
+      case DType::kF16:
+        return body(Fp16{});
+      default:
+        return body(float{});
+    }
   }
 }
 

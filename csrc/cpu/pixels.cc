@@ -1,0 +1,338 @@
+#include "cpu/pixels.h"
+
+#include <algorithm>
+#include <string>
+
+#include "cpu/phase_plan.h"
+#include "cpu/pixel_plan.h"
+#include "cpu/scratch.h"
+
+namespace jaxconv::cpu {
+namespace {
+
+constexpr int64_t CeilDiv(int64_t a, int64_t b) { return (a + b - 1) / b; }
+constexpr int64_t RoundUp(int64_t a, int64_t b) { return CeilDiv(a, b) * b; }
+
+// A PixelPlan and what it points to: it may be moved, not copied.
+struct Plan {
+  Plan() = default;
+  Plan(Plan&&) = default;
+  PixelPlan p{};
+  std::vector<AxisTap> axis_taps[3];
+  std::vector<int64_t> phase_begin[3];
+  std::vector<PixelTap> taps;
+  std::vector<int64_t> phase_first;
+  int64_t most_taps = 0;  // of a phase
+
+  int64_t Units() const { return p.groups * p.nblocks; }
+  int64_t Tasks() const { return p.n * p.tiles * p.phase_splits * p.block_splits; }
+  int64_t WeightGradTasks() const { return p.groups * p.parts * p.x_chunks * p.y_chunks; }
+};
+
+constexpr int64_t kMaxTaps = int64_t{1} << 16, kMaxPhases = int64_t{1} << 12;
+constexpr int64_t kMaxScratch = int64_t{16} << 20;  // bytes a task
+constexpr int64_t kTasks = 16;                      // enough to share evenly
+constexpr int64_t kMostPositions = 128;             // of a tile
+// A quarter of the second-level cache for what is listed, as for a chunk of the weight; half of it
+// for the sums of a weight gradient.
+constexpr int64_t kListBytes = int64_t{256} << 10, kWeightBytes = int64_t{256} << 10;
+constexpr int64_t kSumsBytes = int64_t{512} << 10, kRowsBytes = int64_t{256} << 10;
+
+int64_t SumSize(const Problem& p) { return p.in_dtype == DType::kF64 ? 8 : 4; }
+bool Depthwise(const Problem& p) { return p.cig() == 1 && p.cog() == 1; }
+
+// The taps of each axis by destination phase, and the place of each tap of the weight among all.
+void AddTaps(Plan& plan, const Problem& problem) {
+  PixelPlan& p = plan.p;
+  const bool forward = problem.pass == Pass::kForward;
+  std::vector<int64_t> index[3], phase[3];  // of each tap of an axis
+  for (size_t a = 0; a < 3; ++a) {
+    auto& taps = plan.axis_taps[a];
+    auto& begin = plan.phase_begin[a];
+    index[a].resize(static_cast<size_t>(problem.k[a]));
+    phase[a].resize(static_cast<size_t>(problem.k[a]));
+    for (int64_t r = 0; r < p.dst_step[a]; ++r) {
+      begin.push_back(static_cast<int64_t>(taps.size()));
+      for (int64_t t = 0; t < problem.k[a]; ++t) {
+        // o = i * stride + t * dilation - pad, solved for the source's coordinate.
+        const int64_t at = t * problem.dilation[a] - problem.pad[a];
+        if (forward && FloorDiv(r - at, p.dst_step[a]) * p.dst_step[a] != r - at) continue;
+        index[a][static_cast<size_t>(t)] = static_cast<int64_t>(taps.size()) - begin.back();
+        phase[a][static_cast<size_t>(t)] = r;
+        taps.push_back({t, forward ? (r - at) / p.dst_step[a] : at});
+      }
+    }
+    begin.push_back(static_cast<int64_t>(taps.size()));
+    p.axis_taps[a] = taps.data();
+    p.phase_begin[a] = begin.data();
+  }
+  const auto count = [&](size_t a, int64_t r) {
+    const auto& begin = plan.phase_begin[a];
+    return begin[static_cast<size_t>(r) + 1] - begin[static_cast<size_t>(r)];
+  };
+  int64_t first = 0;
+  for (int64_t r = 0; r < p.phases; ++r) {
+    plan.phase_first.push_back(first);
+    const int64_t taps = count(0, r / p.dst_step[2] / p.dst_step[1]) *
+                         count(1, r / p.dst_step[2] % p.dst_step[1]) * count(2, r % p.dst_step[2]);
+    plan.most_taps = std::max(plan.most_taps, taps);
+    first += taps;
+  }
+  for (int64_t t = 0; t < p.ntaps; ++t) {
+    const size_t t0 = static_cast<size_t>(t / problem.k[2] / problem.k[1]),
+                 t1 = static_cast<size_t>(t / problem.k[2] % problem.k[1]),
+                 t2 = static_cast<size_t>(t % problem.k[2]);
+    const int64_t r = (phase[0][t0] * p.dst_step[1] + phase[1][t1]) * p.dst_step[2] + phase[2][t2];
+    const int64_t n1 = count(1, phase[1][t1]), n2 = count(2, phase[2][t2]);
+    plan.taps.push_back({plan.phase_first[static_cast<size_t>(r)], count(0, phase[0][t0]) * n1 * n2,
+                         (index[0][t0] * n1 + index[1][t1]) * n2 + index[2][t2]});
+  }
+  p.taps = plan.taps.data();
+  p.phase_first = plan.phase_first.data();
+}
+
+// Which positions, phases and blocks are a task of forward or input gradient.
+void SetTasks(Plan& plan, const PixelKernels& kernels, int64_t size) {
+  PixelPlan& p = plan.p;
+  const int64_t together = kernels.positions,
+                positions = Product({p.grid[0], p.grid[1], p.grid[2]});
+  const int64_t entry = (together + 1) * 8;
+  const int64_t listed = kListBytes / (entry * std::max<int64_t>(plan.most_taps, 1)) * together;
+  const auto set = [&](int64_t tile) {
+    p.tile = tile;
+    p.tiles = CeilDiv(positions, tile);
+    p.phase_splits = p.block_splits = 1;
+    p.phase_splits = std::clamp<int64_t>(CeilDiv(kTasks, plan.Tasks()), 1, p.phases);
+    p.block_splits = std::clamp<int64_t>(CeilDiv(kTasks, plan.Tasks()), 1, plan.Units());
+  };
+  set(std::clamp(listed, together, std::min(kMostPositions, RoundUp(positions, together))));
+  while (plan.Tasks() < kTasks && p.tile > 4 * together) set(RoundUp(p.tile / 2, together));
+  p.tap_chunk = std::max<int64_t>(kWeightBytes / (p.k * p.mr * size), 1);
+  const int64_t blocks = p.tile / together;
+  p.scratch = (p.zeros + p.tile * p.mr) * size + (p.tile + 2 * (blocks + 1)) * 8 +
+              (blocks * plan.most_taps + 1) * entry;
+}
+
+// Which channels and rows are a task of the weight gradient.
+void SetWeightGradTasks(Plan& plan, const Problem& problem, int64_t lanes, int64_t size) {
+  PixelPlan& p = plan.p;
+  const int64_t all_x = p.depthwise != 0 ? 1 : p.m, all_y = p.depthwise != 0 ? p.m : p.k;
+  const int64_t most_parts = 1 + problem.YElements() / 10 / problem.WElements();
+  // What a position and the taps of a row join: whole lines.
+  const auto bytes = [&](int64_t channels) { return std::max<int64_t>(channels * size, 64); };
+  const auto position = [&] {
+    return bytes(p.x_chunk) + bytes(p.y_chunk) * p.src_step[1] * p.src_step[2];
+  };
+  p.x_chunk = all_x;
+  p.y_chunk = all_y;
+  p.columns = std::min(std::max<int64_t>(kRowsBytes / position(), 16), p.dst_size[2]);
+  const int64_t pieces = p.n * p.dst_size[0] * p.dst_size[1] * CeilDiv(p.dst_size[2], p.columns);
+  while (true) {
+    p.x_chunks = CeilDiv(all_x, p.x_chunk);
+    p.y_chunks = CeilDiv(all_y, p.y_chunk);
+    p.parts = 1;
+    p.parts = std::clamp<int64_t>(CeilDiv(kTasks, plan.WeightGradTasks()), 1,
+                                  std::min(most_parts, pieces));
+    const bool near = p.ntaps * p.x_chunk * RoundUp(p.y_chunk, lanes) * size <= kSumsBytes;
+    if (near && plan.WeightGradTasks() >= kTasks) break;
+    if (p.x_chunk > 8 && p.x_chunk >= p.y_chunk) {
+      p.x_chunk = RoundUp(p.x_chunk / 2, 8);
+    } else if (p.y_chunk > 2 * lanes) {
+      p.y_chunk = RoundUp(p.y_chunk / 2, lanes);
+    } else if (p.x_chunk > 8) {
+      p.x_chunk = RoundUp(p.x_chunk / 2, 8);
+    } else {
+      break;
+    }
+  }
+  p.pieces = std::clamp<int64_t>(kRowsBytes / (position() * p.columns), 1, pieces);
+  p.scratch = p.ntaps * p.x_chunk * RoundUp(p.y_chunk, lanes) * size + p.pieces * 24;
+}
+
+Plan PlanOf(const Problem& problem, const PixelKernels& kernels) {
+  Plan plan;
+  PixelPlan& p = plan.p;
+  const bool forward = problem.pass == Pass::kForward;
+  const int64_t size = SumSize(problem), lanes = kernels.vector_bytes / size;
+  const Strides src = forward ? problem.XStrides() : problem.YStrides();
+  const Strides dst = forward ? problem.YStrides() : problem.XStrides();
+  p.in_type = problem.in_dtype;
+  p.out_type = problem.out_dtype;
+  p.depthwise = Depthwise(problem) ? 1 : 0;
+  p.n = problem.n;
+  p.ntaps = Product(problem.k);
+  if (p.depthwise != 0) {
+    p.groups = p.k = 1;
+    p.m = problem.ci;
+    p.wm = p.ntaps;
+    p.wg = problem.WElements();
+  } else {
+    p.groups = problem.groups;
+    p.k = forward ? problem.cig() : problem.cog();
+    p.m = forward ? problem.cog() : problem.cig();
+    p.wg = problem.cig() * problem.cog() * p.ntaps;
+    p.wk = forward ? problem.cog() * p.ntaps : p.ntaps;
+    p.wm = forward ? p.ntaps : problem.cog() * p.ntaps;
+  }
+  p.src_n = src.n;
+  p.dst_n = dst.n;
+  p.phases = 1;
+  for (size_t a = 0; a < 3; ++a) {
+    p.kernel[a] = problem.k[a];
+    p.src_s[a] = src.s[a];
+    p.dst_s[a] = dst.s[a];
+    p.src_size[a] = forward ? problem.isize[a] : problem.osize[a];
+    p.dst_size[a] = forward ? problem.osize[a] : problem.isize[a];
+    p.src_step[a] = forward ? 1 : problem.stride[a];
+    p.dst_step[a] = forward ? problem.stride[a] : 1;
+    p.phases *= p.dst_step[a];
+    p.grid[a] = CeilDiv(p.dst_size[a], p.dst_step[a]);
+  }
+  p.zeros = RoundUp(forward ? problem.ci : problem.co, lanes) + lanes;
+  AddTaps(plan, problem);
+
+  // Blocks of as many vectors as waste least.
+  p.mr = lanes;
+  for (int64_t nv = kernels.max_vectors; nv > 1; --nv) {
+    const int64_t waste = RoundUp(p.m, nv * lanes) - RoundUp(p.m, lanes);
+    if (waste == 0) {
+      p.mr = nv * lanes;
+      break;
+    }
+  }
+  p.nblocks = CeilDiv(p.m, p.mr);
+  if (problem.pass == Pass::kWeightGrad) {
+    SetWeightGradTasks(plan, problem, lanes, size);
+  } else {
+    SetTasks(plan, kernels, size);
+  }
+  return plan;
+}
+
+struct Kernels {
+  const PixelKernels& pixels;
+  const PhaseKernels& phases;  // for the sum of parts
+};
+
+template <const Kernels& kernels>
+void LaunchCorrelate(const Problem& problem, const Operands& ops, const Parallel& parallel) {
+  const Plan plan = PlanOf(problem, kernels.pixels);
+  const PixelPlan& p = plan.p;
+  const int64_t pack_tasks = std::clamp<int64_t>(problem.WElements() >> 14, 1, 64);
+  parallel.For(pack_tasks, [&](int64_t task) {
+    kernels.pixels.pack_weight(p, ops.w, ops.workspace, task, pack_tasks);
+  });
+  const bool forward = problem.pass == Pass::kForward;
+  const PixelOperands operands{forward ? ops.x : ops.y, ops.bias, ops.out, ops.workspace};
+  parallel.For(plan.Tasks(), [&](int64_t task) {
+    kernels.pixels.correlate(p, operands, task, ThreadScratch(p.scratch));
+  });
+}
+
+template <const Kernels& kernels>
+void LaunchWeightGrad(const Problem& problem, const Operands& ops, const Parallel& parallel) {
+  const Plan plan = PlanOf(problem, kernels.pixels);
+  const PixelPlan& p = plan.p;
+  const PixelOperands operands{ops.y, ops.x, p.parts == 1 ? ops.out : ops.workspace, nullptr};
+  parallel.For(plan.WeightGradTasks(), [&](int64_t task) {
+    kernels.pixels.weight_grad(p, operands, task, ThreadScratch(p.scratch));
+  });
+  if (p.parts == 1) return;
+  const int64_t size = problem.WElements();
+  const int64_t add_tasks = std::clamp<int64_t>(size * p.parts >> 14, 1, 64);
+  parallel.For(add_tasks, [&](int64_t task) {
+    kernels.phases.add_parts(p.in_type, p.out_type, size, p.parts, ops.workspace, ops.out, task,
+                             add_tasks);
+  });
+}
+
+template <const Kernels& kernels>
+std::string Refuse(const Problem& p, const Device& device) {
+  const int64_t bytes = kernels.pixels.vector_bytes, lanes = bytes / SumSize(p);
+  if (bytes > device.vector_bytes) {
+    return "needs vectors of " + std::to_string(bytes) + " bytes, the processor has " +
+           std::to_string(device.vector_bytes);
+  }
+  if (!p.channels_last) return "takes channels last only";
+  if (SizeOf(p.in_dtype) == 2) return "takes float32 and float64 only";
+  if (p.Empty()) return "takes no empty arrays";
+  if (Depthwise(p) && p.ci % lanes != 0) {
+    return "takes depthwise layers whose channels fill vectors of " + std::to_string(lanes) +
+           ", this one has " + std::to_string(p.ci);
+  }
+  if (Product(p.k) > kMaxTaps) return "takes kernels of at most 2**16 taps";
+  if (std::max({p.stride[0], p.stride[1], p.stride[2], Product(p.stride)}) > kMaxPhases) {
+    return "takes at most 2**12 stride phases";
+  }
+  const Plan plan = PlanOf(p, kernels.pixels);
+  if (plan.p.scratch > kMaxScratch) {
+    return "would need " + std::to_string(plan.p.scratch >> 20) +
+           " MiB of scratch memory a thread; 16 is the limit";
+  }
+  return "";
+}
+
+template <const Kernels& kernels>
+int64_t Workspace(const Problem& p, const Device&) {
+  const Plan plan = PlanOf(p, kernels.pixels);
+  if (p.pass != Pass::kWeightGrad)
+    return plan.Units() * plan.p.mr * plan.p.k * plan.p.ntaps * SumSize(p);
+  return plan.p.parts == 1 ? 0 : plan.p.parts * p.WElements() * SumSize(p);
+}
+
+// Cycles at 3 GHz: products at two vectors a cycle (depthwise: one), what is listed, sums that come
+// and go, memory; a weight that is rearranged at 1 GB/s; what a call costs. See phases.cc.
+template <const Kernels& kernels>
+double Seconds(const Problem& p, const Device& device) {
+  const Plan plan = PlanOf(p, kernels.pixels);
+  const PixelPlan& q = plan.p;
+  const auto real = [](int64_t n) { return static_cast<double>(n); };
+  const double lanes = real(kernels.pixels.vector_bytes / SumSize(p));
+  const double inputs = real(p.n * Product(p.isize) * q.ntaps);  // pairs of a pixel of x and a tap
+  double cycles = 0;
+  if (p.pass == Pass::kWeightGrad) {
+    const int64_t width = static_cast<int64_t>(lanes);
+    const double vectors =
+        q.depthwise != 0 ? real(q.m) / lanes : real(q.groups * q.m * CeilDiv(q.k, width));
+    const double product = q.depthwise != 0 ? 1.5 : q.k % width != 0 ? 1.6 : 0.65;
+    const double pieces = real(p.n * p.isize[0] * p.isize[1] * CeilDiv(p.isize[2], q.columns));
+    cycles = inputs * vectors * product;
+    cycles += pieces * real(q.ntaps) *
+              (10 * real(q.x_chunks * q.y_chunks * q.groups) + 4 * vectors / real(q.pieces));
+  } else {
+    const double vectors = real(plan.Units() * q.mr) / lanes;
+    cycles = inputs * vectors * (q.depthwise != 0 ? 1.0 : real(q.k) * 0.6 + 1);
+    cycles += inputs * 4;
+    cycles += real(p.n * Product({q.dst_size[0], q.dst_size[1], q.dst_size[2]})) * vectors * 4;
+  }
+  cycles += real(p.XElements() + p.YElements()) * real(SumSize(p)) / 8;
+  const double weight = p.pass == Pass::kWeightGrad ? 0 : real(p.WElements()) * 4;
+  return 2e-6 + (cycles / 3e9 + weight / 1e9) / device.threads;
+}
+
+template <const Kernels& kernels>
+void AddRows(std::vector<Row>& rows, const char* name) {
+  const auto add = [&](Pass pass, Launch launch) {
+    rows.push_back({name, pass, Refuse<kernels>, Workspace<kernels>, Seconds<kernels>, launch});
+  };
+  add(Pass::kForward, LaunchCorrelate<kernels>);
+  add(Pass::kInputGrad, LaunchCorrelate<kernels>);
+  add(Pass::kWeightGrad, LaunchWeightGrad<kernels>);
+}
+
+#if defined(__x86_64__)
+constexpr Kernels kAvx512{kPixelsAvx512, kPhasesAvx512}, kAvx2{kPixelsAvx2, kPhasesAvx2};
+#endif
+constexpr Kernels kPortable{kPixelsPortable, kPhasesPortable};
+
+}  // namespace
+
+void AddPixels(std::vector<Row>& rows) {
+#if defined(__x86_64__)
+  AddRows<kAvx512>(rows, "pixels_avx512");
+  AddRows<kAvx2>(rows, "pixels_avx2");
+#endif
+  AddRows<kPortable>(rows, "pixels");
+}
+
+}  // namespace jaxconv::cpu
