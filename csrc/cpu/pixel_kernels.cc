@@ -150,7 +150,7 @@ __attribute__((noinline)) void Multiply(const Heard<T>* heard, int64_t count, co
 }
 
 // Channels of a pixel that are asked for ahead.
-constexpr int64_t kNear = 128;
+constexpr int64_t kNear = 128, kNearDepthwise = 512;
 
 // Far enough outside for every tap.
 constexpr int64_t kNowhere = -(int64_t{1} << 60);
@@ -185,11 +185,24 @@ void CorrelateOf(const PixelPlan& p, const PixelOperands& ops, int64_t task, voi
     }
     // The positions of the tile that the phase has, and what they hear.
     int64_t positions = 0, entries = 0;
-    const int64_t near = Min(p.zeros, kNear);
+    // The processor does not foresee where rows of the source begin. Rows and columns from `newest`
+    // on are heard for the first time: their channels are asked for now, as far as they are few.
+    const int64_t near = Min(p.zeros, p.depthwise != 0 ? kNearDepthwise : kNear);
+    int64_t newest[3] = {};
+    for (int a = 0; a < 3; ++a) {
+      for (int64_t t = 0; t < ntaps[a]; ++t)
+        newest[a] = t == 0 ? taps[a][t].e : Max(newest[a], taps[a][t].e);
+      newest[a] -= p.src_step[a] - 1;
+    }
     int64_t at[kPositions][3];
     const auto list = [&](int64_t count) {
       for (int64_t i = count; i < kPositions; ++i) at[i][0] = at[i][1] = at[i][2] = kNowhere;
       first[(positions - 1) / kPositions] = entries;
+      // Neighbours in a row hear neighbours in a row.
+      const int64_t last = at[0][2] + (kPositions - 1) * p.src_step[2];
+      const bool in_row = count == kPositions && at[0][0] == at[kPositions - 1][0] &&
+                          at[0][1] == at[kPositions - 1][1] && at[kPositions - 1][2] == last;
+      const int64_t pitch = p.src_step[2] * p.src_s[2];
       int64_t index = 0;
       for (int64_t t0 = 0; t0 < ntaps[0]; ++t0) {
         for (int64_t t1 = 0; t1 < ntaps[1]; ++t1) {
@@ -205,23 +218,30 @@ void CorrelateOf(const PixelPlan& p, const PixelOperands& ops, int64_t task, voi
             index += ntaps[2];
             continue;
           }
+          const bool ask = taps[1][t1].e >= newest[1];
           for (int64_t t2 = 0; t2 < ntaps[2]; ++t2, ++index) {
             Heard<T>& h = heard[entries];
             h.tap = index;
+            const int64_t e = taps[2][t2].e;
             bool some = false;
-            for (int i = 0; i < kPositions; ++i) {
-              const int64_t i2 = at[i][2] + taps[2][t2].e;
-              const bool in = rows[i] != nullptr && i2 >= 0 && i2 < p.src_size[2];
-              h.from[i] = in ? rows[i] + i2 * p.src_s[2] : zeros;
-              some |= in;
-              // Nothing foresees where the next row of the source begins. The other taps of a row
-              // hear what these do.
-              if (t2 < p.src_step[2]) {
-                for (int64_t k = 0; k < near; k += kBytes / sizeof(T))
-                  __builtin_prefetch(h.from[i] + k);
+            if (in_row && at[0][2] + e >= 0 && last + e < p.src_size[2]) {
+              const T* from = rows[0] + (at[0][2] + e) * p.src_s[2];
+              for (int i = 0; i < kPositions; ++i) h.from[i] = from + i * pitch;
+              some = true;
+            } else {
+              for (int i = 0; i < kPositions; ++i) {
+                const int64_t i2 = at[i][2] + e;
+                const bool in = rows[i] != nullptr && i2 >= 0 && i2 < p.src_size[2];
+                h.from[i] = in ? rows[i] + i2 * p.src_s[2] : zeros;
+                some |= in;
               }
             }
-            entries += some ? 1 : 0;
+            if (!some) continue;
+            ++entries;
+            if (!ask || e < newest[2]) continue;
+            for (int i = 0; i < kPositions; ++i) {
+              for (int64_t k = 0; k < near; k += lanes) __builtin_prefetch(h.from[i] + k);
+            }
           }
         }
       }
