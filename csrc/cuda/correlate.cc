@@ -232,8 +232,8 @@ struct TileShape {
   int mt, nc, registers, max_warps;
 };
 constexpr TileShape kTileShapes[] = {
-    {false, 4, 8, 256, 8}, {false, 2, 8, 168, 4}, {false, 4, 4, 168, 4}, {false, 4, 2, 168, 4},
-    {true, 2, 16, 255, 8}, {true, 2, 8, 128, 8},  {true, 2, 4, 128, 8}};
+    {false, 4, 8, 256, 8},  {false, 2, 8, 168, 4}, {false, 4, 4, 168, 4}, {false, 4, 2, 168, 4},
+    {false, 2, 2, 128, 16}, {true, 2, 16, 255, 8}, {true, 2, 8, 128, 8},  {true, 2, 4, 128, 8}};
 
 constexpr int kSlabBytes = 16 * 1024, kResidentBytes = 96 * 1024;
 
@@ -447,7 +447,7 @@ CorrelatePlan MakePlan(const Problem& p, const Device& device, const CorrelateTi
       if (columns.set_phases * columns.set_tiles * 2 <= shape.nc) continue;
     }
     const int step = shape.group ? 64 : 16;
-    for (int warps : {4, 8}) {
+    for (int warps : {4, 8, 16}) {
       if (!allowed(forced.warps, warps) || warps > shape.max_warps) continue;
       for (int wn : {1, 2, 4}) {
         if (!allowed(forced.wn, wn) || (wn > 1 && wn > columns.column_sets)) continue;
@@ -503,6 +503,7 @@ CorrelatePlan MakePlan(const Problem& p, const Device& device, const CorrelateTi
   k.w_g_step = p.cig() * co_step;
   k.w_c_step = s.forward ? co_step : taps;
   k.w_j_step = s.forward ? taps : co_step;
+  k.groups = a.groups;
   k.taps = s.taps_total;
   k.cg = a.cg;
   k.jg = a.jg;
