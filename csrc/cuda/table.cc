@@ -3,6 +3,7 @@
 #include "cuda/correlate.h"
 #include "cuda/depthwise.h"
 #include "cuda/direct.h"
+#include "cuda/rows.h"
 #include "cuda/weight_grad.h"
 
 namespace jaxconv::cuda {
@@ -14,6 +15,7 @@ const std::vector<Row>& Table() {
     AddDepthwise(rows);
     AddWeightGrad(rows);
     AddCorrelate(rows);
+    AddRows(rows);
     return rows;
   }();
   return table;
