@@ -1,0 +1,558 @@
+#include "cuda/dense.h"
+
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+
+#include <algorithm>
+#include <array>
+#include <cmath>
+#include <limits>
+#include <map>
+#include <memory>
+#include <mutex>
+
+namespace jaxconv::cuda {
+namespace {
+
+constexpr int64_t kIntMax = std::numeric_limits<int32_t>::max();
+constexpr int kSharedMemory = 227 * 1024;  // that a block may have
+constexpr int kQuad = 4;                   // steps
+constexpr int kMaxElementStride = 8, kMaxBox = 256;  // of a bulk tensor copy
+
+constexpr int64_t CeilDiv(int64_t a, int64_t b) { return (a + b - 1) / b; }
+constexpr int64_t RoundUp(int64_t a, int64_t b) { return CeilDiv(a, b) * b; }
+constexpr int PadToQuads(int64_t steps) { return static_cast<int>(RoundUp(steps, kQuad)); }
+
+std::string Refuse(const Problem& p, const Device& device) {
+  if (p.Empty()) return "has nothing to read or write";
+  // Not of later devices either: their tensor cores have other instructions.
+  if (device.compute_capability != 90) return "needs compute capability 9.0";
+  if (p.in_dtype == DType::kF64) return "float64 has no tensor cores here";
+  if (p.in_dtype == DType::kF32 && p.precision == Precision::kHighest) {
+    return "rounds float32 products to TF32";
+  }
+  const bool forward = p.pass == Pass::kForward;
+  const int64_t cg = forward ? p.cig() : p.cog(), jg = forward ? p.cog() : p.cig();
+  const int64_t bytes = cg * SizeOf(p.in_dtype), all_bytes = bytes * p.groups;
+  if (jg % 8 != 0) return "needs a multiple of 8 channels a group in the result";
+  if (p.channels_last && all_bytes % 16 != 0) {
+    return "needs pixels of the input of a multiple of 16 bytes";
+  }
+  // A copy past a group's channels would take the next group's for them.
+  if (p.channels_last && p.groups > 1 && bytes % 32 != 0) {
+    return "needs a multiple of 32 bytes of channels a group in the input";
+  }
+  if (Product(p.k) > DenseArgs::kMaxTaps) {
+    return "takes at most " + std::to_string(DenseArgs::kMaxTaps) + " taps";
+  }
+  for (int a = 0; a < kAxes; ++a) {
+    if (p.stride[a] > kMaxElementStride) {
+      return "takes strides up to " + std::to_string(kMaxElementStride);
+    }
+    const int64_t reach = (p.k[a] - 1) * p.dilation[a] + std::abs(p.pad[a]);
+    if (reach > (1 << 20)) return "takes kernels that reach over less than 2^20 outputs";
+  }
+  if (p.ci * Product(p.isize) > kIntMax || p.co * Product(p.osize) > kIntMax) {
+    return "indexes an image of x or y in 32 bits";
+  }
+  if (p.n > kIntMax) return "counts the batch in 32 bits";
+  return "";
+}
+
+// Taps of one axis that serve one phase from sources of one residue by the input's stride.
+struct AxisGroup {
+  int phase;
+  int64_t first;  // source for q = 0 of the lowest tap
+  std::vector<int> taps, places;
+};
+
+// The part of a plan that does not depend on the tile.
+struct Shape {
+  bool forward, fused;
+  int element, cg, jg, row_bytes, chunks, chunk_channels, full_steps, last_steps;
+  int phases, columns;
+  Sizes in_size, out_size, q_size;
+  std::array<int, kAxes> si, so, reach;  // reach: places of the farthest tap
+  std::array<std::vector<AxisGroup>, kAxes> groups;
+};
+
+std::vector<AxisGroup> GroupsOf(const Problem& p, int axis, bool forward) {
+  std::vector<AxisGroup> groups;
+  std::map<std::pair<int64_t, int64_t>, size_t> index;
+  const int64_t s = p.stride[axis];
+  std::vector<std::vector<int64_t>> sources;
+  for (int64_t t = 0; t < p.k[axis]; ++t) {
+    // Forward: output q * s + r takes tap t from input i where i * s + shift = q * s + r.
+    const int64_t shift = t * p.dilation[axis] - p.pad[axis], down = FloorDiv(shift, s);
+    const int64_t residue = shift - down * s;
+    const auto [at, added] = index.try_emplace({0, residue}, groups.size());
+    if (added) {
+      groups.push_back({forward ? static_cast<int>(residue) : 0, 0, {}, {}});
+      sources.emplace_back();
+    }
+    groups[at->second].taps.push_back(static_cast<int>(t));
+    sources[at->second].push_back(forward ? -down : shift);
+  }
+  for (size_t g = 0; g < groups.size(); ++g) {
+    groups[g].first = *std::min_element(sources[g].begin(), sources[g].end());
+    for (int64_t source : sources[g]) {
+      groups[g].places.push_back(static_cast<int>((source - groups[g].first) / (forward ? 1 : s)));
+    }
+  }
+  return groups;
+}
+
+Shape ShapeOf(const Problem& p) {
+  Shape s;
+  s.forward = p.pass == Pass::kForward;
+  s.element = static_cast<int>(SizeOf(p.in_dtype));
+  s.cg = static_cast<int>(s.forward ? p.cig() : p.cog());
+  s.jg = static_cast<int>(s.forward ? p.cog() : p.cig());
+  const int bytes = s.cg * s.element;
+  s.row_bytes = bytes > 64 ? 128 : bytes > 32 ? 64 : 32;
+  s.chunks = static_cast<int>(CeilDiv(bytes, 128));
+  s.chunk_channels = 128 / s.element;
+  s.full_steps = 4;
+  s.last_steps = static_cast<int>(CeilDiv(bytes - (s.chunks - 1) * 128, 32));
+  s.in_size = s.forward ? p.isize : p.osize;
+  s.out_size = s.forward ? p.osize : p.isize;
+  s.phases = 1;
+  s.fused = true;
+  for (int a = 0; a < kAxes; ++a) {
+    s.si[a] = static_cast<int>(s.forward ? 1 : p.stride[a]);
+    s.so[a] = static_cast<int>(s.forward ? p.stride[a] : 1);
+    s.q_size[a] = CeilDiv(s.out_size[a], s.so[a]);
+    s.phases *= s.so[a];
+    s.groups[a] = GroupsOf(p, a, s.forward);
+    s.reach[a] = 0;
+    for (const AxisGroup& g : s.groups[a]) {
+      for (int place : g.places) s.reach[a] = std::max(s.reach[a], place);
+      s.fused = s.fused && g.first == s.groups[a][0].first && g.places == s.groups[a][0].places;
+    }
+    s.fused = s.fused && static_cast<int>(s.groups[a].size()) == s.so[a];
+  }
+  s.fused = s.fused && s.phases > 1;
+  s.columns = s.jg * (s.fused ? s.phases : 1);
+  return s;
+}
+
+// Lists programs, segments and shifts; a sentence's end where they are too many.
+std::string ListPrograms(const Shape& s, const Problem& p, DenseArgs& a, DensePack& k) {
+  int shifts = 0, entries = 0, segments = 0;
+  a.total_steps = 0;
+  a.programs = 0;
+  const int64_t programs = s.fused ? 1 : s.phases;
+  if (programs > DenseArgs::kMaxPrograms) {
+    return "takes at most " + std::to_string(DenseArgs::kMaxPrograms) + " phases";
+  }
+  const auto of_phase = [&](int axis, int phase) {
+    std::vector<const AxisGroup*> mine;
+    for (const AxisGroup& g : s.groups[axis]) {
+      if (g.phase == phase || s.fused) mine.push_back(&g);
+      if (s.fused) break;
+    }
+    return mine;
+  };
+  for (int program = 0; program < programs; ++program) {
+    DenseProgram& mine = a.program[a.programs++];
+    const int phase[kAxes] = {program / s.so[2] / s.so[1], program / s.so[2] % s.so[1],
+                              program % s.so[2]};
+    for (int i = 0; i < kAxes; ++i) mine.phase[i] = static_cast<int16_t>(s.fused ? 0 : phase[i]);
+    mine.first_segment = static_cast<int16_t>(segments);
+    mine.steps = a.total_steps;
+    for (const AxisGroup* d : of_phase(0, phase[0])) {
+      for (const AxisGroup* h : of_phase(1, phase[1])) {
+        for (const AxisGroup* w : of_phase(2, phase[2])) {
+          if (segments == DenseArgs::kMaxSegments) {
+            return "takes at most " + std::to_string(DenseArgs::kMaxSegments) +
+                   " residues of the sources by the stride";
+          }
+          DenseSegment& segment = a.segment[segments];
+          segment.first[0] = static_cast<int>(d->first);
+          segment.first[1] = static_cast<int>(h->first);
+          segment.first[2] = static_cast<int>(w->first);
+          segment.first_shift = static_cast<int16_t>(shifts);
+          segment.taps = static_cast<int16_t>(d->taps.size() * h->taps.size() * w->taps.size());
+          segment.entries = entries / kQuad;
+          for (size_t td = 0; td < d->taps.size(); ++td) {
+            for (size_t th = 0; th < h->taps.size(); ++th) {
+              for (size_t tw = 0; tw < w->taps.size(); ++tw, ++shifts) {
+                a.shift[shifts] = static_cast<uint16_t>(
+                    (d->places[td] * a.axis[1].length + h->places[th]) * a.axis[2].length +
+                    w->places[tw]);
+                const int64_t tap = (d->taps[td] * p.k[1] + h->taps[th]) * p.k[2] + w->taps[tw];
+                k.tap_segment[tap] = static_cast<uint8_t>(segments);
+                k.tap_phase[tap] = 0;
+                k.tap_position[tap] = static_cast<uint16_t>(shifts - segment.first_shift);
+              }
+            }
+          }
+          k.steps[segments] = a.total_steps;
+          k.segment_taps[segments] = segment.taps;
+          const int full = PadToQuads(int64_t{segment.taps} * s.full_steps);
+          const int last = PadToQuads(int64_t{segment.taps} * s.last_steps);
+          entries += full + last;
+          a.total_steps += full * (s.chunks - 1) + last;
+          ++segments;
+        }
+      }
+    }
+    mine.segments = static_cast<int16_t>(segments - mine.first_segment);
+    mine.quads = (a.total_steps - mine.steps) / kQuad;
+  }
+  if (s.fused) {
+    // Every phase has the taps of phase 0 in the same order.
+    for (size_t d = 0; d < s.groups[0].size(); ++d) {
+      for (size_t h = 0; h < s.groups[1].size(); ++h) {
+        for (size_t w = 0; w < s.groups[2].size(); ++w) {
+          const AxisGroup &gd = s.groups[0][d], &gh = s.groups[1][h], &gw = s.groups[2][w];
+          const int phase = (gd.phase * s.so[1] + gh.phase) * s.so[2] + gw.phase;
+          int position = 0;
+          for (int td : gd.taps) {
+            for (int th : gh.taps) {
+              for (int tw : gw.taps) {
+                const int64_t tap = (td * p.k[1] + th) * p.k[2] + tw;
+                k.tap_segment[tap] = 0;
+                k.tap_phase[tap] = static_cast<uint8_t>(phase);
+                k.tap_position[tap] = static_cast<uint16_t>(position++);
+              }
+            }
+          }
+        }
+      }
+    }
+  }
+  a.segments = segments;
+  return "";
+}
+
+struct TileShape {
+  int mt, columns;
+};
+constexpr TileShape kTileShapes[] = {{2, 32}, {2, 48}, {2, 64}, {2, 96}, {1, 128}, {2, 128}};
+
+constexpr double kClock = 1.7e9, kBandwidth = 4.0e12, kL2Bandwidth = 4.5e12;
+
+struct Candidate {
+  TileShape shape;
+  int buffers;
+  std::array<int, 4> box;  // n, d, h, w
+};
+
+// Fills what depends on the tile; false where it does not fit.
+bool Fill(const Problem& p, const Device& device, const Shape& s, const Candidate& c,
+          DensePlan& plan) {
+  DenseArgs& a = plan.args;
+  const Strides in = s.forward ? p.XStrides() : p.YStrides();
+  const Strides out = s.forward ? p.YStrides() : p.XStrides();
+  int64_t pixels = c.box[0], tiles = CeilDiv(p.n, c.box[0]), useful = 1;
+  for (int i = 0; i < kAxes; ++i) {
+    DenseAxis& x = a.axis[i];
+    x.box = c.box[i + 1];
+    x.q_tiles = static_cast<int>(CeilDiv(s.q_size[i], x.box));
+    x.length = x.box + s.reach[i];
+    x.si = s.si[i];
+    x.so = s.so[i];
+    x.in_size = static_cast<int>(s.in_size[i]);
+    x.out_size = static_cast<int>(s.out_size[i]);
+    x.in_step = in.s[i];
+    x.out_step = out.s[i];
+    if (x.length * x.si > kMaxBox) return false;
+    pixels *= x.length;
+    tiles *= x.q_tiles;
+    useful *= s.q_size[i];
+  }
+  a.rows = !p.channels_last;
+  a.pixels = static_cast<int>(pixels);
+  a.row_bytes = s.row_bytes;
+  a.swizzle = s.row_bytes - 16;
+  a.stage_bytes = static_cast<int>(RoundUp(pixels * s.row_bytes, 1024));
+  a.buffers = c.buffers;
+  a.column_tiles = static_cast<int>(CeilDiv(s.columns, c.shape.columns));
+  a.columns = s.columns;
+
+  const int quad_bytes = kQuad * c.shape.columns * 32;
+  int64_t entries = 0, segments = 1;
+  for (int i = 0; i < kAxes; ++i) segments *= static_cast<int64_t>(s.groups[i].size());
+  entries = 16 * (Product(p.k) * (s.full_steps + s.last_steps) + 2 * kQuad * segments) / 4;
+  int64_t smem = 8 * (2 * DenseArgs::kMaxBuffers + 2 * DenseArgs::kMaxRing);
+  const auto place = [&](int& at, int64_t bytes, int64_t alignment) {
+    smem = RoundUp(smem, alignment);
+    at = static_cast<int>(smem);
+    smem += bytes;
+    return smem <= kSharedMemory;
+  };
+  if (pixels > 65535 || !place(a.smem_pixels, int64_t{c.shape.mt} * 128 * 4, 16) ||
+      !place(a.smem_sources, a.rows ? pixels * 4 : 0, 16) ||
+      !place(a.smem_entries, entries, 16) ||
+      !place(a.smem_in, int64_t{a.buffers} * a.stage_bytes, 1024) ||
+      !place(a.smem_ring, 2 * quad_bytes, 128)) {
+    return false;
+  }
+  a.ring = static_cast<int>(
+      std::min<int64_t>((kSharedMemory - a.smem_ring) / quad_bytes, DenseArgs::kMaxRing));
+  const int64_t items = tiles * p.groups * (s.fused ? 1 : s.phases) * a.column_tiles;
+  if (items > kIntMax) return false;
+  a.items = static_cast<int>(items);
+  a.groups = static_cast<int>(p.groups);
+  a.box_n = c.box[0];
+  a.n = static_cast<int>(p.n);
+  plan.mt = c.shape.mt;
+  plan.columns = c.shape.columns;
+  plan.grid = static_cast<int>(std::min<int64_t>(items, device.multiprocessors));
+
+  // The model: cycles of a program's tile, in the tensor cores, through shared memory, and of
+  // copies from the L2 cache.
+  const int groups_m = 2 * c.shape.mt;
+  double steps = 0, stages = 0;
+  for (int64_t d = 0; d < static_cast<int64_t>(s.groups[0].size()); ++d) {
+    for (int64_t h = 0; h < static_cast<int64_t>(s.groups[1].size()); ++h) {
+      for (int64_t w = 0; w < static_cast<int64_t>(s.groups[2].size()); ++w) {
+        const auto taps = static_cast<int64_t>(
+            s.groups[0][d].taps.size() * s.groups[1][h].taps.size() * s.groups[2][w].taps.size());
+        steps += (s.chunks - 1) * PadToQuads(taps * s.full_steps) + PadToQuads(taps * s.last_steps);
+        stages += s.chunks;
+        if (s.fused) break;
+      }
+      if (s.fused) break;
+    }
+    if (s.fused) break;
+  }
+  // Over all programs.
+  const double programs = s.fused ? 1 : s.phases;
+  const double resident_bytes = steps / kQuad * quad_bytes;
+  a.resident = programs * static_cast<double>(p.groups) * a.column_tiles == 1 &&
+               resident_bytes <= static_cast<double>(a.ring) * quad_bytes;
+  const double stage_bytes = static_cast<double>(pixels) * s.row_bytes;
+  const double copied = stages * stage_bytes + (a.resident ? 0 : resident_bytes);
+  // Pixels eight in a row are free of bank conflicts.
+  const double conflicts = c.box[3] % 8 == 0 ? 1 : c.box[3] >= 8 ? 1.2 : 1.5;
+  const double tensor = steps * groups_m * c.shape.columns / 2;
+  const double smem_cycles =
+      steps * groups_m * (16 * conflicts + c.shape.columns / 4.0) + copied / 128;
+  const double stores = programs * groups_m * c.shape.columns * (a.rows ? 10 : 5) * 1.0;
+  const double l2_cycles = copied / (kL2Bandwidth / kClock / device.multiprocessors);
+  const double busy = std::max(tensor, smem_cycles) * 1.1 + stages * 150 + stores + programs * 800;
+  const double mean = std::max(busy, l2_cycles) / programs;
+  const double turns = std::ceil(static_cast<double>(items) / plan.grid);
+  const double compute = turns * mean / kClock;
+  const double out_bytes = static_cast<double>(s.forward ? p.YElements() : p.XElements()) *
+                           static_cast<double>(SizeOf(p.out_dtype));
+  const double in_bytes =
+      static_cast<double>(s.forward ? p.XElements() : p.YElements()) * s.element;
+  plan.weights_bytes = p.groups * int64_t{a.column_tiles} * a.total_steps * c.shape.columns * 32;
+  const double memory = (in_bytes + out_bytes + static_cast<double>(plan.weights_bytes)) / kBandwidth;
+  plan.seconds = 9e-6 + std::max(compute, memory) + 0.2 * std::min(compute, memory) +
+                 3 * static_cast<double>(plan.weights_bytes) / kBandwidth;
+  return true;
+}
+
+DensePlan MakePlan(const Problem& p, const Device& device, const DenseTile& forced) {
+  DensePlan best{};
+  best.refusal = Refuse(p, device);
+  if (!best.refusal.empty()) return best;
+  const Shape s = ShapeOf(p);
+  best.seconds = std::numeric_limits<double>::infinity();
+  DensePlan plan{};
+  // The lists do not depend on the tile, but for the shifts.
+  best.refusal = ListPrograms(s, p, plan.args, plan.pack);
+  if (!best.refusal.empty()) return best;
+  const auto allowed = [](int want, int64_t have) { return want == 0 || want == have; };
+  const auto sizes = [&](int axis, int64_t most) {
+    const int64_t size = s.q_size[axis], widest = kMaxBox / s.si[axis] - s.reach[axis];
+    std::vector<int64_t> all;
+    if (widest > 0 && widest < std::min(size, most)) all.push_back(widest);
+    for (int64_t b = 1; b <= most; b *= 2) {
+      all.push_back(b);
+      if (b >= size) break;
+    }
+    for (int64_t parts = 1; parts <= 4; ++parts) {
+      const int64_t b = CeilDiv(size, parts);
+      if (b <= most && std::find(all.begin(), all.end(), b) == all.end()) all.push_back(b);
+    }
+    return all;
+  };
+  for (const TileShape& shape : kTileShapes) {
+    if (!allowed(forced.mt, shape.mt) || !allowed(forced.columns, shape.columns)) continue;
+    const int64_t most = int64_t{shape.mt} * 128;
+    for (int64_t w : sizes(2, most)) {
+      if (!allowed(forced.box[2], w)) continue;
+      for (int64_t h : sizes(1, most / w)) {
+        if (!allowed(forced.box[1], h)) continue;
+        for (int64_t d : sizes(0, std::min<int64_t>(63, most / w / h))) {
+          if (!allowed(forced.box[0], d)) continue;
+          const int64_t n = std::min<int64_t>({p.n, most / (w * h * d), 31});
+          for (int buffers : {2, 3}) {
+            if (!allowed(forced.buffers, buffers)) continue;
+            const Candidate c{shape,
+                              buffers,
+                              {static_cast<int>(n), static_cast<int>(d), static_cast<int>(h),
+                               static_cast<int>(w)}};
+            if (Fill(p, device, s, c, plan) && plan.seconds < best.seconds) best = plan;
+          }
+        }
+      }
+    }
+  }
+  if (best.seconds == std::numeric_limits<double>::infinity()) {
+    best.refusal = "finds no tile whose inputs fit into shared memory";
+    return best;
+  }
+  DenseArgs& a = best.args;
+  DensePack& k = best.pack;
+  ListPrograms(s, p, a, k);
+  const Strides in = s.forward ? p.XStrides() : p.YStrides();
+  const Strides out = s.forward ? p.YStrides() : p.XStrides();
+  a.in_n_step = in.n;
+  a.out_n_step = out.n;
+  a.in_c_step = in.c;
+  a.out_c_step = out.c;
+  a.cg = s.cg;
+  a.jg = s.jg;
+  a.chunks = s.chunks;
+  a.chunk_channels = s.chunk_channels;
+  a.full_steps = s.full_steps;
+  a.last_steps = s.last_steps;
+  a.fused = s.fused;
+  a.out_f32 = p.out_dtype == DType::kF32;
+  a.n_tiles = static_cast<int>(CeilDiv(p.n, a.box_n));
+  best.smem = a.smem_ring + a.ring * kQuad * best.columns * 32;
+  const int64_t taps = Product(p.k), co_step = p.cog() * taps;
+  k.w_g_step = p.cig() * co_step;
+  k.w_c_step = s.forward ? co_step : taps;
+  k.w_j_step = s.forward ? taps : co_step;
+  k.taps = static_cast<int>(taps);
+  k.groups = a.groups;
+  k.cg = s.cg;
+  k.jg = s.jg;
+  k.column_tiles = a.column_tiles;
+  k.tiles = best.columns / 8;
+  k.chunks = s.chunks;
+  k.full_steps = s.full_steps;
+  k.last_steps = s.last_steps;
+  k.total_steps = a.total_steps;
+  k.phases = s.phases;
+  k.fused = s.fused;
+  DenseMap& m = best.map;
+  const auto element = static_cast<uint64_t>(s.element);
+  m.size[0] = static_cast<uint64_t>(s.forward ? p.ci : p.co);
+  m.box[0] = static_cast<uint32_t>(s.row_bytes / s.element);
+  m.step[0] = 1;
+  for (int i = 0; i < kAxes; ++i) {
+    const int at = kAxes - i;
+    m.size[at] = static_cast<uint64_t>(s.in_size[i]);
+    m.stride[at - 1] = static_cast<uint64_t>(in.s[i]) * element;
+    m.box[at] = static_cast<uint32_t>(a.axis[i].length * a.axis[i].si);
+    m.step[at] = static_cast<uint32_t>(a.axis[i].si);
+  }
+  m.size[4] = static_cast<uint64_t>(p.n);
+  m.stride[3] = static_cast<uint64_t>(in.n) * element;
+  m.box[4] = static_cast<uint32_t>(a.box_n);
+  m.step[4] = 1;
+  return best;
+}
+
+// Plans cost more than a launch, and a layer asks for the same one at every call.
+const DensePlan& PlanOf(const Problem& p, const Device& d) {
+  using Key = std::array<int64_t, 30>;
+  Key key{};
+  size_t at = 0;
+  const auto add = [&](int64_t v) { key.at(at++) = v; };
+  for (int64_t v : {static_cast<int64_t>(p.pass), static_cast<int64_t>(p.in_dtype),
+                    static_cast<int64_t>(p.out_dtype), static_cast<int64_t>(p.precision),
+                    int64_t{p.channels_last}, int64_t{p.bias}, p.n, p.ci, p.co, p.groups,
+                    int64_t{d.compute_capability}, int64_t{d.multiprocessors}}) {
+    add(v);
+  }
+  for (const Sizes* sizes : {&p.isize, &p.osize, &p.k, &p.stride, &p.dilation, &p.pad}) {
+    for (int64_t v : *sizes) add(v);
+  }
+  static std::mutex mutex;
+  static std::map<Key, std::unique_ptr<const DensePlan>> plans;
+  const std::lock_guard<std::mutex> lock(mutex);
+  auto& plan = plans[key];
+  if (plan == nullptr) plan = std::make_unique<const DensePlan>(MakePlan(p, d, {}));
+  return *plan;
+}
+
+std::string RefuseRow(const Problem& p, const Device& d) { return PlanOf(p, d).refusal; }
+
+int64_t Workspace(const Problem& p, const Device& d) { return PlanOf(p, d).weights_bytes; }
+
+double Seconds(const Problem& p, const Device& d) { return PlanOf(p, d).seconds; }
+
+cudaError_t LaunchRow(const Problem& p, const Operands& ops, const Device& d, cudaStream_t stream) {
+  return LaunchDense(p, ops, PlanOf(p, d), stream);
+}
+
+// Describes the input to the copy units. The driver's function is asked for at run time, since the
+// driver is not linked.
+cudaError_t EncodeMap(const Problem& p, const DensePlan& plan, const void* in, CUtensorMap& map) {
+  using Encode = decltype(&cuTensorMapEncodeTiled);
+  static const Encode encode = [] {
+    void* function = nullptr;
+    cudaDriverEntryPointQueryResult found;
+    const cudaError_t status = cudaGetDriverEntryPointByVersion(
+        "cuTensorMapEncodeTiled", &function, 12000, cudaEnableDefault, &found);
+    const bool usable = status == cudaSuccess && found == cudaDriverEntryPointSuccess;
+    return usable ? reinterpret_cast<Encode>(function) : nullptr;
+  }();
+  if (encode == nullptr) return cudaErrorNotSupported;
+  const CUtensorMapDataType type = p.in_dtype == DType::kF32    ? CU_TENSOR_MAP_DATA_TYPE_FLOAT32
+                                   : p.in_dtype == DType::kBF16 ? CU_TENSOR_MAP_DATA_TYPE_BFLOAT16
+                                                                : CU_TENSOR_MAP_DATA_TYPE_FLOAT16;
+  const int row = plan.args.row_bytes;
+  const CUtensorMapSwizzle swizzle = row == 128  ? CU_TENSOR_MAP_SWIZZLE_128B
+                                     : row == 64 ? CU_TENSOR_MAP_SWIZZLE_64B
+                                                 : CU_TENSOR_MAP_SWIZZLE_32B;
+  const DenseMap& m = plan.map;
+  const CUresult result =
+      encode(&map, type, 5, const_cast<void*>(in), m.size, m.stride, m.box, m.step,
+             CU_TENSOR_MAP_INTERLEAVE_NONE, swizzle, CU_TENSOR_MAP_L2_PROMOTION_L2_128B,
+             CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+  return result == CUDA_SUCCESS ? cudaSuccess : cudaErrorInvalidValue;
+}
+
+}  // namespace
+
+DensePlan PlanDense(const Problem& p, const Device& device, const DenseTile& tile) {
+  return MakePlan(p, device, tile);
+}
+
+cudaError_t LaunchDense(const Problem& p, const Operands& ops, const DensePlan& plan,
+                        cudaStream_t stream) {
+  const bool forward = p.pass == Pass::kForward;
+  DenseArgs args = plan.args;
+  DensePack pack = plan.pack;
+  args.in = forward ? ops.x : ops.y;
+  args.out = ops.out;
+  args.bias = forward ? ops.bias : nullptr;
+  args.weights = static_cast<const char*>(ops.workspace);
+  pack.w = ops.w;
+  pack.weights = static_cast<char*>(ops.workspace);
+  CUtensorMap map{};
+  if (!args.rows) {
+    if (const cudaError_t status = EncodeMap(p, plan, args.in, map); status != cudaSuccess) {
+      return status;
+    }
+  }
+  switch (p.in_dtype) {
+    case DType::kF32:
+      return EnqueueDense<float>(plan, pack, args, map, stream);
+    case DType::kBF16:
+      return EnqueueDense<__nv_bfloat16>(plan, pack, args, map, stream);
+    case DType::kF16:
+      return EnqueueDense<__half>(plan, pack, args, map, stream);
+    case DType::kF64:
+      break;
+  }
+  return cudaErrorInvalidValue;
+}
+
+void AddDense(std::vector<Row>& rows) {
+  for (Pass pass : {Pass::kForward, Pass::kInputGrad}) {
+    rows.push_back({"dense", pass, RefuseRow, Workspace, Seconds, LaunchRow});
+  }
+}
+
+}  // namespace jaxconv::cuda
