@@ -130,10 +130,18 @@ Shape ShapeOf(const Problem& p) {
       s.fused = s.fused && g.first == s.groups[a][0].first && g.places == s.groups[a][0].places;
     }
     s.fused = s.fused && static_cast<int>(s.groups[a].size()) == s.so[a];
+    s.fused = s.fused && s.out_size[a] >= s.so[a];
   }
   s.fused = s.fused && s.phases > 1;
   s.columns = s.jg * (s.fused ? s.phases : 1);
   return s;
+}
+
+Sizes PhaseOf(const Shape& s, int phase) {
+  return {phase / s.so[2] / s.so[1], phase / s.so[2] % s.so[1], phase % s.so[2]};
+}
+bool HasOutputs(const Shape& s, const Sizes& phase) {
+  return phase[0] < s.out_size[0] && phase[1] < s.out_size[1] && phase[2] < s.out_size[2];
 }
 
 // Lists programs, segments and shifts; a sentence's end where they are too many.
@@ -142,10 +150,10 @@ std::string ListPrograms(const Shape& s, const Problem& p, DenseArgs& a, DensePa
   a.total_steps = 0;
   a.programs = 0;
   const int64_t programs = s.fused ? 1 : s.phases;
-  if (programs > DenseArgs::kMaxPrograms) {
-    return "takes at most " + std::to_string(DenseArgs::kMaxPrograms) + " phases";
+  if (s.phases > DenseArgs::kMaxPhases) {
+    return "takes at most " + std::to_string(DenseArgs::kMaxPhases) + " phases";
   }
-  const auto of_phase = [&](int axis, int phase) {
+  const auto of_phase = [&](int axis, int64_t phase) {
     std::vector<const AxisGroup*> mine;
     for (const AxisGroup& g : s.groups[axis]) {
       if (g.phase == phase || s.fused) mine.push_back(&g);
@@ -154,10 +162,10 @@ std::string ListPrograms(const Shape& s, const Problem& p, DenseArgs& a, DensePa
     return mine;
   };
   for (int program = 0; program < programs; ++program) {
+    const Sizes phase = PhaseOf(s, program);
+    if (!HasOutputs(s, phase)) continue;
     DenseProgram& mine = a.program[a.programs++];
-    const int phase[kAxes] = {program / s.so[2] / s.so[1], program / s.so[2] % s.so[1],
-                              program % s.so[2]};
-    for (int i = 0; i < kAxes; ++i) mine.phase[i] = static_cast<int16_t>(s.fused ? 0 : phase[i]);
+    mine.phase = static_cast<int16_t>(program);
     mine.first_segment = static_cast<int16_t>(segments);
     mine.steps = a.total_steps;
     for (const AxisGroup* d : of_phase(0, phase[0])) {
@@ -235,8 +243,8 @@ constexpr double kClock = 1.7e9, kBandwidth = 4.0e12, kL2Bandwidth = 4.5e12;
 
 struct Candidate {
   TileShape shape;
-  int buffers;
-  std::array<int, 4> box;  // n, d, h, w
+  int buffers, store_bytes, split;  // split: the axis of `part` along which there are two
+  std::array<int, 4> part;          // n, d, h, w
 };
 
 // Fills what depends on the tile; false where it does not fit.
@@ -245,10 +253,13 @@ bool Fill(const Problem& p, const Device& device, const Shape& s, const Candidat
   DenseArgs& a = plan.args;
   const Strides in = s.forward ? p.XStrides() : p.YStrides();
   const Strides out = s.forward ? p.YStrides() : p.XStrides();
-  int64_t pixels = c.box[0], tiles = CeilDiv(p.n, c.box[0]), useful = 1;
+  a.part_n = c.part[0];
+  a.box_n = c.part[0] * (c.split == 0 ? 2 : 1);
+  int64_t pixels = a.box_n, tiles = CeilDiv(p.n, a.box_n);
   for (int i = 0; i < kAxes; ++i) {
     DenseAxis& x = a.axis[i];
-    x.box = c.box[i + 1];
+    x.part = c.part[i + 1];
+    x.box = x.part * (c.split == i + 1 ? 2 : 1);
     x.q_tiles = static_cast<int>(CeilDiv(s.q_size[i], x.box));
     x.length = x.box + s.reach[i];
     x.si = s.si[i];
@@ -257,10 +268,9 @@ bool Fill(const Problem& p, const Device& device, const Shape& s, const Candidat
     x.out_size = static_cast<int>(s.out_size[i]);
     x.in_step = in.s[i];
     x.out_step = out.s[i];
-    if (x.length * x.si > kMaxBox) return false;
+    if (x.length * x.si > kMaxBox || (i == 0 && x.length > 63)) return false;
     pixels *= x.length;
     tiles *= x.q_tiles;
-    useful *= s.q_size[i];
   }
   a.rows = !p.channels_last;
   a.pixels = static_cast<int>(pixels);
@@ -270,6 +280,16 @@ bool Fill(const Problem& p, const Device& device, const Shape& s, const Candidat
   a.buffers = c.buffers;
   a.column_tiles = static_cast<int>(CeilDiv(s.columns, c.shape.columns));
   a.columns = s.columns;
+
+  const int out_element = static_cast<int>(SizeOf(p.out_dtype));
+  a.store_columns = c.store_bytes / out_element;
+  if (s.jg % a.store_columns != 0 || c.shape.columns % a.store_columns != 0) return false;
+  a.store_bytes = c.store_bytes;
+  a.store_swizzle = c.store_bytes > 16 ? c.store_bytes - 16 : 0;
+  const int64_t part_rows = int64_t{c.shape.mt} * 64;
+  a.store_pitch = static_cast<int>(
+      RoundUp(a.rows ? a.store_columns * (part_rows * out_element + 16) : part_rows * c.store_bytes,
+              1024));
 
   const int quad_bytes = kQuad * c.shape.columns * 32;
   int64_t entries = 0, segments = 1;
@@ -286,6 +306,7 @@ bool Fill(const Problem& p, const Device& device, const Shape& s, const Candidat
       !place(a.smem_sources, a.rows ? pixels * 4 : 0, 16) ||
       !place(a.smem_entries, entries, 16) ||
       !place(a.smem_in, int64_t{a.buffers} * a.stage_bytes, 1024) ||
+      !place(a.smem_out, int64_t{4} * a.store_pitch, 1024) ||
       !place(a.smem_ring, 2 * quad_bytes, 128)) {
     return false;
   }
@@ -295,7 +316,6 @@ bool Fill(const Problem& p, const Device& device, const Shape& s, const Candidat
   if (items > kIntMax) return false;
   a.items = static_cast<int>(items);
   a.groups = static_cast<int>(p.groups);
-  a.box_n = c.box[0];
   a.n = static_cast<int>(p.n);
   plan.mt = c.shape.mt;
   plan.columns = c.shape.columns;
@@ -326,11 +346,11 @@ bool Fill(const Problem& p, const Device& device, const Shape& s, const Candidat
   const double stage_bytes = static_cast<double>(pixels) * s.row_bytes;
   const double copied = stages * stage_bytes + (a.resident ? 0 : resident_bytes);
   // Pixels eight in a row are free of bank conflicts.
-  const double conflicts = c.box[3] % 8 == 0 ? 1 : c.box[3] >= 8 ? 1.2 : 1.5;
+  const double conflicts = c.part[3] % 8 == 0 ? 1 : c.part[3] >= 8 ? 1.2 : 1.5;
   const double tensor = steps * groups_m * c.shape.columns / 2;
   const double smem_cycles =
       steps * groups_m * (16 * conflicts + c.shape.columns / 4.0) + copied / 128;
-  const double stores = programs * groups_m * c.shape.columns * (a.rows ? 10 : 5) * 1.0;
+  const double stores = programs * groups_m * c.shape.columns * (a.rows ? 8 : 3) * 1.0;
   const double l2_cycles = copied / (kL2Bandwidth / kClock / device.multiprocessors);
   const double busy = std::max(tensor, smem_cycles) * 1.1 + stages * 150 + stores + programs * 800;
   const double mean = std::max(busy, l2_cycles) / programs;
@@ -345,6 +365,22 @@ bool Fill(const Problem& p, const Device& device, const Shape& s, const Candidat
   plan.seconds = 9e-6 + std::max(compute, memory) + 0.2 * std::min(compute, memory) +
                  3 * static_cast<double>(plan.weights_bytes) / kBandwidth;
   return true;
+}
+
+// What the maps of the input and of the output have in common.
+DenseMap MapOf(const Problem& p, const Strides& step, const Sizes& size, int row_bytes,
+               int element) {
+  DenseMap m{};
+  m.row_bytes = row_bytes;
+  m.box[0] = static_cast<uint32_t>(row_bytes / element);
+  m.size[4] = static_cast<uint64_t>(p.n);
+  m.stride[3] = static_cast<uint64_t>(step.n * element);
+  for (int i = 0; i < kAxes; ++i) {
+    m.size[3 - i] = static_cast<uint64_t>(size[i]);
+    m.stride[2 - i] = static_cast<uint64_t>(step.s[i] * element);
+  }
+  std::fill(std::begin(m.step), std::end(m.step), 1);
+  return m;
 }
 
 DensePlan MakePlan(const Problem& p, const Device& device, const DenseTile& forced) {
@@ -374,21 +410,31 @@ DensePlan MakePlan(const Problem& p, const Device& device, const DenseTile& forc
   };
   for (const TileShape& shape : kTileShapes) {
     if (!allowed(forced.mt, shape.mt) || !allowed(forced.columns, shape.columns)) continue;
-    const int64_t most = int64_t{shape.mt} * 128;
+    const int64_t most = int64_t{shape.mt} * 64;
     for (int64_t w : sizes(2, most)) {
       if (!allowed(forced.box[2], w)) continue;
       for (int64_t h : sizes(1, most / w)) {
         if (!allowed(forced.box[1], h)) continue;
-        for (int64_t d : sizes(0, std::min<int64_t>(63, most / w / h))) {
+        for (int64_t d : sizes(0, std::min<int64_t>(31, most / w / h))) {
           if (!allowed(forced.box[0], d)) continue;
           const int64_t n = std::min<int64_t>({p.n, most / (w * h * d), 31});
-          for (int buffers : {2, 3}) {
-            if (!allowed(forced.buffers, buffers)) continue;
-            const Candidate c{shape,
-                              buffers,
-                              {static_cast<int>(n), static_cast<int>(d), static_cast<int>(h),
-                               static_cast<int>(w)}};
-            if (Fill(p, device, s, c, plan) && plan.seconds < best.seconds) best = plan;
+          for (int split = 0; split < 4; ++split) {
+            // Two parts along an axis that is longer than one.
+            if (split > 0 && std::array{d, h, w}[split - 1] >= s.q_size[split - 1]) continue;
+            for (int buffers : {2, 3}) {
+              if (!allowed(forced.buffers, buffers)) continue;
+              for (int store_bytes : {128, 64, 32, 16}) {
+                const Candidate c{shape,
+                                  buffers,
+                                  store_bytes,
+                                  split,
+                                  {static_cast<int>(n), static_cast<int>(d), static_cast<int>(h),
+                                   static_cast<int>(w)}};
+                if (!Fill(p, device, s, c, plan)) continue;
+                if (plan.seconds < best.seconds) best = plan;
+                break;
+              }
+            }
           }
         }
       }
@@ -415,7 +461,7 @@ DensePlan MakePlan(const Problem& p, const Device& device, const DenseTile& forc
   a.last_steps = s.last_steps;
   a.fused = s.fused;
   a.out_f32 = p.out_dtype == DType::kF32;
-  a.n_tiles = static_cast<int>(CeilDiv(p.n, a.box_n));
+  a.all_bytes = 0x3210;
   best.smem = a.smem_ring + a.ring * kQuad * best.columns * 32;
   const int64_t taps = Product(p.k), co_step = p.cog() * taps;
   k.w_g_step = p.cig() * co_step;
@@ -433,22 +479,34 @@ DensePlan MakePlan(const Problem& p, const Device& device, const DenseTile& forc
   k.total_steps = a.total_steps;
   k.phases = s.phases;
   k.fused = s.fused;
-  DenseMap& m = best.map;
-  const auto element = static_cast<uint64_t>(s.element);
-  m.size[0] = static_cast<uint64_t>(s.forward ? p.ci : p.co);
-  m.box[0] = static_cast<uint32_t>(s.row_bytes / s.element);
-  m.step[0] = 1;
-  for (int i = 0; i < kAxes; ++i) {
-    const int at = kAxes - i;
-    m.size[at] = static_cast<uint64_t>(s.in_size[i]);
-    m.stride[at - 1] = static_cast<uint64_t>(in.s[i]) * element;
-    m.box[at] = static_cast<uint32_t>(a.axis[i].length * a.axis[i].si);
-    m.step[at] = static_cast<uint32_t>(a.axis[i].si);
+  if (!a.rows) {
+    best.in = MapOf(p, in, s.in_size, s.row_bytes, s.element);
+    for (int i = 0; i < kAxes; ++i) {
+      best.in.box[3 - i] = static_cast<uint32_t>(a.axis[i].length * a.axis[i].si);
+      best.in.step[3 - i] = static_cast<uint32_t>(a.axis[i].si);
+    }
+    best.in.box[4] = static_cast<uint32_t>(a.box_n);
+    best.in.size[0] = static_cast<uint64_t>(s.forward ? p.ci : p.co);
+    for (int phase = 0; phase < s.phases; ++phase) {
+      const Sizes r = PhaseOf(s, phase);
+      if (!HasOutputs(s, r)) continue;
+      const int element = static_cast<int>(SizeOf(p.out_dtype));
+      Strides step = out;
+      Sizes size;
+      int64_t offset = 0;
+      for (int i = 0; i < kAxes; ++i) {
+        offset += r[i] * out.s[i] * element;
+        step.s[i] *= s.so[i];
+        size[i] = CeilDiv(s.out_size[i] - r[i], s.so[i]);
+      }
+      DenseMap m = MapOf(p, step, size, a.store_bytes, element);
+      m.offset = offset;
+      for (int i = 0; i < kAxes; ++i) m.box[3 - i] = static_cast<uint32_t>(a.axis[i].part);
+      m.box[4] = static_cast<uint32_t>(a.part_n);
+      m.size[0] = static_cast<uint64_t>(s.forward ? p.co : p.ci);
+      best.out.push_back(m);
+    }
   }
-  m.size[4] = static_cast<uint64_t>(p.n);
-  m.stride[3] = static_cast<uint64_t>(in.n) * element;
-  m.box[4] = static_cast<uint32_t>(a.box_n);
-  m.step[4] = 1;
   return best;
 }
 
@@ -485,9 +543,9 @@ cudaError_t LaunchRow(const Problem& p, const Operands& ops, const Device& d, cu
   return LaunchDense(p, ops, PlanOf(p, d), stream);
 }
 
-// Describes the input to the copy units. The driver's function is asked for at run time, since the
+// Describes a tensor to the copy units. The driver's function is asked for at run time, since the
 // driver is not linked.
-cudaError_t EncodeMap(const Problem& p, const DensePlan& plan, const void* in, CUtensorMap& map) {
+cudaError_t EncodeMap(DType dtype, const DenseMap& m, const void* data, CUtensorMap& map) {
   using Encode = decltype(&cuTensorMapEncodeTiled);
   static const Encode encode = [] {
     void* function = nullptr;
@@ -498,18 +556,18 @@ cudaError_t EncodeMap(const Problem& p, const DensePlan& plan, const void* in, C
     return usable ? reinterpret_cast<Encode>(function) : nullptr;
   }();
   if (encode == nullptr) return cudaErrorNotSupported;
-  const CUtensorMapDataType type = p.in_dtype == DType::kF32    ? CU_TENSOR_MAP_DATA_TYPE_FLOAT32
-                                   : p.in_dtype == DType::kBF16 ? CU_TENSOR_MAP_DATA_TYPE_BFLOAT16
-                                                                : CU_TENSOR_MAP_DATA_TYPE_FLOAT16;
-  const int row = plan.args.row_bytes;
-  const CUtensorMapSwizzle swizzle = row == 128  ? CU_TENSOR_MAP_SWIZZLE_128B
-                                     : row == 64 ? CU_TENSOR_MAP_SWIZZLE_64B
-                                                 : CU_TENSOR_MAP_SWIZZLE_32B;
-  const DenseMap& m = plan.map;
-  const CUresult result =
-      encode(&map, type, 5, const_cast<void*>(in), m.size, m.stride, m.box, m.step,
-             CU_TENSOR_MAP_INTERLEAVE_NONE, swizzle, CU_TENSOR_MAP_L2_PROMOTION_L2_128B,
-             CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+  const CUtensorMapDataType type = dtype == DType::kF32    ? CU_TENSOR_MAP_DATA_TYPE_FLOAT32
+                                   : dtype == DType::kBF16 ? CU_TENSOR_MAP_DATA_TYPE_BFLOAT16
+                                                           : CU_TENSOR_MAP_DATA_TYPE_FLOAT16;
+  const CUtensorMapSwizzle swizzle = m.row_bytes == 128  ? CU_TENSOR_MAP_SWIZZLE_128B
+                                     : m.row_bytes == 64 ? CU_TENSOR_MAP_SWIZZLE_64B
+                                     : m.row_bytes == 32 ? CU_TENSOR_MAP_SWIZZLE_32B
+                                                         : CU_TENSOR_MAP_SWIZZLE_NONE;
+  void* first = const_cast<char*>(static_cast<const char*>(data) + m.offset);
+  const CUresult result = encode(&map, type, 5, first, m.size, m.stride, m.box, m.step,
+                                 CU_TENSOR_MAP_INTERLEAVE_NONE, swizzle,
+                                 CU_TENSOR_MAP_L2_PROMOTION_L2_128B,
+                                 CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
   return result == CUDA_SUCCESS ? cudaSuccess : cudaErrorInvalidValue;
 }
 
@@ -530,19 +588,20 @@ cudaError_t LaunchDense(const Problem& p, const Operands& ops, const DensePlan& 
   args.weights = static_cast<const char*>(ops.workspace);
   pack.w = ops.w;
   pack.weights = static_cast<char*>(ops.workspace);
-  CUtensorMap map{};
-  if (!args.rows) {
-    if (const cudaError_t status = EncodeMap(p, plan, args.in, map); status != cudaSuccess) {
-      return status;
-    }
+  DenseMaps maps{};
+  cudaError_t status = cudaSuccess;
+  if (!args.rows) status = EncodeMap(p.in_dtype, plan.in, args.in, maps.in);
+  for (size_t i = 0; i < plan.out.size() && status == cudaSuccess; ++i) {
+    status = EncodeMap(p.out_dtype, plan.out[i], args.out, maps.out[i]);
   }
+  if (status != cudaSuccess) return status;
   switch (p.in_dtype) {
     case DType::kF32:
-      return EnqueueDense<float>(plan, pack, args, map, stream);
+      return EnqueueDense<float>(plan, pack, args, maps, stream);
     case DType::kBF16:
-      return EnqueueDense<__nv_bfloat16>(plan, pack, args, map, stream);
+      return EnqueueDense<__nv_bfloat16>(plan, pack, args, maps, stream);
     case DType::kF16:
-      return EnqueueDense<__half>(plan, pack, args, map, stream);
+      return EnqueueDense<__half>(plan, pack, args, maps, stream);
     case DType::kF64:
       break;
   }

@@ -37,6 +37,11 @@ struct DenseCoordinates {
   }
 };
 
+// The groups of warps share a tile along one axis.
+__device__ inline int PartStart(int part, int box, int group) {
+  return part < box ? group * part : 0;
+}
+
 // A tile of pixels, a program and a tile of columns.
 struct DenseItem {
   int column_tile, program, group, n, q[kAxes];
@@ -243,103 +248,159 @@ __device__ inline void FetchRows(const DenseArgs& a, const DenseBarriers& barrie
   }
 }
 
-// Straight from the accumulators: a quad of lanes holds eight neighbouring channels of a pixel.
+// Results leave by way of shared memory, `store_columns` at a time: channels last as boxes that the
+// copy units write while the next tile is multiplied, channels first as rows of pixels.
 template <class T, int MT, int NT>
-__device__ inline void StoreDense(const DenseArgs& a, const DenseItem& item, const int* pixels,
-                                  int first_row, float (&acc)[MT][4 * NT], int lane) {
-  int64_t offset[MT][2];
-  bool inside[MT][2];
-  const auto locate = [&](int rd, int rh, int rw) {
-    const int r[kAxes] = {rd, rh, rw};
+__device__ inline void StoreDense(const DenseArgs& a, const DenseMaps& maps, const DenseItem& item,
+                                  const int* pixels, char* stage, int group,
+                                  const float (&acc)[MT][4 * NT], int& buffer, int thread) {
+  const int warp = thread / 32, lane = thread % 32;
+  const bool wide = sizeof(T) == 4 || a.out_f32;
+  constexpr int kRuns = MT * 2;  // of 32 pixels
+  int64_t offset[kRuns];         // of this thread's pixels of each run, in a phase of the output
+  const auto locate = [&](int phase) {
+    const int up = phase / a.axis[2].so;
+    const int r[kAxes] = {up / a.axis[1].so, up % a.axis[1].so, phase % a.axis[2].so};
 #pragma unroll
-    for (int mt = 0; mt < MT; ++mt) {
+    for (int i = 0; i < kRuns; ++i) {
+      const int packed = pixels[i * 32 + lane];
+      const DenseCoordinates at(packed);
+      bool inside = packed >= 0 && item.n + at.n < a.n;
+      offset[i] = (item.n + at.n) * a.out_n_step;
 #pragma unroll
-      for (int h = 0; h < 2; ++h) {
-        const int packed = pixels[mt * kDenseGroups * 64 + first_row + h * 8 + lane / 4];
-        const DenseCoordinates at(packed);
-        const int n = item.n + at.n;
-        inside[mt][h] = packed >= 0 && n < a.n;
-        offset[mt][h] = n * a.out_n_step;
-#pragma unroll
-        for (int i = 0; i < kAxes; ++i) {
-          const int o = (item.q[i] + at.at[i]) * a.axis[i].so + r[i];
-          inside[mt][h] = inside[mt][h] && o < a.axis[i].out_size;
-          offset[mt][h] += o * a.axis[i].out_step;
-        }
+      for (int x = 0; x < kAxes; ++x) {
+        const int o = (item.q[x] + at.at[x]) * a.axis[x].so + r[x];
+        inside = inside && o < a.axis[x].out_size;
+        offset[i] += o * a.axis[x].out_step;
       }
+      if (!inside) offset[i] = -1;
     }
   };
-  const DenseProgram& program = a.program[item.program];
-  if (!a.fused) locate(program.phase[0], program.phase[1], program.phase[2]);
-  const int channel_tiles = a.jg / 8, first = item.column_tile * NT;
-  int phase = 0, tile = first;
-  if (a.fused) {
-    phase = first / channel_tiles;
-    tile = first - phase * channel_tiles;
-  }
+  int phase = a.program[item.program].phase;
+  if (a.rows && !a.fused) locate(phase);
+  const int first = item.column_tile * NT * 8;
 #pragma unroll
-  for (int j = 0; j < NT; ++j, ++tile) {
-    if ((first + j) * 8 >= a.columns) break;
-    if (a.fused && (j == 0 || tile == channel_tiles)) {
-      if (tile == channel_tiles) {
-        tile = 0;
-        ++phase;
+  for (int j = 0; j < NT; ++j) {
+    if (first + j * 8 >= a.columns) break;
+    const int at = j * 8 % a.store_columns;  // of this tile of columns, in the stage
+    const uint32_t to = SharedAddress(stage) + buffer * a.store_pitch;
+    if (at == 0) {
+      // The stage was last read two turns ago.
+      if (!a.rows) {
+        if (thread == 0) WaitForReads<1>();
+        SyncGroup(group);
       }
-      const int up = phase / a.axis[2].so;
-      locate(up / a.axis[1].so, up % a.axis[1].so, phase % a.axis[2].so);
     }
-    const int channel = item.group * a.jg + tile * 8 + 2 * (lane % 4);
-    float bias0 = 0, bias1 = 0;
+    int channel = first + j * 8, next_phase = phase;
+    if (a.fused) {
+      next_phase = channel / a.jg;
+      channel -= next_phase * a.jg;
+    }
+    channel += item.group * a.jg;
+    float bias[2] = {0, 0};
     if (a.bias != nullptr) {
-      const auto bias = [&](int c) {
-        return sizeof(T) == 4 || a.out_f32 ? static_cast<const float*>(a.bias)[c]
-                                           : ToAccumulator(static_cast<const T*>(a.bias)[c]);
-      };
-      bias0 = bias(channel);
-      bias1 = bias(channel + 1);
+#pragma unroll
+      for (int i = 0; i < 2; ++i) {
+        const int c = channel + 2 * (lane % 4) + i;
+        bias[i] = wide ? static_cast<const float*>(a.bias)[c]
+                       : ToAccumulator(static_cast<const T*>(a.bias)[c]);
+      }
     }
+    const int column = at + 2 * (lane % 4);
 #pragma unroll
     for (int mt = 0; mt < MT; ++mt) {
 #pragma unroll
       for (int h = 0; h < 2; ++h) {
-        if (!inside[mt][h]) continue;
-        const int64_t at = offset[mt][h] + channel * a.out_c_step;
-        const float v0 = acc[mt][4 * j + 2 * h] + bias0, v1 = acc[mt][4 * j + 2 * h + 1] + bias1;
+        const int pixel = mt * 64 + warp * 16 + h * 8 + lane / 4;
+        const float v0 = acc[mt][4 * j + 2 * h] + bias[0];
+        const float v1 = acc[mt][4 * j + 2 * h + 1] + bias[1];
         if (a.rows) {
-          StoreValue<T>(a.out, at, v0, a.out_f32);
-          StoreValue<T>(a.out, at + a.out_c_step, v1, a.out_f32);
-        } else if (sizeof(T) == 4 || a.out_f32) {
-          *reinterpret_cast<float2*>(static_cast<float*>(a.out) + at) = make_float2(v0, v1);
+          char* place = stage + buffer * a.store_pitch;
+          const int pitch = MT * 64 + 16 / (wide ? 4 : 2);
+          StoreValue<T>(place, column * pitch + pixel, v0, a.out_f32);
+          StoreValue<T>(place, (column + 1) * pitch + pixel, v1, a.out_f32);
+        } else if (wide) {
+          const uint32_t linear = to + pixel * a.store_bytes + column * 4;
+          asm volatile("st.shared.v2.f32 [%0], {%1, %2};" ::"r"(
+                           linear ^ (linear >> 3 & a.store_swizzle)),
+                       "f"(v0), "f"(v1)
+                       : "memory");
         } else {
           const T pair[2] = {FromAccumulator<T>(v0), FromAccumulator<T>(v1)};
-          *reinterpret_cast<uint32_t*>(static_cast<T*>(a.out) + at) =
-              *reinterpret_cast<const uint16_t*>(&pair[0]) |
-              static_cast<uint32_t>(*reinterpret_cast<const uint16_t*>(&pair[1])) << 16;
+          const uint32_t linear = to + pixel * a.store_bytes + column * 2;
+          asm volatile("st.shared.b32 [%0], %1;" ::"r"(linear ^ (linear >> 3 & a.store_swizzle)),
+                       "r"(*reinterpret_cast<const uint16_t*>(&pair[0]) |
+                           static_cast<uint32_t>(*reinterpret_cast<const uint16_t*>(&pair[1]))
+                               << 16)
+                       : "memory");
         }
       }
     }
+    if (at + 8 < a.store_columns) continue;
+    channel -= at;
+    if (!a.rows) {
+      ProxyFence();
+      SyncGroup(group);
+      if (thread == 0) {
+        const int map = a.fused ? next_phase : item.program;
+        int q[kAxes];
+#pragma unroll
+        for (int i = 0; i < kAxes; ++i) {
+          q[i] = item.q[i] + PartStart(a.axis[i].part, a.axis[i].box, group);
+        }
+        StoreBox(&maps.out[map], to, channel, q[2], q[1], q[0],
+                 item.n + PartStart(a.part_n, a.box_n, group));
+      }
+    } else {
+      SyncGroup(group);
+      if (a.fused && (next_phase != phase || j * 8 == at)) locate(next_phase);
+      const char* place = stage + buffer * a.store_pitch;
+      const int pitch = MT * 64 + 16 / (wide ? 4 : 2);
+      for (int c = warp; c < a.store_columns; c += 4) {
+        const int64_t up = (channel + c) * a.out_c_step;
+#pragma unroll
+        for (int i = 0; i < kRuns; ++i) {
+          if (offset[i] < 0) continue;
+          const int from = c * pitch + i * 32 + lane;
+          if (wide) {
+            static_cast<float*>(a.out)[offset[i] + up] = reinterpret_cast<const float*>(place)[from];
+          } else {
+            static_cast<T*>(a.out)[offset[i] + up] = reinterpret_cast<const T*>(place)[from];
+          }
+        }
+      }
+    }
+    phase = next_phase;
+    buffer ^= 1;
   }
 }
 
+// a = b, in a way that keeps the compiler from using the registers of `a` for anything else before:
+// a product that is under way still reads them, which the compiler does not see.
+__device__ inline void TakeOver(uint32_t& a, uint32_t b, uint32_t all_bytes) {
+  asm volatile("prmt.b32 %0, %1, %0, %2;" : "+r"(a) : "r"(b), "r"(all_bytes));
+}
+
 template <class T, int MT, int NT>
-__device__ inline void MultiplyDense(const DenseArgs& a, const DenseBarriers& barriers,
-                                     uint32_t in, uint32_t ring, const int* pixels,
-                                     const int4* entries, int group, int warp, int lane) {
+__device__ inline void MultiplyDense(const DenseArgs& a, const DenseMaps& maps,
+                                     const DenseBarriers& barriers, uint32_t in, uint32_t ring,
+                                     const int* pixels, const int4* entries, char* stage, int group,
+                                     int thread) {
   constexpr int kStepBytes = NT * 256, kQuadBytes = kDenseQuad * kStepBytes;
-  const int first_row = group * 64 + warp * 16;
+  const int warp = thread / 32, lane = thread % 32;
   uint32_t row[MT];  // where this lane's row of an ldmatrix begins, for a tap without a shift
 #pragma unroll
   for (int mt = 0; mt < MT; ++mt) {
-    const int packed = pixels[mt * kDenseGroups * 64 + first_row + lane % 16];
-    const DenseCoordinates at(max(packed, 0));
+    const DenseCoordinates at(max(pixels[mt * 64 + warp * 16 + lane % 16], 0));
     const int pixel = ((at.n * a.axis[0].length + at.at[0]) * a.axis[1].length + at.at[1]) *
                           a.axis[2].length +
                       at.at[2];
     row[mt] = in + pixel * a.row_bytes + lane / 16 * 16;
   }
   float acc[MT][4 * NT];
-  uint32_t raw[kDenseQuad][MT][4], rounded[kDenseQuad][MT][4];
+  uint32_t loaded[kDenseQuad][MT][4], used[kDenseQuad][MT][4] = {};
   DenseCursor buffer, slot;
+  int stage_buffer = 0;
   const auto release = [&](uint32_t barrier) {
     __syncwarp();
     if (lane == 0) Arrive(barrier);
@@ -372,7 +433,21 @@ __device__ inline void MultiplyDense(const DenseArgs& a, const DenseBarriers& ba
 #pragma unroll
         for (int mt = 0; mt < MT; ++mt) {
           const uint32_t linear = row[mt] + shift[k];
-          LoadMatrices(raw[k][mt], linear ^ (linear >> 3 & a.swizzle));
+          LoadMatrices(loaded[k][mt], linear ^ (linear >> 3 & a.swizzle));
+        }
+      }
+      if constexpr (sizeof(T) == 4) {
+#pragma unroll
+        for (int k = 0; k < kDenseQuad; ++k) {
+#pragma unroll
+          for (int mt = 0; mt < MT; ++mt) {
+#pragma unroll
+            for (int i = 0; i < 4; ++i) {
+              asm("cvt.rn.tf32.f32 %0, %1;"
+                  : "=r"(loaded[k][mt][i])
+                  : "f"(__uint_as_float(loaded[k][mt][i])));
+            }
+          }
         }
       }
     };
@@ -392,7 +467,7 @@ __device__ inline void MultiplyDense(const DenseArgs& a, const DenseBarriers& ba
 #pragma unroll
           for (int mt = 0; mt < MT; ++mt) {
 #pragma unroll
-            for (int i = 0; i < 4; ++i) raw[k][mt][i] = k < left ? raw[k][mt][i] : 0;
+            for (int i = 0; i < 4; ++i) loaded[k][mt][i] = k < left ? loaded[k][mt][i] : 0;
           }
         }
       }
@@ -402,13 +477,7 @@ __device__ inline void MultiplyDense(const DenseArgs& a, const DenseBarriers& ba
         for (int mt = 0; mt < MT; ++mt) {
 #pragma unroll
           for (int i = 0; i < 4; ++i) {
-            if constexpr (sizeof(T) == 4) {
-              asm volatile("cvt.rn.tf32.f32 %0, %1;"
-                           : "=r"(rounded[k][mt][i])
-                           : "f"(__uint_as_float(raw[k][mt][i])));
-            } else {
-              rounded[k][mt][i] = raw[k][mt][i];
-            }
+            TakeOver(used[k][mt][i], loaded[k][mt][i], a.all_bytes);
           }
         }
       }
@@ -418,7 +487,7 @@ __device__ inline void MultiplyDense(const DenseArgs& a, const DenseBarriers& ba
       for (int k = 0; k < kDenseQuad; ++k) {
 #pragma unroll
         for (int mt = 0; mt < MT; ++mt) {
-          DenseMma<T, NT>::Run(acc[mt], rounded[k][mt], weights + k * kStepBytes / 16);
+          DenseMma<T, NT>::Run(acc[mt], used[k][mt], weights + k * kStepBytes / 16);
         }
       }
       GroupCommit();
@@ -438,15 +507,16 @@ __device__ inline void MultiplyDense(const DenseArgs& a, const DenseBarriers& ba
     }
     GroupWait();
     if (previous >= 0) release(barriers.RingEmpty(previous));
-    StoreDense<T, MT, NT>(a, item, pixels, first_row, acc, lane);
+    StoreDense<T, MT, NT>(a, maps, item, pixels, stage, group, acc, stage_buffer, thread);
   }
+  if (thread == 0) WaitForStores();
 }
 
 #endif
 
 template <class T, int MT, int NT>
 __global__ void __launch_bounds__(kDenseThreads, 1)
-    Dense(const __grid_constant__ CUtensorMap map, const __grid_constant__ DenseArgs a) {
+    Dense(const __grid_constant__ DenseMaps maps, const __grid_constant__ DenseArgs a) {
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
   extern __shared__ __align__(1024) char shared[];
   const int thread = threadIdx.x, lane = thread % 32;
@@ -467,15 +537,25 @@ __global__ void __launch_bounds__(kDenseThreads, 1)
     asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
     ProxyFence();
   }
-  const auto list = [&](int* to, int count, int d, int h, int w, int images) {
-    for (int p = thread; p < count; p += kDenseThreads) {
-      const int ow = p % w, oh = p / w % h, od = p / w / h % d, on = p / w / h / d;
-      to[p] = on < images ? PackCoordinates(on, od, oh, ow) : -1;
-    }
-  };
-  list(pixels, MT * kDenseGroups * 64, a.axis[0].box, a.axis[1].box, a.axis[2].box, a.box_n);
+  constexpr int kPixels = MT * 64;  // of a group of warps
+  for (int p = thread; p < kDenseGroups * kPixels; p += kDenseThreads) {
+    const int group = p / kPixels;
+    const DenseAxis &d = a.axis[0], &h = a.axis[1], &w = a.axis[2];
+    int rest = p % kPixels;
+    const auto take = [&](int part, int box) {
+      const int mine = rest % part + PartStart(part, box, group);
+      rest /= part;
+      return mine;
+    };
+    const int pw = take(w.part, w.box), ph = take(h.part, h.box), pd = take(d.part, d.box);
+    const bool inside = rest < a.part_n;
+    pixels[p] = inside ? PackCoordinates(take(a.part_n, a.box_n), pd, ph, pw) : -1;
+  }
   if (a.rows) {
-    list(sources, a.pixels, a.axis[0].length, a.axis[1].length, a.axis[2].length, a.box_n);
+    const int d = a.axis[0].length, h = a.axis[1].length, w = a.axis[2].length;
+    for (int p = thread; p < a.pixels; p += kDenseThreads) {
+      sources[p] = PackCoordinates(p / w / h / d, p / w / h % d, p / w % h, p % w);
+    }
   }
   for (int s = 0; s < a.segments; ++s) {
     const DenseSegment& segment = a.segment[s];
@@ -500,30 +580,32 @@ __global__ void __launch_bounds__(kDenseThreads, 1)
     } else if (a.rows) {
       FetchRows<T>(a, barriers, in, sources, thread - 32);
     } else if (warp == 1) {
-      if (lane == 0) FetchBoxes(a, &map, barriers, in);
+      if (lane == 0) FetchBoxes(a, &maps.in, barriers, in);
     }
   } else {
     TakeRegisters<224>();
-    MultiplyDense<T, MT, NT>(a, barriers, in, ring, pixels, reinterpret_cast<const int4*>(entries),
-                             warp / 4 - 1, warp % 4, lane);
+    const int group = warp / 4 - 1;
+    MultiplyDense<T, MT, NT>(a, maps, barriers, in, ring, pixels + group * kPixels,
+                             reinterpret_cast<const int4*>(entries),
+                             shared + a.smem_out + group * 2 * a.store_pitch, group, thread % 128);
   }
 #endif
 }
 
 template <class T, int MT, int NT>
-cudaError_t EnqueueDenseTile(const DensePlan& plan, const DenseArgs& args, const CUtensorMap& map,
+cudaError_t EnqueueDenseTile(const DensePlan& plan, const DenseArgs& args, const DenseMaps& maps,
                              cudaStream_t stream) {
   const auto kernel = Dense<T, MT, NT>;
   const cudaError_t status =
       cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, plan.smem);
   if (status != cudaSuccess) return status;
-  kernel<<<plan.grid, kDenseThreads, plan.smem, stream>>>(map, args);
+  kernel<<<plan.grid, kDenseThreads, plan.smem, stream>>>(maps, args);
   return cudaGetLastError();
 }
 
 template <class T>
 cudaError_t EnqueueDense(const DensePlan& plan, const DensePack& pack, const DenseArgs& args,
-                         const CUtensorMap& map, cudaStream_t stream) {
+                         const DenseMaps& maps, cudaStream_t stream) {
   const int steps = (pack.chunks - 1) * pack.full_steps + pack.last_steps;
   const int ranges = (pack.taps + kPackTaps - 1) / kPackTaps;
   const dim3 grid(pack.column_tiles * pack.tiles, steps, pack.groups * ranges);
@@ -531,17 +613,17 @@ cudaError_t EnqueueDense(const DensePlan& plan, const DensePack& pack, const Den
   if (const cudaError_t status = cudaGetLastError(); status != cudaSuccess) return status;
   switch (plan.mt * 1000 + plan.columns) {
     case 2032:
-      return EnqueueDenseTile<T, 2, 4>(plan, args, map, stream);
+      return EnqueueDenseTile<T, 2, 4>(plan, args, maps, stream);
     case 2048:
-      return EnqueueDenseTile<T, 2, 6>(plan, args, map, stream);
+      return EnqueueDenseTile<T, 2, 6>(plan, args, maps, stream);
     case 2064:
-      return EnqueueDenseTile<T, 2, 8>(plan, args, map, stream);
+      return EnqueueDenseTile<T, 2, 8>(plan, args, maps, stream);
     case 2096:
-      return EnqueueDenseTile<T, 2, 12>(plan, args, map, stream);
+      return EnqueueDenseTile<T, 2, 12>(plan, args, maps, stream);
     case 1128:
-      return EnqueueDenseTile<T, 1, 16>(plan, args, map, stream);
+      return EnqueueDenseTile<T, 1, 16>(plan, args, maps, stream);
     case 2128:
-      return EnqueueDenseTile<T, 2, 16>(plan, args, map, stream);
+      return EnqueueDenseTile<T, 2, 16>(plan, args, maps, stream);
     default:
       return cudaErrorInvalidConfiguration;
   }

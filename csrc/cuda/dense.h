@@ -27,13 +27,13 @@ struct DenseSegment {
 
 // What one output phase needs (or all of them, where they share their sources).
 struct DenseProgram {
-  int16_t phase[kAxes];
-  int16_t first_segment, segments;
+  int16_t phase, first_segment, segments;
   int steps, quads;  // where its weights begin, and how many groups of four steps it takes
 };
 
 struct DenseAxis {
-  int q_tiles, box, length;
+  int q_tiles, box, length;  // tiles; outputs of a tile and sources that they need
+  int part;                  // outputs of one of the two groups of warps
   int si, so;
   int in_size, out_size;
   int64_t in_step, out_step;  // elements between neighbours
@@ -42,7 +42,7 @@ struct DenseAxis {
 // What the main kernel needs to know. A step is 32 bytes of contracted channels of one tap, a quad
 // is four steps, a stage is one box and one chunk of channels.
 struct DenseArgs {
-  static constexpr int kMaxTaps = 256, kMaxSegments = 64, kMaxPrograms = 64;
+  static constexpr int kMaxTaps = 256, kMaxSegments = 64, kMaxPhases = 32;
   static constexpr int kMaxBuffers = 4, kMaxRing = 32;
   const char* weights;  // [groups][column_tiles][steps][N / 8][2][8 rows of 16 bytes]
   void* out;
@@ -50,7 +50,7 @@ struct DenseArgs {
   const void* bias;  // [groups * jg], or null
   DenseAxis axis[kAxes];
   int64_t in_n_step, out_n_step, in_c_step, out_c_step;
-  int n, box_n, n_tiles;
+  int n, box_n, part_n;
   int groups, cg, jg, programs, column_tiles, items;
   int columns;                 // of a group: jg, times the phases where `fused`
   int row_bytes, swizzle;      // of a staged pixel; which address bits are swizzled
@@ -60,9 +60,11 @@ struct DenseArgs {
   int pixels, stage_bytes;     // of a stage
   int buffers, ring;           // stages and quads of weights in flight
   int segments;
-  int smem_pixels, smem_sources, smem_entries, smem_in, smem_ring;  // byte offsets
+  int store_columns, store_bytes, store_swizzle, store_pitch;  // of results on their way out
+  int smem_pixels, smem_sources, smem_entries, smem_in, smem_out, smem_ring;  // byte offsets
+  uint32_t all_bytes;  // 0x3210: see TakeOver
   bool fused, resident, rows, out_f32;
-  DenseProgram program[kMaxPrograms];
+  DenseProgram program[kMaxPhases];
   DenseSegment segment[kMaxSegments];
   uint16_t shift[kMaxTaps];  // of the taps, in pixels of the staged box, segment by segment
 };
@@ -82,10 +84,17 @@ struct DensePack {
   uint16_t tap_position[DenseArgs::kMaxTaps];  // within its segment
 };
 
-// The geometry of the bulk copies of the input.
+// The bulk tensor copies: of the input, and of each phase of the output (of channels last alone).
+struct DenseMaps {
+  CUtensorMap in, out[DenseArgs::kMaxPhases];
+};
+
+// The geometry of one of them.
 struct DenseMap {
   uint64_t size[5], stride[4];  // stride in bytes
   uint32_t box[5], step[5];
+  int64_t offset;  // of the first element, in bytes
+  int row_bytes;   // of the box
 };
 
 // What a launch is made of, but for the pointers.
@@ -97,13 +106,14 @@ struct DensePlan {
   double seconds;
   DenseArgs args;
   DensePack pack;
-  DenseMap map;
+  DenseMap in;
+  std::vector<DenseMap> out;
 };
 
 // A tile: 0 means that the cost model chooses.
 struct DenseTile {
   int mt = 0, columns = 0, buffers = 0;
-  int box[kAxes] = {0, 0, 0};
+  int box[kAxes] = {0, 0, 0};  // of a group of warps
 };
 DensePlan PlanDense(const Problem&, const Device&, const DenseTile& = {});
 
@@ -111,7 +121,7 @@ cudaError_t LaunchDense(const Problem&, const Operands&, const DensePlan&, cudaS
 
 // Defined in one small file a dtype, so that they compile in parallel.
 template <class T>
-cudaError_t EnqueueDense(const DensePlan&, const DensePack&, const DenseArgs&, const CUtensorMap&,
+cudaError_t EnqueueDense(const DensePlan&, const DensePack&, const DenseArgs&, const DenseMaps&,
                          cudaStream_t);
 
 }  // namespace jaxconv::cuda

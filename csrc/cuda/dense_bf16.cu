@@ -3,6 +3,6 @@
 namespace jaxconv::cuda {
 
 template cudaError_t EnqueueDense<__nv_bfloat16>(const DensePlan&, const DensePack&, const DenseArgs&,
-                                      const CUtensorMap&, cudaStream_t);
+                                      const DenseMaps&, cudaStream_t);
 
 }  // namespace jaxconv::cuda

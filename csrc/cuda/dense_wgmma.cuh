@@ -121,6 +121,29 @@ __device__ inline void CopyBox(uint32_t to, const CUtensorMap* map, int c, int w
       : "memory");
 }
 
+// The way back: of a box, where it lies inside the tensor.
+__device__ inline void StoreBox(const CUtensorMap* map, uint32_t from, int c, int w, int h, int d,
+                                int n) {
+  asm volatile(
+      "cp.async.bulk.tensor.5d.global.shared::cta.tile.bulk_group [%0, {%1, %2, %3, %4, %5}], [%6];"
+      "cp.async.bulk.commit_group;" ::"l"(map),
+      "r"(c), "r"(w), "r"(h), "r"(d), "r"(n), "r"(from)
+      : "memory");
+}
+// Until all boxes but the last `kPending` have been read from shared memory.
+template <int kPending>
+__device__ inline void WaitForReads() {
+  asm volatile("cp.async.bulk.wait_group.read %0;" ::"n"(kPending) : "memory");
+}
+__device__ inline void WaitForStores() {
+  asm volatile("cp.async.bulk.wait_group 0;" ::: "memory");
+}
+
+// Among the 128 threads of a group of warps.
+__device__ inline void SyncGroup(int group) {
+  asm volatile("bar.sync %0, 128;" ::"r"(group + 1) : "memory");
+}
+
 template <int kRegisters>
 __device__ inline void TakeRegisters() {
   asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(kRegisters));
