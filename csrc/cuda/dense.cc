@@ -237,14 +237,16 @@ std::string ListPrograms(const Shape& s, const Problem& p, DenseArgs& a, DensePa
 struct TileShape {
   int mt, columns;
 };
-constexpr TileShape kTileShapes[] = {{2, 32}, {2, 48}, {2, 64}, {2, 96}, {1, 128}, {2, 128}};
+constexpr TileShape kTileShapes[] = {{2, 32}, {4, 32}, {2, 48}, {2, 64},
+                                     {4, 64}, {2, 96}, {1, 128}, {2, 128}};
 
 constexpr double kClock = 1.7e9, kBandwidth = 4.0e12, kL2Bandwidth = 4.5e12;
 
 struct Candidate {
   TileShape shape;
   int buffers, store_bytes, split;  // split: the axis of `part` along which there are two
-  std::array<int, 4> part;          // n, d, h, w
+  int patch_w, patch_axis;
+  std::array<int, 4> part;  // n, d, h, w
 };
 
 // Fills what depends on the tile; false where it does not fit.
@@ -253,6 +255,8 @@ bool Fill(const Problem& p, const Device& device, const Shape& s, const Candidat
   DenseArgs& a = plan.args;
   const Strides in = s.forward ? p.XStrides() : p.YStrides();
   const Strides out = s.forward ? p.YStrides() : p.XStrides();
+  a.patch_w = c.patch_w;
+  a.patch_axis = c.patch_axis;
   a.part_n = c.part[0];
   a.box_n = c.part[0] * (c.split == 0 ? 2 : 1);
   int64_t pixels = a.box_n, tiles = CeilDiv(p.n, a.box_n);
@@ -295,16 +299,16 @@ bool Fill(const Problem& p, const Device& device, const Shape& s, const Candidat
   int64_t entries = 0, segments = 1;
   for (int i = 0; i < kAxes; ++i) segments *= static_cast<int64_t>(s.groups[i].size());
   entries = 16 * (Product(p.k) * (s.full_steps + s.last_steps) + 2 * kQuad * segments) / 4;
-  int64_t smem = 8 * (2 * DenseArgs::kMaxBuffers + 2 * DenseArgs::kMaxRing);
+  int64_t smem = 8 * (3 * DenseArgs::kMaxBuffers + 2 * DenseArgs::kMaxRing);
   const auto place = [&](int& at, int64_t bytes, int64_t alignment) {
     smem = RoundUp(smem, alignment);
     at = static_cast<int>(smem);
     smem += bytes;
     return smem <= kSharedMemory;
   };
-  if (pixels > 65535 || !place(a.smem_pixels, int64_t{c.shape.mt} * 128 * 4, 16) ||
+  if (pixels > 65535 || !place(a.smem_pixels, a.rows ? int64_t{c.shape.mt} * 128 * 4 : 0, 16) ||
       !place(a.smem_sources, a.rows ? pixels * 4 : 0, 16) ||
-      !place(a.smem_entries, entries, 16) ||
+      !place(a.smem_entries, entries + 16, 16) ||
       !place(a.smem_in, int64_t{a.buffers} * a.stage_bytes, 1024) ||
       !place(a.smem_out, int64_t{4} * a.store_pitch, 1024) ||
       !place(a.smem_ring, 2 * quad_bytes, 128)) {
@@ -345,11 +349,9 @@ bool Fill(const Problem& p, const Device& device, const Shape& s, const Candidat
                resident_bytes <= static_cast<double>(a.ring) * quad_bytes;
   const double stage_bytes = static_cast<double>(pixels) * s.row_bytes;
   const double copied = stages * stage_bytes + (a.resident ? 0 : resident_bytes);
-  // Pixels eight in a row are free of bank conflicts.
-  const double conflicts = c.part[3] % 8 == 0 ? 1 : c.part[3] >= 8 ? 1.2 : 1.5;
   const double tensor = steps * groups_m * c.shape.columns / 2;
   const double smem_cycles =
-      steps * groups_m * (16 * conflicts + c.shape.columns / 4.0) + copied / 128;
+      steps * groups_m * (16 + c.shape.columns / 4.0) + copied / 128;
   const double stores = programs * groups_m * c.shape.columns * (a.rows ? 8 : 3) * 1.0;
   const double l2_cycles = copied / (kL2Bandwidth / kClock / device.multiprocessors);
   const double busy = std::max(tensor, smem_cycles) * 1.1 + stages * 150 + stores + programs * 800;
@@ -394,47 +396,30 @@ DensePlan MakePlan(const Problem& p, const Device& device, const DenseTile& forc
   best.refusal = ListPrograms(s, p, plan.args, plan.pack);
   if (!best.refusal.empty()) return best;
   const auto allowed = [](int want, int64_t have) { return want == 0 || want == have; };
-  const auto sizes = [&](int axis, int64_t most) {
-    const int64_t size = s.q_size[axis], widest = kMaxBox / s.si[axis] - s.reach[axis];
-    std::vector<int64_t> all;
-    if (widest > 0 && widest < std::min(size, most)) all.push_back(widest);
-    for (int64_t b = 1; b <= most; b *= 2) {
-      all.push_back(b);
-      if (b >= size) break;
-    }
-    for (int64_t parts = 1; parts <= 4; ++parts) {
-      const int64_t b = CeilDiv(size, parts);
-      if (b <= most && std::find(all.begin(), all.end(), b) == all.end()) all.push_back(b);
-    }
-    return all;
-  };
   for (const TileShape& shape : kTileShapes) {
     if (!allowed(forced.mt, shape.mt) || !allowed(forced.columns, shape.columns)) continue;
-    const int64_t most = int64_t{shape.mt} * 64;
-    for (int64_t w : sizes(2, most)) {
-      if (!allowed(forced.box[2], w)) continue;
-      for (int64_t h : sizes(1, most / w)) {
-        if (!allowed(forced.box[1], h)) continue;
-        for (int64_t d : sizes(0, std::min<int64_t>(31, most / w / h))) {
-          if (!allowed(forced.box[0], d)) continue;
-          const int64_t n = std::min<int64_t>({p.n, most / (w * h * d), 31});
-          for (int split = 0; split < 4; ++split) {
-            // Two parts along an axis that is longer than one.
-            if (split > 0 && std::array{d, h, w}[split - 1] >= s.q_size[split - 1]) continue;
-            for (int buffers : {2, 3}) {
-              if (!allowed(forced.buffers, buffers)) continue;
-              for (int store_bytes : {128, 64, 32, 16}) {
-                const Candidate c{shape,
-                                  buffers,
-                                  store_bytes,
-                                  split,
-                                  {static_cast<int>(n), static_cast<int>(d), static_cast<int>(h),
-                                   static_cast<int>(w)}};
-                if (!Fill(p, device, s, c, plan)) continue;
-                if (plan.seconds < best.seconds) best = plan;
-                break;
-              }
-            }
+    // Doublings of a patch: to `mt` patches, and once more, to the parts of both groups of warps.
+    const int doublings = shape.mt == 4 ? 3 : shape.mt == 2 ? 2 : 1;
+    for (int axis = 0; axis < 4; ++axis) {  // 3: 64 pixels along the last axis
+      std::array<int, 4> patch{1, 1, 1, axis == 3 ? 64 : 8};
+      if (axis < 3) patch[axis] = 8;
+      for (int code = 0; code < 1 << 2 * doublings; ++code) {
+        std::array<int, 4> part = patch;
+        for (int i = 1; i < doublings; ++i) part[code >> 2 * i & 3] *= 2;
+        const int split = code & 3;
+        std::array<int, 4> box = part;
+        box[split] *= 2;
+        if (!allowed(forced.box[0], box[1]) || !allowed(forced.box[1], box[2]) ||
+            !allowed(forced.box[2], box[3])) {
+          continue;
+        }
+        for (int buffers : {2, 3}) {
+          if (!allowed(forced.buffers, buffers)) continue;
+          for (int store_bytes : {128, 64, 32, 16}) {
+            const Candidate c{shape, buffers, store_bytes, split, axis == 3 ? 64 : 8, axis, part};
+            if (!Fill(p, device, s, c, plan)) continue;
+            if (plan.seconds < best.seconds) best = plan;
+            break;
           }
         }
       }
@@ -461,7 +446,6 @@ DensePlan MakePlan(const Problem& p, const Device& device, const DenseTile& forc
   a.last_steps = s.last_steps;
   a.fused = s.fused;
   a.out_f32 = p.out_dtype == DType::kF32;
-  a.all_bytes = 0x3210;
   best.smem = a.smem_ring + a.ring * kQuad * best.columns * 32;
   const int64_t taps = Product(p.k), co_step = p.cog() * taps;
   k.w_g_step = p.cig() * co_step;

@@ -2,10 +2,8 @@
 //
 // A block has two groups of four warps that multiply and four warps that fetch. A stage of the ring
 // of inputs is a box of pixels by up to 128 bytes of channels, swizzled as bulk tensor copies leave
-// it, so that the eight pixels of an ldmatrix row never share banks, wherever a tap shifts them to.
-// Pixels pass through registers on their way to wgmma: there they are rounded to TF32, and need
-// no alignment. A step is 32 bytes of channels of one tap, a quad of steps is what a warp loads
-// ahead while its last quad is being multiplied, and one slot of the ring of weights.
+// it; wgmma reads it wherever a tap shifts it to. A step is 32 bytes of channels of one tap, a quad
+// of steps is one slot of the ring of weights.
 #ifndef JAXCONV_CUDA_DENSE_CUH_
 #define JAXCONV_CUDA_DENSE_CUH_
 
@@ -19,6 +17,7 @@ namespace jaxconv::cuda {
 inline constexpr int kDenseGroups = 2, kDenseThreads = 128 * (kDenseGroups + 1);
 inline constexpr int kDenseWarps = 4 * kDenseGroups;  // that multiply
 inline constexpr int kDenseLoaders = 96;              // threads that stage rows
+inline constexpr int kDenseRounders = 64;             // threads that round to TF32
 inline constexpr int kDenseQuad = 4;
 
 // Packed coordinates of a pixel in a box: n, d, h, w.
@@ -62,6 +61,11 @@ struct DenseItem {
   }
 };
 
+__device__ inline uint32_t RoundToTF32(uint32_t bits) {
+  asm("cvt.rn.tf32.f32 %0, %1;" : "=r"(bits) : "f"(__uint_as_float(bits)));
+  return bits;
+}
+
 // Weights as wgmma reads them: a core is eight columns by 16 bytes of channels. A block of threads
 // packs one tile of eight columns, one step of channels and 32 taps.
 template <class T>
@@ -97,7 +101,7 @@ __global__ void __launch_bounds__(kPackThreads) PackDense(const __grid_constant_
     uint32_t word;
     if constexpr (sizeof(T) == 4) {
       word = __float_as_uint(tile[(half * 4 + lane % 4) * 8 + n][t]);
-      asm("cvt.rn.tf32.f32 %0, %1;" : "=r"(word) : "f"(__uint_as_float(word)));
+      word = RoundToTF32(word);
     } else {
       const int c = half * 8 + lane % 4 * 2;
       word = static_cast<uint32_t>(*reinterpret_cast<const uint16_t*>(&tile[c * 8 + n][t])) |
@@ -122,15 +126,16 @@ __global__ void __launch_bounds__(kPackThreads) PackDense(const __grid_constant_
 
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
 
-// Barriers: a full and an empty one for each stage of the inputs and each slot of the weights.
+// Barriers: a full and an empty one for each stage of the inputs and each slot of the weights, and
+// one more for stages that are also rounded.
 struct DenseBarriers {
+  static constexpr int kIn = 8 * DenseArgs::kMaxBuffers, kRing = 8 * DenseArgs::kMaxRing;
   uint32_t base;
   __device__ uint32_t InFull(int i) const { return base + i * 8; }
-  __device__ uint32_t InEmpty(int i) const { return base + (DenseArgs::kMaxBuffers + i) * 8; }
-  __device__ uint32_t RingFull(int i) const { return base + (2 * DenseArgs::kMaxBuffers + i) * 8; }
-  __device__ uint32_t RingEmpty(int i) const {
-    return base + (2 * DenseArgs::kMaxBuffers + DenseArgs::kMaxRing + i) * 8;
-  }
+  __device__ uint32_t InRounded(int i) const { return base + kIn + i * 8; }
+  __device__ uint32_t InEmpty(int i) const { return base + 2 * kIn + i * 8; }
+  __device__ uint32_t RingFull(int i) const { return base + 3 * kIn + i * 8; }
+  __device__ uint32_t RingEmpty(int i) const { return base + 3 * kIn + kRing + i * 8; }
 };
 
 // A place in a ring: which one, and which time round.
@@ -186,12 +191,35 @@ __device__ inline void FetchBoxes(const DenseArgs& a, const CUtensorMap* map,
   }
 }
 
+// Rounds what has arrived in place, since wgmma would cut off the lower bits.
+__device__ inline void RoundBoxes(const DenseArgs& a, const DenseBarriers& barriers, char* in,
+                                  int thread) {
+  DenseCursor buffer;
+  const int blocks = a.pixels * a.row_bytes / 16;
+  for (int index = blockIdx.x; index < a.items; index += gridDim.x) {
+    const int stages = a.program[DenseItem(a, index).program].segments * a.chunks;
+    for (int s = 0; s < stages; ++s) {
+      WaitForPhase(barriers.InFull(buffer.at), buffer.parity);
+      uint4* stage = reinterpret_cast<uint4*>(in + buffer.at * a.stage_bytes);
+#pragma unroll 8
+      for (int b = thread; b < blocks; b += kDenseRounders) {
+        const uint4 v = stage[b];
+        stage[b] = make_uint4(RoundToTF32(v.x), RoundToTF32(v.y), RoundToTF32(v.z),
+                              RoundToTF32(v.w));
+      }
+      ProxyFence();
+      Arrive(barriers.InRounded(buffer.at));
+      buffer.Next(a.buffers);
+    }
+  }
+}
+
 // Rows of pixels, channel by channel (channels first), turned into what a bulk tensor copy of
 // channels last leaves.
 template <class T>
 __device__ inline void FetchRows(const DenseArgs& a, const DenseBarriers& barriers, uint32_t in,
                                  const int* sources, int thread) {
-  constexpr int kC = kBlockChannels<T>, kBatch = sizeof(T) == 4 ? 4 : 2;
+  constexpr int kC = kBlockChannels<T>, kBatch = sizeof(T) == 4 ? 8 : 4;
   using Bits = std::conditional_t<sizeof(T) == 4, uint32_t, uint16_t>;
   DenseCursor buffer;
   for (int index = blockIdx.x; index < a.items; index += gridDim.x) {
@@ -228,7 +256,8 @@ __device__ inline void FetchRows(const DenseArgs& a, const DenseBarriers& barrie
               uint4 block;
               const uint32_t* c = v + b * kC;
               if constexpr (sizeof(T) == 4) {
-                block = make_uint4(c[0], c[1], c[2], c[3]);
+                block = make_uint4(RoundToTF32(c[0]), RoundToTF32(c[1]), RoundToTF32(c[2]),
+                                   RoundToTF32(c[3]));
               } else {
                 block = make_uint4(c[0] | c[1] << 16, c[2] | c[3] << 16, c[4] | c[5] << 16,
                                    c[6] | c[7] << 16);
@@ -241,6 +270,7 @@ __device__ inline void FetchRows(const DenseArgs& a, const DenseBarriers& barrie
             }
           }
         }
+        ProxyFence();
         Arrive(barriers.InFull(buffer.at));
         buffer.Next(a.buffers);
       }
@@ -248,24 +278,50 @@ __device__ inline void FetchRows(const DenseArgs& a, const DenseBarriers& barrie
   }
 }
 
+// The 64 pixels that a group of warps multiplies at once lie in groups of eight neighbours along the
+// last axis: all of them along that axis, or each beyond the other along `patch_axis` (0 is n). A
+// group of warps has MT of these patches, which make up its part of the tile.
+struct DensePatch {
+  int at[kAxes + 1];  // of the first pixel in the part: n, d, h, w
+  __device__ DensePatch(const DenseArgs& a, int index) {
+    const int part[kAxes + 1] = {a.part_n, a.axis[0].part, a.axis[1].part, a.axis[2].part};
+    for (int i = kAxes; i >= 0; --i) {
+      const int size = i == kAxes ? a.patch_w : i == a.patch_axis && a.patch_w == 8 ? 8 : 1;
+      const int count = part[i] / size;
+      at[i] = index % count * size;
+      index /= count;
+    }
+  }
+};
+
+// Distances between neighbours along n, d, h, w.
+struct DensePitch {
+  int of[kAxes + 1];
+  __device__ DensePitch(int d, int h, int w) : of{d * h * w, h * w, w, 1} {}
+  __device__ int Place(const DensePatch& p) const {
+    return p.at[0] * of[0] + p.at[1] * of[1] + p.at[2] * of[2] + p.at[3];
+  }
+};
+
 // Results leave by way of shared memory, `store_columns` at a time: channels last as boxes that the
 // copy units write while the next tile is multiplied, channels first as rows of pixels.
-template <class T, int MT, int NT>
+template <class T, class Out, int MT, int NT, bool kRows>
 __device__ inline void StoreDense(const DenseArgs& a, const DenseMaps& maps, const DenseItem& item,
-                                  const int* pixels, char* stage, int group,
-                                  const float (&acc)[MT][4 * NT], int& buffer, int thread) {
-  const int warp = thread / 32, lane = thread % 32;
-  const bool wide = sizeof(T) == 4 || a.out_f32;
+                                  const int* pixels, char* stage, const int (&place)[MT][2],
+                                  int group, const float (&acc)[MT][4 * NT], int& buffer,
+                                  int thread) {
   constexpr int kRuns = MT * 2;  // of 32 pixels
-  int64_t offset[kRuns];         // of this thread's pixels of each run, in a phase of the output
+  // Channels first: pitch in elements of a column in the stage, free of bank conflicts.
+  constexpr int kPitch = MT * 64 + 16 / static_cast<int>(sizeof(Out));
+  const int warp = thread / 32, lane = thread % 32, quad = lane % 4;
+  int64_t offset[kRuns];  // of this thread's pixels of each run, in a phase of the output
   const auto locate = [&](int phase) {
     const int up = phase / a.axis[2].so;
     const int r[kAxes] = {up / a.axis[1].so, up % a.axis[1].so, phase % a.axis[2].so};
 #pragma unroll
     for (int i = 0; i < kRuns; ++i) {
-      const int packed = pixels[i * 32 + lane];
-      const DenseCoordinates at(packed);
-      bool inside = packed >= 0 && item.n + at.n < a.n;
+      const DenseCoordinates at(pixels[i * 32 + lane]);
+      bool inside = item.n + at.n < a.n;
       offset[i] = (item.n + at.n) * a.out_n_step;
 #pragma unroll
       for (int x = 0; x < kAxes; ++x) {
@@ -276,109 +332,84 @@ __device__ inline void StoreDense(const DenseArgs& a, const DenseMaps& maps, con
       if (!inside) offset[i] = -1;
     }
   };
-  int phase = a.program[item.program].phase;
-  if (a.rows && !a.fused) locate(phase);
   const int first = item.column_tile * NT * 8;
+  int phase = a.program[item.program].phase, channel = item.group * a.jg + first;
+  if (a.fused) {
+    phase = first / a.jg;
+    channel -= phase * a.jg;
+  }
+  if (kRows) locate(phase);
+  const int swizzled = kRows ? 0 : lane / 4 * a.store_bytes >> 3 & a.store_swizzle;
+  int columns = min(NT * 8, a.columns - first);  // left
 #pragma unroll
   for (int j = 0; j < NT; ++j) {
-    if (first + j * 8 >= a.columns) break;
-    const int at = j * 8 % a.store_columns;  // of this tile of columns, in the stage
-    const uint32_t to = SharedAddress(stage) + buffer * a.store_pitch;
-    if (at == 0) {
-      // The stage was last read two turns ago.
-      if (!a.rows) {
-        if (thread == 0) WaitForReads<1>();
-        SyncGroup(group);
-      }
+    if (columns <= 0) break;
+    columns -= 8;
+    const int at = j * 8 & (a.store_columns - 1);  // in the stage
+    char* to = stage + buffer * a.store_pitch;
+    if (!kRows && at == 0) {
+      // The copy units read this stage two turns ago.
+      if (thread == 0) WaitForReads<1>();
+      SyncGroup(group);
     }
-    int channel = first + j * 8, next_phase = phase;
-    if (a.fused) {
-      next_phase = channel / a.jg;
-      channel -= next_phase * a.jg;
-    }
-    channel += item.group * a.jg;
     float bias[2] = {0, 0};
     if (a.bias != nullptr) {
 #pragma unroll
       for (int i = 0; i < 2; ++i) {
-        const int c = channel + 2 * (lane % 4) + i;
-        bias[i] = wide ? static_cast<const float*>(a.bias)[c]
-                       : ToAccumulator(static_cast<const T*>(a.bias)[c]);
+        bias[i] = ToAccumulator(static_cast<const Out*>(a.bias)[channel + at + 2 * quad + i]);
       }
     }
-    const int column = at + 2 * (lane % 4);
 #pragma unroll
     for (int mt = 0; mt < MT; ++mt) {
 #pragma unroll
       for (int h = 0; h < 2; ++h) {
-        const int pixel = mt * 64 + warp * 16 + h * 8 + lane / 4;
-        const float v0 = acc[mt][4 * j + 2 * h] + bias[0];
-        const float v1 = acc[mt][4 * j + 2 * h + 1] + bias[1];
-        if (a.rows) {
-          char* place = stage + buffer * a.store_pitch;
-          const int pitch = MT * 64 + 16 / (wide ? 4 : 2);
-          StoreValue<T>(place, column * pitch + pixel, v0, a.out_f32);
-          StoreValue<T>(place, (column + 1) * pitch + pixel, v1, a.out_f32);
-        } else if (wide) {
-          const uint32_t linear = to + pixel * a.store_bytes + column * 4;
-          asm volatile("st.shared.v2.f32 [%0], {%1, %2};" ::"r"(
-                           linear ^ (linear >> 3 & a.store_swizzle)),
-                       "f"(v0), "f"(v1)
-                       : "memory");
+        const Out v0 = FromAccumulator<Out>(acc[mt][4 * j + 2 * h] + bias[0]);
+        const Out v1 = FromAccumulator<Out>(acc[mt][4 * j + 2 * h + 1] + bias[1]);
+        if constexpr (kRows) {
+          Out* row = reinterpret_cast<Out*>(to) + (at + 2 * quad) * kPitch + place[mt][h];
+          row[0] = v0;
+          row[kPitch] = v1;
         } else {
-          const T pair[2] = {FromAccumulator<T>(v0), FromAccumulator<T>(v1)};
-          const uint32_t linear = to + pixel * a.store_bytes + column * 2;
-          asm volatile("st.shared.b32 [%0], %1;" ::"r"(linear ^ (linear >> 3 & a.store_swizzle)),
-                       "r"(*reinterpret_cast<const uint16_t*>(&pair[0]) |
-                           static_cast<uint32_t>(*reinterpret_cast<const uint16_t*>(&pair[1]))
-                               << 16)
-                       : "memory");
+          const int bytes = (at + 2 * quad) * static_cast<int>(sizeof(Out));
+          struct alignas(2 * sizeof(Out)) Pair {
+            Out v[2];
+          };
+          *reinterpret_cast<Pair*>(to + place[mt][h] + (bytes ^ swizzled)) = {{v0, v1}};
         }
       }
     }
     if (at + 8 < a.store_columns) continue;
-    channel -= at;
-    if (!a.rows) {
+    if constexpr (kRows) {
+      SyncGroup(group);
+      const Out* from = reinterpret_cast<const Out*>(to);
+      Out* out = static_cast<Out*>(a.out) + channel * a.out_c_step;
+      for (int c = warp; c < a.store_columns; c += 4) {
+#pragma unroll
+        for (int i = 0; i < kRuns; ++i) {
+          if (offset[i] >= 0) out[c * a.out_c_step + offset[i]] = from[c * kPitch + i * 32 + lane];
+        }
+      }
+    } else {
       ProxyFence();
       SyncGroup(group);
       if (thread == 0) {
-        const int map = a.fused ? next_phase : item.program;
         int q[kAxes];
 #pragma unroll
         for (int i = 0; i < kAxes; ++i) {
           q[i] = item.q[i] + PartStart(a.axis[i].part, a.axis[i].box, group);
         }
-        StoreBox(&maps.out[map], to, channel, q[2], q[1], q[0],
-                 item.n + PartStart(a.part_n, a.box_n, group));
-      }
-    } else {
-      SyncGroup(group);
-      if (a.fused && (next_phase != phase || j * 8 == at)) locate(next_phase);
-      const char* place = stage + buffer * a.store_pitch;
-      const int pitch = MT * 64 + 16 / (wide ? 4 : 2);
-      for (int c = warp; c < a.store_columns; c += 4) {
-        const int64_t up = (channel + c) * a.out_c_step;
-#pragma unroll
-        for (int i = 0; i < kRuns; ++i) {
-          if (offset[i] < 0) continue;
-          const int from = c * pitch + i * 32 + lane;
-          if (wide) {
-            static_cast<float*>(a.out)[offset[i] + up] = reinterpret_cast<const float*>(place)[from];
-          } else {
-            static_cast<T*>(a.out)[offset[i] + up] = reinterpret_cast<const T*>(place)[from];
-          }
-        }
+        StoreBox(&maps.out[a.fused ? phase : item.program], SharedAddress(to), channel, q[2], q[1],
+                 q[0], item.n + PartStart(a.part_n, a.box_n, group));
       }
     }
-    phase = next_phase;
     buffer ^= 1;
+    channel += a.store_columns;
+    if (a.fused && channel == (item.group + 1) * a.jg) {
+      channel -= a.jg;
+      ++phase;
+      if (kRows && columns > 0) locate(phase);
+    }
   }
-}
-
-// a = b, in a way that keeps the compiler from using the registers of `a` for anything else before:
-// a product that is under way still reads them, which the compiler does not see.
-__device__ inline void TakeOver(uint32_t& a, uint32_t b, uint32_t all_bytes) {
-  asm volatile("prmt.b32 %0, %1, %0, %2;" : "+r"(a) : "r"(b), "r"(all_bytes));
 }
 
 template <class T, int MT, int NT>
@@ -388,21 +419,33 @@ __device__ inline void MultiplyDense(const DenseArgs& a, const DenseMaps& maps,
                                      int thread) {
   constexpr int kStepBytes = NT * 256, kQuadBytes = kDenseQuad * kStepBytes;
   const int warp = thread / 32, lane = thread % 32;
-  uint32_t row[MT];  // where this lane's row of an ldmatrix begins, for a tap without a shift
+  const DensePitch staged(a.axis[0].length, a.axis[1].length, a.axis[2].length);
+  const DensePitch stored(a.axis[0].part, a.axis[1].part, a.axis[2].part);
+  const int eights = a.patch_w == 64 ? kAxes : a.patch_axis, stride = a.patch_w == 64 ? 8 : 1;
+  uint64_t pixel[MT];  // descriptors for a tap without a shift
+  int place[MT][2];    // of this lane's pixels in the stage for results
 #pragma unroll
   for (int mt = 0; mt < MT; ++mt) {
-    const DenseCoordinates at(max(pixels[mt * 64 + warp * 16 + lane % 16], 0));
-    const int pixel = ((at.n * a.axis[0].length + at.at[0]) * a.axis[1].length + at.at[1]) *
-                          a.axis[2].length +
-                      at.at[2];
-    row[mt] = in + pixel * a.row_bytes + lane / 16 * 16;
+    DensePatch patch(a, mt);
+    const int results = stored.Place(patch) + lane / 4;
+#pragma unroll
+    for (int h = 0; h < 2; ++h) {
+      place[mt][h] = (results + (warp * 2 + h) * stride * stored.of[eights]) *
+                     (a.rows ? 1 : a.store_bytes);
+    }
+    patch.at[0] += PartStart(a.part_n, a.box_n, group);
+#pragma unroll
+    for (int i = 0; i < kAxes; ++i) {
+      patch.at[i + 1] += PartStart(a.axis[i].part, a.axis[i].box, group);
+    }
+    pixel[mt] = PixelDescriptor(in + staged.Place(patch) * a.row_bytes,
+                                stride * staged.of[eights] * a.row_bytes, a.row_bytes);
   }
+  const bool round = sizeof(T) == 4 && !a.rows;
   float acc[MT][4 * NT];
-  uint32_t loaded[kDenseQuad][MT][4], used[kDenseQuad][MT][4] = {};
   DenseCursor buffer, slot;
   int stage_buffer = 0;
   const auto release = [&](uint32_t barrier) {
-    __syncwarp();
     if (lane == 0) Arrive(barrier);
   };
   for (int index = blockIdx.x; index < a.items; index += gridDim.x) {
@@ -414,100 +457,82 @@ __device__ inline void MultiplyDense(const DenseArgs& a, const DenseMaps& maps,
       for (int i = 0; i < 4 * NT; ++i) acc[mt][i] = 0;
     }
     if (a.resident) slot = {};
-    int segment = program.first_segment, chunk = 0, left = 0, previous = -1;
+    int segment = program.first_segment, chunk = 0, left = 0;
+    int used_slot = -1, used_buffer = -1;  // free once the products under way are done
     const int4* entry = entries;
-    const auto enter = [&] {
-      const DenseSegment& s = a.segment[segment];
-      const bool last = chunk + 1 == a.chunks;
-      left = s.taps * (last ? a.last_steps : a.full_steps);
-      entry = entries + s.entries +
-              (last ? (s.taps * a.full_steps + kDenseQuad - 1) / kDenseQuad : 0);
-      WaitForPhase(barriers.InFull(buffer.at), buffer.parity);
+    int4 shift{};
+    const auto free = [&] {
+      __syncwarp();
+      if (used_slot >= 0 && !a.resident) release(barriers.RingEmpty(used_slot));
+      if (used_buffer >= 0) release(barriers.InEmpty(used_buffer));
     };
-    const auto load = [&] {
-      const int4 e = *entry++;
-      const uint32_t stage = buffer.at * a.stage_bytes;
-      const uint32_t shift[kDenseQuad] = {stage + e.x, stage + e.y, stage + e.z, stage + e.w};
-#pragma unroll
-      for (int k = 0; k < kDenseQuad; ++k) {
-#pragma unroll
-        for (int mt = 0; mt < MT; ++mt) {
-          const uint32_t linear = row[mt] + shift[k];
-          LoadMatrices(loaded[k][mt], linear ^ (linear >> 3 & a.swizzle));
-        }
-      }
-      if constexpr (sizeof(T) == 4) {
-#pragma unroll
-        for (int k = 0; k < kDenseQuad; ++k) {
-#pragma unroll
-          for (int mt = 0; mt < MT; ++mt) {
-#pragma unroll
-            for (int i = 0; i < 4; ++i) {
-              asm("cvt.rn.tf32.f32 %0, %1;"
-                  : "=r"(loaded[k][mt][i])
-                  : "f"(__uint_as_float(loaded[k][mt][i])));
-            }
-          }
-        }
-      }
-    };
-    if (program.quads > 0) {
-      enter();
-      load();
-    }
     for (int quad = 0; quad < program.quads; ++quad) {
-      WaitForPhase(barriers.RingFull(slot.at), slot.parity);
-      GroupWait();  // the quad before: its pixels' registers and its weights are free
-      if (previous >= 0) release(barriers.RingEmpty(previous));
-      if (left < kDenseQuad) {
-        // Steps that pad a stage: their weights are zeros, and nothing that is not finite may
-        // meet them.
-#pragma unroll
-        for (int k = 1; k < kDenseQuad; ++k) {
-#pragma unroll
-          for (int mt = 0; mt < MT; ++mt) {
-#pragma unroll
-            for (int i = 0; i < 4; ++i) loaded[k][mt][i] = k < left ? loaded[k][mt][i] : 0;
-          }
-        }
-      }
-#pragma unroll
-      for (int k = 0; k < kDenseQuad; ++k) {
-#pragma unroll
-        for (int mt = 0; mt < MT; ++mt) {
-#pragma unroll
-          for (int i = 0; i < 4; ++i) {
-            TakeOver(used[k][mt][i], loaded[k][mt][i], a.all_bytes);
-          }
-        }
-      }
-      GroupFence();
-      const uint64_t weights = Descriptor(ring + slot.at * kQuadBytes, 128, 256);
-#pragma unroll
-      for (int k = 0; k < kDenseQuad; ++k) {
-#pragma unroll
-        for (int mt = 0; mt < MT; ++mt) {
-          DenseMma<T, NT>::Run(acc[mt], used[k][mt], weights + k * kStepBytes / 16);
-        }
-      }
-      GroupCommit();
-      if (!a.resident) previous = slot.at;
-      slot.Next(a.ring);
-      left -= kDenseQuad;
       if (left <= 0) {
-        release(barriers.InEmpty(buffer.at));
-        buffer.Next(a.buffers);
+        const DenseSegment& s = a.segment[segment];
+        const bool last = chunk + 1 == a.chunks;
+        left = s.taps * (last ? a.last_steps : a.full_steps);
+        entry = entries + s.entries +
+                (last ? (s.taps * a.full_steps + kDenseQuad - 1) / kDenseQuad : 0);
+        shift = *entry;
         if (++chunk == a.chunks) {
           chunk = 0;
           ++segment;
         }
-        if (quad + 1 < program.quads) enter();
+        WaitForPhase(round ? barriers.InRounded(buffer.at) : barriers.InFull(buffer.at),
+                     buffer.parity);
       }
-      if (quad + 1 < program.quads) load();
+      WaitForPhase(barriers.RingFull(slot.at), slot.parity);
+      uint64_t weights = Descriptor(ring + slot.at * kQuadBytes, 128, 256);
+      const auto multiply = [&](int shift) {
+#pragma unroll
+        for (int mt = 0; mt < MT; ++mt) {
+          DenseMma<T, NT>::Run(acc[mt], pixel[mt] + static_cast<uint32_t>(shift), weights);
+        }
+        weights += kStepBytes / 16;
+      };
+      const int at = buffer.at * (a.stage_bytes / 16);
+      if (left >= kDenseQuad) {
+        GroupFence();
+        multiply(at + shift.x);
+        multiply(at + shift.y);
+        multiply(at + shift.z);
+        multiply(at + shift.w);
+      } else {
+        for (int k = 0; k < left; ++k) {
+          GroupFence();
+          multiply(at + shift.x);
+          shift.x = shift.y;
+          shift.y = shift.z;
+        }
+      }
+      GroupCommit();
+      left -= kDenseQuad;
+      shift = *++entry;
+      WaitForProducts<1>();  // of the quad before
+      free();
+      used_slot = slot.at;
+      used_buffer = left <= 0 ? buffer.at : -1;
+      slot.Next(a.ring);
+      if (left <= 0) buffer.Next(a.buffers);
     }
-    GroupWait();
-    if (previous >= 0) release(barriers.RingEmpty(previous));
-    StoreDense<T, MT, NT>(a, maps, item, pixels, stage, group, acc, stage_buffer, thread);
+    WaitForProducts<0>();
+    free();
+    const auto store = [&](auto out, auto rows) {
+      StoreDense<T, decltype(out), MT, NT, decltype(rows)::value>(
+          a, maps, item, pixels, stage, place, group, acc, stage_buffer, thread);
+    };
+    const auto store_as = [&](auto out) {
+      if (a.rows) {
+        store(out, std::true_type{});
+      } else {
+        store(out, std::false_type{});
+      }
+    };
+    if (sizeof(T) == 4 || a.out_f32) {
+      store_as(float{});
+    } else {
+      store_as(T{});
+    }
   }
   if (thread == 0) WaitForStores();
 }
@@ -528,6 +553,7 @@ __global__ void __launch_bounds__(kDenseThreads, 1)
   if (thread == 0) {
     for (int i = 0; i < a.buffers; ++i) {
       InitBarrier(barriers.InFull(i), a.rows ? kDenseLoaders : 1);
+      InitBarrier(barriers.InRounded(i), kDenseRounders);
       InitBarrier(barriers.InEmpty(i), kDenseWarps);
     }
     for (int i = 0; i < a.ring; ++i) {
@@ -548,8 +574,7 @@ __global__ void __launch_bounds__(kDenseThreads, 1)
       return mine;
     };
     const int pw = take(w.part, w.box), ph = take(h.part, h.box), pd = take(d.part, d.box);
-    const bool inside = rest < a.part_n;
-    pixels[p] = inside ? PackCoordinates(take(a.part_n, a.box_n), pd, ph, pw) : -1;
+    pixels[p] = PackCoordinates(take(a.part_n, a.box_n), pd, ph, pw);
   }
   if (a.rows) {
     const int d = a.axis[0].length, h = a.axis[1].length, w = a.axis[2].length;
@@ -565,7 +590,7 @@ __global__ void __launch_bounds__(kDenseThreads, 1)
       const int padded = (all + kDenseQuad - 1) / kDenseQuad * kDenseQuad;
       for (int i = thread; i < padded; i += kDenseThreads) {
         const int tap = i / steps;
-        to[i] = i < all ? a.shift[segment.first_shift + tap] * a.row_bytes + (i - tap * steps) * 32
+        to[i] = i < all ? (a.shift[segment.first_shift + tap] * a.row_bytes + (i - tap * steps) * 32) / 16
                         : 0;
       }
       to += padded;
@@ -574,16 +599,18 @@ __global__ void __launch_bounds__(kDenseThreads, 1)
   __syncthreads();
   const int warp = thread / 32;
   if (warp < 4) {
-    GiveRegisters<56>();
+    GiveRegisters<104>();
     if (warp == 0) {
       if (lane == 0) FetchWeights(a, barriers, ring, NT * 256 * kDenseQuad);
     } else if (a.rows) {
       FetchRows<T>(a, barriers, in, sources, thread - 32);
     } else if (warp == 1) {
       if (lane == 0) FetchBoxes(a, &maps.in, barriers, in);
+    } else if (sizeof(T) == 4) {
+      RoundBoxes(a, barriers, shared + a.smem_in, thread - 64);
     }
   } else {
-    TakeRegisters<224>();
+    TakeRegisters<200>();
     const int group = warp / 4 - 1;
     MultiplyDense<T, MT, NT>(a, maps, barriers, in, ring, pixels + group * kPixels,
                              reinterpret_cast<const int4*>(entries),
@@ -624,6 +651,10 @@ cudaError_t EnqueueDense(const DensePlan& plan, const DensePack& pack, const Den
       return EnqueueDenseTile<T, 1, 16>(plan, args, maps, stream);
     case 2128:
       return EnqueueDenseTile<T, 2, 16>(plan, args, maps, stream);
+    case 4032:
+      return EnqueueDenseTile<T, 4, 4>(plan, args, maps, stream);
+    case 4064:
+      return EnqueueDenseTile<T, 4, 8>(plan, args, maps, stream);
     default:
       return cudaErrorInvalidConfiguration;
   }

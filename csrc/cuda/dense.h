@@ -51,6 +51,7 @@ struct DenseArgs {
   DenseAxis axis[kAxes];
   int64_t in_n_step, out_n_step, in_c_step, out_c_step;
   int n, box_n, part_n;
+  int patch_w, patch_axis;  // see DensePatch
   int groups, cg, jg, programs, column_tiles, items;
   int columns;                 // of a group: jg, times the phases where `fused`
   int row_bytes, swizzle;      // of a staged pixel; which address bits are swizzled
@@ -62,7 +63,6 @@ struct DenseArgs {
   int segments;
   int store_columns, store_bytes, store_swizzle, store_pitch;  // of results on their way out
   int smem_pixels, smem_sources, smem_entries, smem_in, smem_out, smem_ring;  // byte offsets
-  uint32_t all_bytes;  // 0x3210: see TakeOver
   bool fused, resident, rows, out_f32;
   DenseProgram program[kMaxPhases];
   DenseSegment segment[kMaxSegments];
@@ -113,7 +113,7 @@ struct DensePlan {
 // A tile: 0 means that the cost model chooses.
 struct DenseTile {
   int mt = 0, columns = 0, buffers = 0;
-  int box[kAxes] = {0, 0, 0};  // of a group of warps
+  int box[kAxes] = {0, 0, 0};
 };
 DensePlan PlanDense(const Problem&, const Device&, const DenseTile& = {});
 
