@@ -102,18 +102,18 @@ std::vector<AxisGroup> GroupsOf(const Problem& p, int axis, bool forward) {
   return groups;
 }
 
-Shape ShapeOf(const Problem& p) {
+Shape ShapeOf(const Problem& p, int row_bytes) {
   Shape s;
   s.forward = p.pass == Pass::kForward;
   s.element = static_cast<int>(SizeOf(p.in_dtype));
   s.cg = static_cast<int>(s.forward ? p.cig() : p.cog());
   s.jg = static_cast<int>(s.forward ? p.cog() : p.cig());
   const int bytes = s.cg * s.element;
-  s.row_bytes = bytes > 64 ? 128 : bytes > 32 ? 64 : 32;
-  s.chunks = static_cast<int>(CeilDiv(bytes, 128));
-  s.chunk_channels = 128 / s.element;
-  s.full_steps = 4;
-  s.last_steps = static_cast<int>(CeilDiv(bytes - (s.chunks - 1) * 128, 32));
+  s.row_bytes = row_bytes;
+  s.chunks = static_cast<int>(CeilDiv(bytes, row_bytes));
+  s.chunk_channels = row_bytes / s.element;
+  s.full_steps = row_bytes / 32;
+  s.last_steps = static_cast<int>(CeilDiv(bytes - (s.chunks - 1) * row_bytes, 32));
   s.in_size = s.forward ? p.isize : p.osize;
   s.out_size = s.forward ? p.osize : p.isize;
   s.phases = 1;
@@ -272,7 +272,20 @@ bool Fill(const Problem& p, const Device& device, const Shape& s, const Candidat
     x.out_size = static_cast<int>(s.out_size[i]);
     x.in_step = in.s[i];
     x.out_step = out.s[i];
-    if (x.length * x.si > kMaxBox || (i == 0 && x.length > 63)) return false;
+    if (i == 0 && x.length > 63) return false;  // what the kernel packs into words
+    if (i == 2) {
+      // A row too long for one copy is made of several, if the box is but a row.
+      const int unit = 1024 / s.row_bytes, most = kMaxBox / x.si / unit * unit;
+      a.pieces = x.length * x.si <= kMaxBox ? 1 : static_cast<int>(CeilDiv(x.length, most));
+      if (a.pieces > 1) {
+        if (pixels > 1) return false;
+        x.length = static_cast<int>(RoundUp(CeilDiv(x.length, a.pieces), unit)) * a.pieces;
+      }
+      a.piece_length = x.length / a.pieces;
+    } else if (x.length * x.si > kMaxBox) {
+      return false;
+    }
+    if (x.length > 511) return false;
     pixels *= x.length;
     tiles *= x.q_tiles;
   }
@@ -287,6 +300,7 @@ bool Fill(const Problem& p, const Device& device, const Shape& s, const Candidat
 
   const int out_element = static_cast<int>(SizeOf(p.out_dtype));
   a.store_columns = c.store_bytes / out_element;
+  if (a.store_columns < 8) return false;
   if (s.jg % a.store_columns != 0 || c.shape.columns % a.store_columns != 0) return false;
   a.store_bytes = c.store_bytes;
   a.store_swizzle = c.store_bytes > 16 ? c.store_bytes - 16 : 0;
@@ -316,6 +330,7 @@ bool Fill(const Problem& p, const Device& device, const Shape& s, const Candidat
   }
   a.ring = static_cast<int>(
       std::min<int64_t>((kSharedMemory - a.smem_ring) / quad_bytes, DenseArgs::kMaxRing));
+  a.resident = false;
   const int64_t items = tiles * p.groups * (s.fused ? 1 : s.phases) * a.column_tiles;
   if (items > kIntMax) return false;
   a.items = static_cast<int>(items);
@@ -347,12 +362,13 @@ bool Fill(const Problem& p, const Device& device, const Shape& s, const Candidat
   const double resident_bytes = steps / kQuad * quad_bytes;
   a.resident = programs * static_cast<double>(p.groups) * a.column_tiles == 1 &&
                resident_bytes <= static_cast<double>(a.ring) * quad_bytes;
+  if (a.ring < 4 && !a.resident) return false;  // copies would not hide their latency
   const double stage_bytes = static_cast<double>(pixels) * s.row_bytes;
   const double copied = stages * stage_bytes + (a.resident ? 0 : resident_bytes);
   const double tensor = steps * groups_m * c.shape.columns / 2;
   const double smem_cycles =
       steps * groups_m * (16 + c.shape.columns / 4.0) + copied / 128;
-  const double stores = programs * groups_m * c.shape.columns * (a.rows ? 8 : 3) * 1.0;
+  const double stores = programs * groups_m * c.shape.columns * (a.rows ? 8 : 2 + 128.0 / c.store_bytes);
   const double l2_cycles = copied / (kL2Bandwidth / kClock / device.multiprocessors);
   const double busy = std::max(tensor, smem_cycles) * 1.1 + stages * 150 + stores + programs * 800;
   const double mean = std::max(busy, l2_cycles) / programs;
@@ -385,16 +401,82 @@ DenseMap MapOf(const Problem& p, const Strides& step, const Sizes& size, int row
   return m;
 }
 
-DensePlan MakePlan(const Problem& p, const Device& device, const DenseTile& forced) {
-  DensePlan best{};
-  best.refusal = Refuse(p, device);
-  if (!best.refusal.empty()) return best;
-  const Shape s = ShapeOf(p);
-  best.seconds = std::numeric_limits<double>::infinity();
+// Fills what the choice of the tile does not need.
+void Complete(const Problem& p, const Shape& s, DensePlan& plan) {
+  DenseArgs& a = plan.args;
+  DensePack& k = plan.pack;
+  ListPrograms(s, p, a, k);
+  const Strides in = s.forward ? p.XStrides() : p.YStrides();
+  const Strides out = s.forward ? p.YStrides() : p.XStrides();
+  a.in_n_step = in.n;
+  a.out_n_step = out.n;
+  a.in_c_step = in.c;
+  a.out_c_step = out.c;
+  a.cg = s.cg;
+  a.jg = s.jg;
+  a.chunks = s.chunks;
+  a.chunk_channels = s.chunk_channels;
+  a.full_steps = s.full_steps;
+  a.last_steps = s.last_steps;
+  a.fused = s.fused;
+  a.out_f32 = p.out_dtype == DType::kF32;
+  plan.smem = a.smem_ring + a.ring * kQuad * plan.columns * 32;
+  const int64_t taps = Product(p.k), co_step = p.cog() * taps;
+  k.w_g_step = p.cig() * co_step;
+  k.w_c_step = s.forward ? co_step : taps;
+  k.w_j_step = s.forward ? taps : co_step;
+  k.taps = static_cast<int>(taps);
+  k.groups = a.groups;
+  k.cg = s.cg;
+  k.jg = s.jg;
+  k.column_tiles = a.column_tiles;
+  k.tiles = plan.columns / 8;
+  k.chunks = s.chunks;
+  k.chunk_channels = s.chunk_channels;
+  k.full_steps = s.full_steps;
+  k.last_steps = s.last_steps;
+  k.total_steps = a.total_steps;
+  k.phases = s.phases;
+  k.fused = s.fused;
+  if (!a.rows) {
+    plan.in = MapOf(p, in, s.in_size, s.row_bytes, s.element);
+    for (int i = 0; i < kAxes; ++i) {
+      plan.in.box[3 - i] = static_cast<uint32_t>(a.axis[i].length * a.axis[i].si);
+      plan.in.step[3 - i] = static_cast<uint32_t>(a.axis[i].si);
+    }
+    plan.in.box[1] = static_cast<uint32_t>(a.piece_length * a.axis[2].si);
+    plan.in.box[4] = static_cast<uint32_t>(a.box_n);
+    plan.in.size[0] = static_cast<uint64_t>(s.forward ? p.ci : p.co);
+    for (int phase = 0; phase < s.phases; ++phase) {
+      const Sizes r = PhaseOf(s, phase);
+      if (!HasOutputs(s, r)) continue;
+      const int element = static_cast<int>(SizeOf(p.out_dtype));
+      Strides step = out;
+      Sizes size;
+      int64_t offset = 0;
+      for (int i = 0; i < kAxes; ++i) {
+        offset += r[i] * out.s[i] * element;
+        step.s[i] *= s.so[i];
+        size[i] = CeilDiv(s.out_size[i] - r[i], s.so[i]);
+      }
+      DenseMap m = MapOf(p, step, size, a.store_bytes, element);
+      m.offset = offset;
+      for (int i = 0; i < kAxes; ++i) m.box[3 - i] = static_cast<uint32_t>(a.axis[i].part);
+      m.box[4] = static_cast<uint32_t>(a.part_n);
+      m.size[0] = static_cast<uint64_t>(s.forward ? p.co : p.ci);
+      plan.out.push_back(m);
+    }
+  }
+}
+
+// Takes the fastest tile of a shape into `best`, if it beats what is there.
+void SearchTiles(const Problem& p, const Device& device, const Shape& s, const DenseTile& forced,
+                 DensePlan& best) {
   DensePlan plan{};
   // The lists do not depend on the tile, but for the shifts.
   best.refusal = ListPrograms(s, p, plan.args, plan.pack);
-  if (!best.refusal.empty()) return best;
+  if (!best.refusal.empty()) return;
+  bool better = false;
   const auto allowed = [](int want, int64_t have) { return want == 0 || want == have; };
   for (const TileShape& shape : kTileShapes) {
     if (!allowed(forced.mt, shape.mt) || !allowed(forced.columns, shape.columns)) continue;
@@ -418,82 +500,36 @@ DensePlan MakePlan(const Problem& p, const Device& device, const DenseTile& forc
           for (int store_bytes : {128, 64, 32, 16}) {
             const Candidate c{shape, buffers, store_bytes, split, axis == 3 ? 64 : 8, axis, part};
             if (!Fill(p, device, s, c, plan)) continue;
-            if (plan.seconds < best.seconds) best = plan;
+            if (plan.seconds < best.seconds) {
+              best = plan;
+              better = true;
+            }
             break;
           }
         }
       }
     }
   }
+  if (better) Complete(p, s, best);
+}
+
+DensePlan MakePlan(const Problem& p, const Device& device, const DenseTile& forced) {
+  DensePlan best{};
+  best.refusal = Refuse(p, device);
+  if (!best.refusal.empty()) return best;
+  best.seconds = std::numeric_limits<double>::infinity();
+  const int64_t bytes = (p.pass == Pass::kForward ? p.cig() : p.cog()) * SizeOf(p.in_dtype);
+  const int row_bytes = bytes > 64 ? 128 : bytes > 32 ? 64 : 32;
+  // Shorter rows make more but smaller stages.
+  for (int rows = row_bytes; rows >= std::max(32, row_bytes / 2); rows /= 2) {
+    SearchTiles(p, device, ShapeOf(p, rows), forced, best);
+    if (!best.refusal.empty()) return best;
+  }
   if (best.seconds == std::numeric_limits<double>::infinity()) {
     best.refusal = "finds no tile whose inputs fit into shared memory";
-    return best;
-  }
-  DenseArgs& a = best.args;
-  DensePack& k = best.pack;
-  ListPrograms(s, p, a, k);
-  const Strides in = s.forward ? p.XStrides() : p.YStrides();
-  const Strides out = s.forward ? p.YStrides() : p.XStrides();
-  a.in_n_step = in.n;
-  a.out_n_step = out.n;
-  a.in_c_step = in.c;
-  a.out_c_step = out.c;
-  a.cg = s.cg;
-  a.jg = s.jg;
-  a.chunks = s.chunks;
-  a.chunk_channels = s.chunk_channels;
-  a.full_steps = s.full_steps;
-  a.last_steps = s.last_steps;
-  a.fused = s.fused;
-  a.out_f32 = p.out_dtype == DType::kF32;
-  best.smem = a.smem_ring + a.ring * kQuad * best.columns * 32;
-  const int64_t taps = Product(p.k), co_step = p.cog() * taps;
-  k.w_g_step = p.cig() * co_step;
-  k.w_c_step = s.forward ? co_step : taps;
-  k.w_j_step = s.forward ? taps : co_step;
-  k.taps = static_cast<int>(taps);
-  k.groups = a.groups;
-  k.cg = s.cg;
-  k.jg = s.jg;
-  k.column_tiles = a.column_tiles;
-  k.tiles = best.columns / 8;
-  k.chunks = s.chunks;
-  k.full_steps = s.full_steps;
-  k.last_steps = s.last_steps;
-  k.total_steps = a.total_steps;
-  k.phases = s.phases;
-  k.fused = s.fused;
-  if (!a.rows) {
-    best.in = MapOf(p, in, s.in_size, s.row_bytes, s.element);
-    for (int i = 0; i < kAxes; ++i) {
-      best.in.box[3 - i] = static_cast<uint32_t>(a.axis[i].length * a.axis[i].si);
-      best.in.step[3 - i] = static_cast<uint32_t>(a.axis[i].si);
-    }
-    best.in.box[4] = static_cast<uint32_t>(a.box_n);
-    best.in.size[0] = static_cast<uint64_t>(s.forward ? p.ci : p.co);
-    for (int phase = 0; phase < s.phases; ++phase) {
-      const Sizes r = PhaseOf(s, phase);
-      if (!HasOutputs(s, r)) continue;
-      const int element = static_cast<int>(SizeOf(p.out_dtype));
-      Strides step = out;
-      Sizes size;
-      int64_t offset = 0;
-      for (int i = 0; i < kAxes; ++i) {
-        offset += r[i] * out.s[i] * element;
-        step.s[i] *= s.so[i];
-        size[i] = CeilDiv(s.out_size[i] - r[i], s.so[i]);
-      }
-      DenseMap m = MapOf(p, step, size, a.store_bytes, element);
-      m.offset = offset;
-      for (int i = 0; i < kAxes; ++i) m.box[3 - i] = static_cast<uint32_t>(a.axis[i].part);
-      m.box[4] = static_cast<uint32_t>(a.part_n);
-      m.size[0] = static_cast<uint64_t>(s.forward ? p.co : p.ci);
-      best.out.push_back(m);
-    }
   }
   return best;
 }
-
 // Plans cost more than a launch, and a layer asks for the same one at every call.
 const DensePlan& PlanOf(const Problem& p, const Device& d) {
   using Key = std::array<int64_t, 30>;

@@ -1,6 +1,6 @@
 // Device part of "dense"; docs/gpu_kernels.md tells the whole story.
 //
-// A block has two groups of four warps that multiply and four warps that fetch. A stage of the ring
+// A block has two groups of four warps that multiply and eight warps that fetch. A stage of the ring
 // of inputs is a box of pixels by up to 128 bytes of channels, swizzled as bulk tensor copies leave
 // it; wgmma reads it wherever a tap shifts it to. A step is 32 bytes of channels of one tap, a quad
 // of steps is one slot of the ring of weights.
@@ -14,10 +14,10 @@
 
 namespace jaxconv::cuda {
 
-inline constexpr int kDenseGroups = 2, kDenseThreads = 128 * (kDenseGroups + 1);
+inline constexpr int kDenseGroups = 2, kDenseThreads = 128 * (kDenseGroups + 2);
 inline constexpr int kDenseWarps = 4 * kDenseGroups;  // that multiply
-inline constexpr int kDenseLoaders = 96;              // threads that stage rows
-inline constexpr int kDenseRounders = 64;             // threads that round to TF32
+inline constexpr int kDenseLoaders = 224;             // threads that stage rows
+inline constexpr int kDenseRounders = 192;            // threads that round to TF32
 inline constexpr int kDenseQuad = 4;
 
 // Packed coordinates of a pixel in a box: n, d, h, w.
@@ -81,7 +81,7 @@ __global__ void __launch_bounds__(kPackThreads) PackDense(const __grid_constant_
   const int chunk = min(step / max(p.full_steps, 1), p.chunks - 1);
   const int steps = chunk == p.chunks - 1 ? p.last_steps : p.full_steps;
   const int k = step - chunk * p.full_steps;
-  const int c0 = chunk * (128 / static_cast<int>(sizeof(T))) + k * kC;
+  const int c0 = chunk * p.chunk_channels + k * kC;
   for (int i = threadIdx.x; i < kC * 8 * taps; i += kPackThreads) {
     const int t = i % taps, pair = i / taps, j = j0 + pair % 8, c = c0 + pair / 8;
     T v{};
@@ -182,9 +182,12 @@ __device__ inline void FetchBoxes(const DenseArgs& a, const CUtensorMap* map,
       for (int chunk = 0; chunk < a.chunks; ++chunk) {
         WaitForPhase(barriers.InEmpty(buffer.at), buffer.parity ^ 1);
         ArriveAndExpect(barriers.InFull(buffer.at), a.pixels * a.row_bytes);
-        CopyBox(in + buffer.at * a.stage_bytes, map,
-                item.group * a.cg + chunk * a.chunk_channels, source[2], source[1], source[0],
-                item.n, barriers.InFull(buffer.at));
+        for (int piece = 0; piece < a.pieces; ++piece) {
+          const int w = piece * a.piece_length;
+          CopyBox(in + buffer.at * a.stage_bytes + w * a.row_bytes, map,
+                  item.group * a.cg + chunk * a.chunk_channels, source[2] + w * a.axis[2].si,
+                  source[1], source[0], item.n, barriers.InFull(buffer.at));
+        }
         buffer.Next(a.buffers);
       }
     }
@@ -598,8 +601,8 @@ __global__ void __launch_bounds__(kDenseThreads, 1)
   }
   __syncthreads();
   const int warp = thread / 32;
-  if (warp < 4) {
-    GiveRegisters<104>();
+  if (warp < 8) {
+    GiveRegisters<72>();
     if (warp == 0) {
       if (lane == 0) FetchWeights(a, barriers, ring, NT * 256 * kDenseQuad);
     } else if (a.rows) {
@@ -610,8 +613,8 @@ __global__ void __launch_bounds__(kDenseThreads, 1)
       RoundBoxes(a, barriers, shared + a.smem_in, thread - 64);
     }
   } else {
-    TakeRegisters<200>();
-    const int group = warp / 4 - 1;
+    TakeRegisters<184>();
+    const int group = warp / 4 - 2;
     MultiplyDense<T, MT, NT>(a, maps, barriers, in, ring, pixels + group * kPixels,
                              reinterpret_cast<const int4*>(entries),
                              shared + a.smem_out + group * 2 * a.store_pitch, group, thread % 128);

@@ -52,6 +52,7 @@ struct DenseArgs {
   int64_t in_n_step, out_n_step, in_c_step, out_c_step;
   int n, box_n, part_n;
   int patch_w, patch_axis;  // see DensePatch
+  int pieces, piece_length;  // copies of a box, side by side along the last axis
   int groups, cg, jg, programs, column_tiles, items;
   int columns;                 // of a group: jg, times the phases where `fused`
   int row_bytes, swizzle;      // of a staged pixel; which address bits are swizzled
@@ -75,7 +76,7 @@ struct DensePack {
   char* weights;
   int64_t w_g_step, w_c_step, w_j_step;
   int taps, groups, cg, jg, column_tiles, tiles;  // tiles of eight columns in a column tile
-  int chunks, full_steps, last_steps, total_steps, phases;
+  int chunks, chunk_channels, full_steps, last_steps, total_steps, phases;
   bool fused;
   int steps[DenseArgs::kMaxSegments];
   int16_t segment_taps[DenseArgs::kMaxSegments];
