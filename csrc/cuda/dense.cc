@@ -15,8 +15,8 @@ namespace jaxconv::cuda {
 namespace {
 
 constexpr int64_t kIntMax = std::numeric_limits<int32_t>::max();
-constexpr int kSharedMemory = 227 * 1024;  // that a block may have
-constexpr int kQuad = 4;                   // steps
+constexpr int kSharedMemory = 227 * 1024;            // that a block may have
+constexpr int kQuad = 4;                             // steps
 constexpr int kMaxElementStride = 8, kMaxBox = 256;  // of a bulk tensor copy
 
 constexpr int64_t CeilDiv(int64_t a, int64_t b) { return (a + b - 1) / b; }
@@ -147,6 +147,7 @@ bool HasOutputs(const Shape& s, const Sizes& phase) {
 // Lists programs, segments and shifts; a sentence's end where they are too many.
 std::string ListPrograms(const Shape& s, const Problem& p, DenseArgs& a, DensePack& k) {
   int shifts = 0, entries = 0, segments = 0;
+  std::fill(std::begin(k.tap_segment), std::end(k.tap_segment), DensePack::kUnused);
   a.total_steps = 0;
   a.programs = 0;
   const int64_t programs = s.fused ? 1 : s.phases;
@@ -237,10 +238,11 @@ std::string ListPrograms(const Shape& s, const Problem& p, DenseArgs& a, DensePa
 struct TileShape {
   int mt, columns;
 };
-constexpr TileShape kTileShapes[] = {{2, 32}, {4, 32}, {2, 48}, {2, 64},
+constexpr TileShape kTileShapes[] = {{2, 32}, {4, 32}, {2, 48},  {2, 64},
                                      {4, 64}, {2, 96}, {1, 128}, {2, 128}};
 
-constexpr double kClock = 1.7e9, kBandwidth = 4.0e12, kL2Bandwidth = 4.5e12;
+constexpr double kClock = 1.75e9, kBandwidth = 4.0e12, kL2Bandwidth = 4.5e12;
+constexpr double kPackBandwidth = 0.8e12;  // at which the weights are packed
 
 struct Candidate {
   TileShape shape;
@@ -305,9 +307,8 @@ bool Fill(const Problem& p, const Device& device, const Shape& s, const Candidat
   a.store_bytes = c.store_bytes;
   a.store_swizzle = c.store_bytes > 16 ? c.store_bytes - 16 : 0;
   const int64_t part_rows = int64_t{c.shape.mt} * 64;
-  a.store_pitch = static_cast<int>(
-      RoundUp(a.rows ? a.store_columns * (part_rows * out_element + 16) : part_rows * c.store_bytes,
-              1024));
+  a.store_pitch = static_cast<int>(RoundUp(
+      a.rows ? a.store_columns * (part_rows * out_element + 16) : part_rows * c.store_bytes, 1024));
 
   const int quad_bytes = kQuad * c.shape.columns * 32;
   int64_t entries = 0, segments = 1;
@@ -340,38 +341,49 @@ bool Fill(const Problem& p, const Device& device, const Shape& s, const Candidat
   plan.columns = c.shape.columns;
   plan.grid = static_cast<int>(std::min<int64_t>(items, device.multiprocessors));
 
-  // The model: cycles of a program's tile, in the tensor cores, through shared memory, and of
-  // copies from the L2 cache.
+  // The model counts cycles of a tile: of the tensor cores, of shared memory, of stages that arrive
+  // late, of stores, and of copies from the L2 cache; against the bytes of device memory. Its
+  // factors are fitted to times on an H200.
   const int groups_m = 2 * c.shape.mt;
-  double steps = 0, stages = 0;
-  for (int64_t d = 0; d < static_cast<int64_t>(s.groups[0].size()); ++d) {
-    for (int64_t h = 0; h < static_cast<int64_t>(s.groups[1].size()); ++h) {
-      for (int64_t w = 0; w < static_cast<int64_t>(s.groups[2].size()); ++w) {
-        const auto taps = static_cast<int64_t>(
-            s.groups[0][d].taps.size() * s.groups[1][h].taps.size() * s.groups[2][w].taps.size());
+  double steps = 0, stages = 0;  // over all programs
+  for (const AxisGroup& d : s.groups[0]) {
+    for (const AxisGroup& h : s.groups[1]) {
+      for (const AxisGroup& w : s.groups[2]) {
+        const auto taps = static_cast<int64_t>(d.taps.size() * h.taps.size() * w.taps.size());
         steps += (s.chunks - 1) * PadToQuads(taps * s.full_steps) + PadToQuads(taps * s.last_steps);
         stages += s.chunks;
-        if (s.fused) break;
       }
-      if (s.fused) break;
     }
-    if (s.fused) break;
   }
-  // Over all programs.
   const double programs = s.fused ? 1 : s.phases;
-  const double resident_bytes = steps / kQuad * quad_bytes;
+  if (s.fused) {
+    steps /= s.phases;
+    stages /= s.phases;
+  }
+  const double weights = steps / kQuad * quad_bytes;
   a.resident = programs * static_cast<double>(p.groups) * a.column_tiles == 1 &&
-               resident_bytes <= static_cast<double>(a.ring) * quad_bytes;
+               weights <= static_cast<double>(a.ring) * quad_bytes;
   if (a.ring < 4 && !a.resident) return false;  // copies would not hide their latency
   const double stage_bytes = static_cast<double>(pixels) * s.row_bytes;
-  const double copied = stages * stage_bytes + (a.resident ? 0 : resident_bytes);
+  const double copied = stages * stage_bytes + (a.resident ? 0 : weights);
   const double tensor = steps * groups_m * c.shape.columns / 2;
-  const double smem_cycles =
-      steps * groups_m * (16 + c.shape.columns / 4.0) + copied / 128;
-  const double stores = programs * groups_m * c.shape.columns * (a.rows ? 8 : 2 + 128.0 / c.store_bytes);
-  const double l2_cycles = copied / (kL2Bandwidth / kClock / device.multiprocessors);
-  const double busy = std::max(tensor, smem_cycles) * 1.1 + stages * 150 + stores + programs * 800;
-  const double mean = std::max(busy, l2_cycles) / programs;
+  const double shared = steps * groups_m * (16 + c.shape.columns / 4.0) + copied / 128;
+  const double multiply = 1.1 * std::max(tensor, shared);
+  // Rows (channels first) are loaded and stored pixel by pixel: so many lines of 128 bytes a warp.
+  const auto lines = [](double run, double stride) {
+    return std::min(32.0, 32 / std::min(32.0, run) * stride + 1);
+  };
+  const double loads = stage_bytes / s.element / 32 * (4 + 4 * lines(a.axis[2].length, s.si[2]));
+  const double rounding = s.element == 4 ? stage_bytes / 16 / 192 * 12 : 0;
+  const double late = 2000 + (a.rows ? loads : stage_bytes / 20 + rounding);
+  const double each = stages > 0 ? multiply / stages : 0;  // of a stage
+  const double staged =
+      stages * std::max({each, (late + each) / c.buffers, a.rows ? loads : rounding});
+  const double results = groups_m * 64.0 * c.shape.columns;
+  const double stores = a.rows ? results / 32 * (4 + 7 * lines(a.axis[2].part, s.so[2]))
+                               : results / 10 + 700.0 * c.shape.columns / a.store_columns;
+  const double l2 = copied / (kL2Bandwidth / kClock / device.multiprocessors);
+  const double mean = std::max((staged + programs * (stores + 1500)), l2) / programs;
   const double turns = std::ceil(static_cast<double>(items) / plan.grid);
   const double compute = turns * mean / kClock;
   const double out_bytes = static_cast<double>(s.forward ? p.YElements() : p.XElements()) *
@@ -379,9 +391,10 @@ bool Fill(const Problem& p, const Device& device, const Shape& s, const Candidat
   const double in_bytes =
       static_cast<double>(s.forward ? p.XElements() : p.YElements()) * s.element;
   plan.weights_bytes = p.groups * int64_t{a.column_tiles} * a.total_steps * c.shape.columns * 32;
-  const double memory = (in_bytes + out_bytes + static_cast<double>(plan.weights_bytes)) / kBandwidth;
-  plan.seconds = 9e-6 + std::max(compute, memory) + 0.2 * std::min(compute, memory) +
-                 3 * static_cast<double>(plan.weights_bytes) / kBandwidth;
+  const auto packed = static_cast<double>(plan.weights_bytes);
+  const double memory = (in_bytes + out_bytes + packed) / kBandwidth;
+  plan.seconds =
+      8e-6 + packed / kPackBandwidth + std::max(compute, memory) + 0.2 * std::min(compute, memory);
   return true;
 }
 
@@ -570,8 +583,8 @@ cudaError_t EncodeMap(DType dtype, const DenseMap& m, const void* data, CUtensor
   static const Encode encode = [] {
     void* function = nullptr;
     cudaDriverEntryPointQueryResult found;
-    const cudaError_t status = cudaGetDriverEntryPointByVersion(
-        "cuTensorMapEncodeTiled", &function, 12000, cudaEnableDefault, &found);
+    const cudaError_t status = cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &function,
+                                                                12000, cudaEnableDefault, &found);
     const bool usable = status == cudaSuccess && found == cudaDriverEntryPointSuccess;
     return usable ? reinterpret_cast<Encode>(function) : nullptr;
   }();
@@ -584,10 +597,9 @@ cudaError_t EncodeMap(DType dtype, const DenseMap& m, const void* data, CUtensor
                                      : m.row_bytes == 32 ? CU_TENSOR_MAP_SWIZZLE_32B
                                                          : CU_TENSOR_MAP_SWIZZLE_NONE;
   void* first = const_cast<char*>(static_cast<const char*>(data) + m.offset);
-  const CUresult result = encode(&map, type, 5, first, m.size, m.stride, m.box, m.step,
-                                 CU_TENSOR_MAP_INTERLEAVE_NONE, swizzle,
-                                 CU_TENSOR_MAP_L2_PROMOTION_L2_128B,
-                                 CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+  const CUresult result =
+      encode(&map, type, 5, first, m.size, m.stride, m.box, m.step, CU_TENSOR_MAP_INTERLEAVE_NONE,
+             swizzle, CU_TENSOR_MAP_L2_PROMOTION_L2_128B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
   return result == CUDA_SUCCESS ? cudaSuccess : cudaErrorInvalidValue;
 }
 

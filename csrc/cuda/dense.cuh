@@ -1,9 +1,9 @@
 // Device part of "dense"; docs/gpu_kernels.md tells the whole story.
 //
-// A block has two groups of four warps that multiply and eight warps that fetch. A stage of the ring
-// of inputs is a box of pixels by up to 128 bytes of channels, swizzled as bulk tensor copies leave
-// it; wgmma reads it wherever a tap shifts it to. A step is 32 bytes of channels of one tap, a quad
-// of steps is one slot of the ring of weights.
+// A block has two groups of four warps that multiply and eight warps that fetch. A stage of the
+// ring of inputs is a box of pixels by up to 128 bytes of channels, swizzled as bulk tensor copies
+// leave it; wgmma reads it wherever a tap shifts it to. A step is 32 bytes of channels of one tap,
+// a quad of steps is one slot of the ring of weights.
 #ifndef JAXCONV_CUDA_DENSE_CUH_
 #define JAXCONV_CUDA_DENSE_CUH_
 
@@ -62,7 +62,9 @@ struct DenseItem {
 };
 
 __device__ inline uint32_t RoundToTF32(uint32_t bits) {
+#if __CUDA_ARCH__ >= 900
   asm("cvt.rn.tf32.f32 %0, %1;" : "=r"(bits) : "f"(__uint_as_float(bits)));
+#endif
   return bits;
 }
 
@@ -82,20 +84,21 @@ __global__ void __launch_bounds__(kPackThreads) PackDense(const __grid_constant_
   const int steps = chunk == p.chunks - 1 ? p.last_steps : p.full_steps;
   const int k = step - chunk * p.full_steps;
   const int c0 = chunk * p.chunk_channels + k * kC;
+  const T* w = static_cast<const T*>(p.w) + group * p.w_g_step + tap0;
+#pragma unroll 8
   for (int i = threadIdx.x; i < kC * 8 * taps; i += kPackThreads) {
     const int t = i % taps, pair = i / taps, j = j0 + pair % 8, c = c0 + pair / 8;
     T v{};
-    if (j < p.jg && c < p.cg) {
-      v = static_cast<const T*>(
-          p.w)[group * p.w_g_step + c * p.w_c_step + j * p.w_j_step + tap0 + t];
-    }
+    if (j < p.jg && c < p.cg) v = __ldg(w + c * p.w_c_step + j * p.w_j_step + t);
     tile[pair / 8 * 8 + pair % 8][t] = v;
   }
   __syncthreads();
   const int column_tile = tile_j / p.tiles, column = tile_j % p.tiles;
   const int half = threadIdx.x / 32 % 2, lane = threadIdx.x % 32, n = lane / 4;
   for (int t = threadIdx.x / 64; t < taps; t += kPackThreads / 64) {
-    const int tap = tap0 + t, segment = p.tap_segment[tap], of_segment = p.segment_taps[segment];
+    const int tap = tap0 + t, segment = p.tap_segment[tap];
+    if (segment == DensePack::kUnused) continue;
+    const int of_segment = p.segment_taps[segment];
     // Columns beyond the last one hold what is at hand: nothing is stored of them.
     if (p.fused && p.tap_phase[tap] != phase % p.phases) continue;
     uint32_t word;
@@ -207,8 +210,8 @@ __device__ inline void RoundBoxes(const DenseArgs& a, const DenseBarriers& barri
 #pragma unroll 8
       for (int b = thread; b < blocks; b += kDenseRounders) {
         const uint4 v = stage[b];
-        stage[b] = make_uint4(RoundToTF32(v.x), RoundToTF32(v.y), RoundToTF32(v.z),
-                              RoundToTF32(v.w));
+        stage[b] =
+            make_uint4(RoundToTF32(v.x), RoundToTF32(v.y), RoundToTF32(v.z), RoundToTF32(v.w));
       }
       ProxyFence();
       Arrive(barriers.InRounded(buffer.at));
@@ -281,9 +284,9 @@ __device__ inline void FetchRows(const DenseArgs& a, const DenseBarriers& barrie
   }
 }
 
-// The 64 pixels that a group of warps multiplies at once lie in groups of eight neighbours along the
-// last axis: all of them along that axis, or each beyond the other along `patch_axis` (0 is n). A
-// group of warps has MT of these patches, which make up its part of the tile.
+// The 64 pixels that a group of warps multiplies at once lie in groups of eight neighbours along
+// the last axis: all of them along that axis, or each beyond the other along `patch_axis` (0 is n).
+// A group of warps has MT of these patches, which make up its part of the tile.
 struct DensePatch {
   int at[kAxes + 1];  // of the first pixel in the part: n, d, h, w
   __device__ DensePatch(const DenseArgs& a, int index) {
@@ -433,8 +436,8 @@ __device__ inline void MultiplyDense(const DenseArgs& a, const DenseMaps& maps,
     const int results = stored.Place(patch) + lane / 4;
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
-      place[mt][h] = (results + (warp * 2 + h) * stride * stored.of[eights]) *
-                     (a.rows ? 1 : a.store_bytes);
+      place[mt][h] =
+          (results + (warp * 2 + h) * stride * stored.of[eights]) * (a.rows ? 1 : a.store_bytes);
     }
     patch.at[0] += PartStart(a.part_n, a.box_n, group);
 #pragma unroll
@@ -593,8 +596,10 @@ __global__ void __launch_bounds__(kDenseThreads, 1)
       const int padded = (all + kDenseQuad - 1) / kDenseQuad * kDenseQuad;
       for (int i = thread; i < padded; i += kDenseThreads) {
         const int tap = i / steps;
-        to[i] = i < all ? (a.shift[segment.first_shift + tap] * a.row_bytes + (i - tap * steps) * 32) / 16
-                        : 0;
+        to[i] =
+            i < all
+                ? (a.shift[segment.first_shift + tap] * a.row_bytes + (i - tap * steps) * 32) / 16
+                : 0;
       }
       to += padded;
     }

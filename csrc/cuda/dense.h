@@ -51,7 +51,7 @@ struct DenseArgs {
   DenseAxis axis[kAxes];
   int64_t in_n_step, out_n_step, in_c_step, out_c_step;
   int n, box_n, part_n;
-  int patch_w, patch_axis;  // see DensePatch
+  int patch_w, patch_axis;   // see DensePatch
   int pieces, piece_length;  // copies of a box, side by side along the last axis
   int groups, cg, jg, programs, column_tiles, items;
   int columns;                 // of a group: jg, times the phases where `fused`
@@ -72,6 +72,7 @@ struct DenseArgs {
 
 // What the kernel that packs the weights needs to know beyond that.
 struct DensePack {
+  static constexpr uint8_t kUnused = 255;
   const void* w;
   char* weights;
   int64_t w_g_step, w_c_step, w_j_step;
@@ -80,7 +81,7 @@ struct DensePack {
   bool fused;
   int steps[DenseArgs::kMaxSegments];
   int16_t segment_taps[DenseArgs::kMaxSegments];
-  uint8_t tap_segment[DenseArgs::kMaxTaps];
+  uint8_t tap_segment[DenseArgs::kMaxTaps];  // or kUnused: of a phase without outputs
   uint8_t tap_phase[DenseArgs::kMaxTaps];
   uint16_t tap_position[DenseArgs::kMaxTaps];  // within its segment
 };

@@ -3,6 +3,6 @@
 namespace jaxconv::cuda {
 
 template cudaError_t EnqueueDense<__half>(const DensePlan&, const DensePack&, const DenseArgs&,
-                                      const DenseMaps&, cudaStream_t);
+                                          const DenseMaps&, cudaStream_t);
 
 }  // namespace jaxconv::cuda

@@ -13,12 +13,12 @@ namespace jaxconv::cuda {
 
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
 
-// d += a * b over a step of 32 bytes of channels, both in shared memory: `a` 64 pixels, `b` NT tiles
-// of eight columns.
+// d += a * b over a step of 32 bytes of channels, both in shared memory: `a` 64 pixels, `b` NT
+// tiles of eight columns.
 template <class T, int NT>
 struct DenseMma;
 
-#define JAXCONV_ACC8(d, i)                                                                  \
+#define JAXCONV_ACC8(d, i)                                                                    \
   "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3]), "+f"(d[i + 4]), "+f"(d[i + 5]), \
       "+f"(d[i + 6]), "+f"(d[i + 7])
 #define JAXCONV_ACC16(d, i) JAXCONV_ACC8(d, i), JAXCONV_ACC8(d, i + 8)
@@ -26,38 +26,37 @@ struct DenseMma;
 #define JAXCONV_OPERANDS_4 \
   "{%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15}, %16, %17, 1, 1, 1"
 #define JAXCONV_SUMS_4(d) JAXCONV_ACC16(d, 0)
-#define JAXCONV_OPERANDS_6 \
+#define JAXCONV_OPERANDS_6                                                                     \
   "{%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15,%16,%17,%18,%19,%20,%21,%22,%23}, %" \
   "24, %25, 1, 1, 1"
 #define JAXCONV_SUMS_6(d) JAXCONV_ACC16(d, 0), JAXCONV_ACC8(d, 16)
-#define JAXCONV_OPERANDS_8 \
+#define JAXCONV_OPERANDS_8                                                                     \
   "{%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15,%16,%17,%18,%19,%20,%21,%22,%23,%24" \
   ",%25,%26,%27,%28,%29,%30,%31}, %32, %33, 1, 1, 1"
 #define JAXCONV_SUMS_8(d) JAXCONV_ACC32(d, 0)
-#define JAXCONV_OPERANDS_12 \
+#define JAXCONV_OPERANDS_12                                                                    \
   "{%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15,%16,%17,%18,%19,%20,%21,%22,%23,%24" \
   ",%25,%26,%27,%28,%29,%30,%31,%32,%33,%34,%35,%36,%37,%38,%39,%40,%41,%42,%43,%44,%45,%46,%" \
   "47}, %48, %49, 1, 1, 1"
 #define JAXCONV_SUMS_12(d) JAXCONV_ACC32(d, 0), JAXCONV_ACC16(d, 32)
-#define JAXCONV_OPERANDS_16 \
+#define JAXCONV_OPERANDS_16                                                                    \
   "{%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15,%16,%17,%18,%19,%20,%21,%22,%23,%24" \
   ",%25,%26,%27,%28,%29,%30,%31,%32,%33,%34,%35,%36,%37,%38,%39,%40,%41,%42,%43,%44,%45,%46,%" \
   "47,%48,%49,%50,%51,%52,%53,%54,%55,%56,%57,%58,%59,%60,%61,%62,%63}, %64, %65, 1, 1, 1"
 #define JAXCONV_SUMS_16(d) JAXCONV_ACC32(d, 0), JAXCONV_ACC32(d, 32)
 
-#define JAXCONV_DENSE_MMA(T, nt, shape, types, transpose)                                      \
-  template <>                                                                                  \
-  struct DenseMma<T, nt> {                                                                     \
-    static __device__ void Run(float (&d)[4 * nt], uint64_t a, uint64_t b) {                   \
-      asm volatile("wgmma.mma_async.sync.aligned." shape types JAXCONV_OPERANDS_##nt transpose \
-                   ";"                                                                         \
-                   : JAXCONV_SUMS_##nt(d)                                                      \
-                   : "l"(a), "l"(b));                                                          \
-    }                                                                                          \
+#define JAXCONV_DENSE_MMA(T, nt, shape, types, transpose)                                          \
+  template <>                                                                                      \
+  struct DenseMma<T, nt> {                                                                         \
+    static __device__ void Run(float (&d)[4 * nt], uint64_t a, uint64_t b) {                       \
+      asm volatile("wgmma.mma_async.sync.aligned." shape types JAXCONV_OPERANDS_##nt transpose ";" \
+                   : JAXCONV_SUMS_##nt(d)                                                          \
+                   : "l"(a), "l"(b));                                                              \
+    }                                                                                              \
   };
-#define JAXCONV_DENSE_MMAS(nt, n)                                                      \
-  JAXCONV_DENSE_MMA(float, nt, "m64n" #n "k8", ".f32.tf32.tf32 ", "")                  \
-  JAXCONV_DENSE_MMA(__nv_bfloat16, nt, "m64n" #n "k16", ".f32.bf16.bf16 ", ", 0, 0")      \
+#define JAXCONV_DENSE_MMAS(nt, n)                                                    \
+  JAXCONV_DENSE_MMA(float, nt, "m64n" #n "k8", ".f32.tf32.tf32 ", "")                \
+  JAXCONV_DENSE_MMA(__nv_bfloat16, nt, "m64n" #n "k16", ".f32.bf16.bf16 ", ", 0, 0") \
   JAXCONV_DENSE_MMA(__half, nt, "m64n" #n "k16", ".f32.f16.f16 ", ", 0, 0")
 JAXCONV_DENSE_MMAS(4, 32)
 JAXCONV_DENSE_MMAS(6, 48)
@@ -119,8 +118,8 @@ __device__ inline void WaitForPhase(uint32_t barrier, int parity) {
 // Bulk copies into shared memory: of one run of bytes, and of a box of a tensor (zeros outside it).
 __device__ inline void CopyBulk(uint32_t to, const void* from, int bytes, uint32_t barrier) {
   asm volatile(
-      "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(
-          to),
+      "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::
+          "r"(to),
       "l"(from), "r"(bytes), "r"(barrier)
       : "memory");
 }
@@ -147,9 +146,7 @@ template <int kPending>
 __device__ inline void WaitForReads() {
   asm volatile("cp.async.bulk.wait_group.read %0;" ::"n"(kPending) : "memory");
 }
-__device__ inline void WaitForStores() {
-  asm volatile("cp.async.bulk.wait_group 0;" ::: "memory");
-}
+__device__ inline void WaitForStores() { asm volatile("cp.async.bulk.wait_group 0;" ::: "memory"); }
 
 // Among the 128 threads of a group of warps.
 __device__ inline void SyncGroup(int group) {
