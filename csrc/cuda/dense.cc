@@ -56,6 +56,9 @@ std::string Refuse(const Problem& p, const Device& device) {
     return "indexes an image of x or y in 32 bits";
   }
   if (p.n > kIntMax) return "counts the batch in 32 bits";
+  if (p.groups * CeilDiv(Product(p.k), 32) > 65535 || CeilDiv(bytes, 32) > 65535) {
+    return "takes fewer groups, taps and channels";
+  }
   return "";
 }
 
@@ -333,7 +336,7 @@ bool Fill(const Problem& p, const Device& device, const Shape& s, const Candidat
       std::min<int64_t>((kSharedMemory - a.smem_ring) / quad_bytes, DenseArgs::kMaxRing));
   a.resident = false;
   const int64_t items = tiles * p.groups * (s.fused ? 1 : s.phases) * a.column_tiles;
-  if (items > kIntMax) return false;
+  if (items > kIntMax / 2) return false;  // a block's next item is counted in 32 bits, too
   a.items = static_cast<int>(items);
   a.groups = static_cast<int>(p.groups);
   a.n = static_cast<int>(p.n);
@@ -508,7 +511,7 @@ void SearchTiles(const Problem& p, const Device& device, const Shape& s, const D
             !allowed(forced.box[2], box[3])) {
           continue;
         }
-        for (int buffers : {2, 3}) {
+        for (int buffers = 2; buffers <= DenseArgs::kMaxBuffers; ++buffers) {
           if (!allowed(forced.buffers, buffers)) continue;
           for (int store_bytes : {128, 64, 32, 16}) {
             const Candidate c{shape, buffers, store_bytes, split, axis == 3 ? 64 : 8, axis, part};

@@ -353,11 +353,6 @@ __device__ inline void StoreDense(const DenseArgs& a, const DenseMaps& maps, con
     columns -= 8;
     const int at = j * 8 & (a.store_columns - 1);  // in the stage
     char* to = stage + buffer * a.store_pitch;
-    if (!kRows && at == 0) {
-      // The copy units read this stage two turns ago.
-      if (thread == 0) WaitForReads<1>();
-      SyncGroup(group);
-    }
     float bias[2] = {0, 0};
     if (a.bias != nullptr) {
 #pragma unroll
@@ -396,6 +391,8 @@ __device__ inline void StoreDense(const DenseArgs& a, const DenseMaps& maps, con
         }
       }
     } else {
+      // Past the barrier all know that the copy units have read the other stage.
+      if (thread == 0) WaitForReads();
       ProxyFence();
       SyncGroup(group);
       if (thread == 0) {
