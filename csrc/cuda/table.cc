@@ -1,6 +1,7 @@
 #include "cuda/table.h"
 
 #include "cuda/correlate.h"
+#include "cuda/dense.h"
 #include "cuda/depthwise.h"
 #include "cuda/direct.h"
 #include "cuda/rows.h"
@@ -14,6 +15,7 @@ const std::vector<Row>& Table() {
     AddDirect(rows);
     AddDepthwise(rows);
     AddWeightGrad(rows);
+    AddDense(rows);
     AddCorrelate(rows);
     AddRows(rows);
     return rows;
