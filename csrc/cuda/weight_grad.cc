@@ -105,8 +105,9 @@ bool Complete(const Problem& p, const Device& device, const WeightGradVariant& v
   a.co_rows = c.co_octets * 8;
   if (WeightGradRowList(half, last, v.stride)) a.co_rows = std::min(a.co_rows, a.cog);
   a.rows = a.k[0] * a.k[1] * a.segments * a.co_rows;
-  const int slots = CeilDiv(CeilDiv(a.rows, 16), pairs_of_warp);
-  a.pair_blocks = CeilDiv(slots, c.pair_slots);
+  const int pairs = CeilDiv(a.rows, 16);
+  a.pair_blocks = CeilDiv(CeilDiv(pairs, pairs_of_warp), c.pair_slots);
+  a.slot_pairs = CeilDiv(pairs, int64_t{a.pair_blocks} * c.pair_slots);
 
   a.runs = c.runs;
   a.pixels = c.runs * run;
@@ -121,10 +122,11 @@ bool Complete(const Problem& p, const Device& device, const WeightGradVariant& v
   a.by_depth = DivisorOf(a.depth);
 
   // The taps along depth of a block of pairs, at most.
-  const int tap_rows = a.co_rows * a.segments, per_block = 16 * pairs_of_warp * c.pair_slots;
+  const int tap_rows = a.co_rows * a.segments, per_block = 16 * a.slot_pairs * c.pair_slots;
   int depth_taps = 1;
   for (int b = 0; b < a.pair_blocks; ++b) {
     const int first = b * per_block / tap_rows / a.k[1];
+    if (b * per_block >= a.rows) break;
     const int final = (std::min((b + 1) * per_block, a.rows) - 1) / tap_rows / a.k[1];
     depth_taps = std::max(depth_taps, final - first + 1);
   }
@@ -214,6 +216,18 @@ bool Complete(const Problem& p, const Device& device, const WeightGradVariant& v
   return true;
 }
 
+int64_t Blocks(const WeightGradArgs& a) {
+  return int64_t{a.parts} * a.group_blocks * a.ci_blocks * a.co_blocks * a.pair_blocks;
+}
+
+// Bytes of the parts, where there are several, and behind them of `kept`.
+int64_t PartsBytes(const WeightGradArgs& a) { return a.parts > 1 ? 4 * a.parts * a.w_elements : 0; }
+int64_t KeptOffset(const WeightGradArgs& a) { return (PartsBytes(a) + 127) / 128 * 128; }
+int64_t Workspace(const WeightGradVariant& v, const WeightGradArgs& a) {
+  if (a.flush == 0) return PartsBytes(a);
+  return KeptOffset(a) + Blocks(a) * kWeightGradWarps * WeightGradSums(v) * 128;
+}
+
 // Chooses the number of parts and says how long it should take. Clock cycles of a step: what tensor
 // cores, shared memory and instruction issue of a multiprocessor want, and the latency of a warp's
 // own instructions. Bytes: what blocks stage,
@@ -223,7 +237,7 @@ double Cost(const Problem& p, const Device& device, const WeightGradVariant& v, 
   const double bandwidth = device.multiprocessors * 30e9;  // device memory, of the H200's class
   const int size = static_cast<int>(SizeOf(p.in_dtype));
   const bool half = size == 2, last = p.channels_last;
-  const int run = WeightGradRun(half, v.stride), most = WeightGradPairs(v.taps, v.octets);
+  const int run = WeightGradRun(half, v.stride);
   const int window = v.stride == 0 ? run : (run - 1) * v.stride + v.taps;
   const double words = half ? (window + 1) / 2 + 1 : window, x_words = half ? run / 2 : run;
 
@@ -233,9 +247,17 @@ double Cost(const Problem& p, const Device& device, const WeightGradVariant& v, 
   const int64_t parts = std::min({std::max<int64_t>(resident / columns, 1), limit, a.steps});
   a.parts = static_cast<int>(std::max<int64_t>(parts, 1));
 
-  const int block_pairs =
-      std::min(CeilDiv(CeilDiv(a.rows, 16), a.pair_blocks), a.pair_slots * most);
-  const double pairs = block_pairs, slots = CeilDiv(block_pairs, most);
+  // Long sums are added up in the workspace, where it has room.
+  const int step_products =
+      CeilDiv(int64_t{a.images} * a.depth * a.runs, 4 * a.pixel_slots) * (half ? run / 4 : run / 2);
+  a.flush = std::max(1, kWeightGradFlush / step_products);
+  if (CeilDiv(a.steps, a.parts) <= a.flush ||
+      Workspace(v, a) > p.YElements() * size / 10) {
+    a.flush = 0;
+  }
+
+  const int block_pairs = std::min(CeilDiv(a.rows, 16), a.pair_slots * a.slot_pairs);
+  const double pairs = block_pairs, slots = CeilDiv(block_pairs, a.slot_pairs);
   const double warps = a.groups_per_block * a.ci_slots;
   const int chunks = CeilDiv(int64_t{a.images} * a.depth * a.runs, 4);
   const double loads = 2 * pairs * words * (v.stride == 0 ? 2 : 1) + slots * v.octets * x_words;
@@ -259,7 +281,7 @@ double Cost(const Problem& p, const Device& device, const WeightGradVariant& v, 
   // Warps' own latencies, of which only a few run side by side.
   const double bytes =
       (x_rows * a.x_channels * a.pixels + y_rows * a.y_channels * a.y_pixels) * size;
-  const double warp_pairs = std::min(block_pairs, most);
+  const double warp_pairs = a.slot_pairs;
   const double warp_chunk = chunk / slots * (1 + warp_pairs * slots / pairs) / 2;  // the busiest's
   const double multiply = (warp_chunk * CeilDiv(chunks, a.pixel_slots) + 150) * 4.5 + 250;
   const double copy = (copies / kWeightGradCopyWarps + 250) * 4 + 250;
@@ -352,7 +374,9 @@ WeightGradPlan Search(const Problem& p, const Device& device) {
                 best.args = args;
                 best.seconds = seconds;
               });
-  if (best.args.parts > 1) best.workspace = 4 * best.args.parts * p.WElements();
+  best.workspace = Workspace(best.variant, best.args);
+  best.kept_offset = KeptOffset(best.args);
+  best.blocks = Blocks(best.args);
   return best;
 }
 

@@ -343,7 +343,7 @@ __global__ void __launch_bounds__(kThreads, 1)
   const int64_t step_begin = part * a.steps / a.parts, step_end = (part + 1) * a.steps / a.parts;
 
   const int tap_rows = a.co_rows * a.segments;  // rows of a tap of the two outer axes
-  const int first_depth_tap = pair_block * a.pair_slots * kPairs * 16 / tap_rows / a.k[1];
+  const int first_depth_tap = pair_block * a.pair_slots * a.slot_pairs * 16 / tap_rows / a.k[1];
 
   const uint32_t shared_address = SharedAddress(shared);
   for (int i = threadIdx.x * 16; i < a.shared; i += kThreads * 16) {
@@ -446,8 +446,8 @@ __global__ void __launch_bounds__(kThreads, 1)
   role /= a.pair_slots;
   const int ci_slot = role % a.ci_slots, group_slot = role / a.ci_slots;
 
-  const int first_pair = (pair_block * a.pair_slots + pair_slot) * kPairs;
-  const int pairs = min(max((a.rows + 15) / 16 - first_pair, 0), kPairs);
+  const int first_pair = (pair_block * a.pair_slots + pair_slot) * a.slot_pairs;
+  const int pairs = min(max((a.rows + 15) / 16 - first_pair, 0), a.slot_pairs);
   const int first_row = first_pair * 16;
 
   // Lane l keeps the offsets of the warp's half l, or (kList) of its rows l, l + 32, ...: the place
@@ -676,18 +676,38 @@ __global__ void __launch_bounds__(kThreads, 1)
     }
   };
 
+  constexpr int kSums = WeightGradSums({kStride, kTaps, kOctets});
+  float* all = &sums[0][0][0][0];
+  const auto kept = [&] {
+    return a.kept + (blockIdx.x * int64_t{kWeightGradWarps} + warp) * (kSums * 32) + lane;
+  };
+
   Step now(a, step_begin);
+  const int count = static_cast<int>(step_end - step_begin);
   int stage = 0;
-  for (int64_t step = step_begin; step < step_end; ++step) {
+  for (int i = 1, flush = a.flush; i <= count; ++i) {
     __syncthreads();  // the step's copies are there
     compute(now, stage);
     now.Advance(a);
     stage = stage == a.ahead ? 0 : stage + 1;
+    if (i == flush) {
+      float* const to = kept();
+      const bool first = flush == a.flush;
+#pragma unroll
+      for (int s = 0; s < kSums; ++s) {
+        to[s * 32] = first ? all[s] : to[s * 32] + all[s];
+        all[s] = 0;
+      }
+      flush += a.flush;
+    }
+  }
+  if (a.flush != 0 && count >= a.flush) {
+    const float* const from = kept();
+#pragma unroll
+    for (int s = 0; s < kSums; ++s) all[s] += from[s * 32];
   }
 
   // Warps that shared the pixels add up in their order.
-  constexpr int kSums = kPairs * kTaps * kOctets * 4;
-  float* all = &sums[0][0][0][0];
   SyncMultipliers();
   for (int from = 1; from < a.pixel_slots; ++from) {
     float* place = reinterpret_cast<float*>(shared) + warp / a.pixel_slots * kSums * 32 + lane;

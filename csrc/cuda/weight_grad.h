@@ -4,8 +4,9 @@
 //
 // The pixels are walked in steps of a few rows; blocks share the steps evenly (parts) and the
 // columns (input channels) x (output channels, taps) of dw. Each block keeps its columns in
-// registers over all its steps and writes them once: to dw if there is one part, else to the
-// workspace, where a second kernel adds the parts in a fixed order.
+// registers over its steps (of many steps, now and then in the workspace) and writes them once: to
+// dw if there is one part, else to the workspace, where a second kernel adds the parts in a fixed
+// order.
 #ifndef JAXCONV_CUDA_WEIGHT_GRAD_H_
 #define JAXCONV_CUDA_WEIGHT_GRAD_H_
 
@@ -43,6 +44,11 @@ constexpr int WeightGradPairs(int taps, int octets) {
   return fit < 1 ? 1 : fit > 8 ? 8 : fit;
 }
 
+// A thread's sums.
+constexpr int WeightGradSums(const WeightGradVariant& v) {
+  return WeightGradPairs(v.taps, v.octets) * v.taps * v.octets * 4;
+}
+
 // The compiled (stride, taps), each with 1 and 2 octets.
 #define JAXCONV_WEIGHT_GRAD_WINDOWS(X) \
   X(0, 1) X(1, 3) X(1, 5) X(1, 7) X(2, 2) X(2, 3) X(2, 4) X(2, 5) X(2, 7)
@@ -67,12 +73,15 @@ struct WeightGradArgs {
   int groups_per_block;  // > 1 only if a block holds all channels of its groups
   int co_octets;         // output channels of a block (of each of its groups), in eights
   int ci_slots, pair_slots, pixel_slots;  // warps: groups_per_block x ci x pairs x pixels
+  int slot_pairs;                         // pairs of rows of a warp, at most WeightGradPairs
   int segments;                           // windows of taps along the innermost axis
   int co_rows, rows;  // rows of the product at a window of taps; over all pair blocks
   // The walk: a step is `images` x `depth` rows of `pixels` inputs.
   int images, depth, runs, pixels, parts;
   int image_blocks, depth_blocks, column_blocks;
   int64_t steps;
+  int flush;    // after as many steps a warp's sums are added up in `kept`; 0: never
+  float* kept;  // [block][warp][sum][lane]
   SmallDivisor by_runs, by_depth, by_y_depth, by_planes;  // planes: images x y_depth
   // The staging: y rows go round in a ring, x has one buffer a stage.
   int ahead;                      // steps in flight
@@ -92,7 +101,8 @@ struct WeightGradPlan {
   std::string refusal;
   WeightGradVariant variant;
   WeightGradArgs args;
-  int64_t workspace;
+  int64_t blocks;
+  int64_t workspace, kept_offset;  // bytes; where `kept` begins
   double seconds;
 };
 
@@ -100,6 +110,10 @@ struct WeightGradPlan {
 WeightGradPlan PlanWeightGrad(const Problem&, const Device&);
 inline constexpr int kWeightGradWarps = 8;      // that multiply
 inline constexpr int kWeightGradCopyWarps = 4;  // that copy
+
+// The tensor cores cut off what they add to a sum, so one is kept over no more than about this many
+// products before it is added, rounded, to the sum so far.
+inline constexpr int kWeightGradFlush = 1024;
 
 // Launches the variant for one input type (defined in the instantiation files).
 template <class In, bool kLast>
