@@ -118,6 +118,7 @@ bool Complete(const Problem& p, const Device& device, const WeightGradVariant& v
   a.depth_blocks = CeilDiv(a.isize[0], c.depth);
   a.column_blocks = CeilDiv(a.isize[2], a.pixels);
   a.steps = int64_t{a.image_blocks} * a.depth_blocks * a.column_blocks * a.isize[1];
+  if (a.steps > std::numeric_limits<int>::max()) return false;
   a.by_runs = DivisorOf(a.runs);
   a.by_depth = DivisorOf(a.depth);
 
@@ -180,6 +181,27 @@ bool Complete(const Problem& p, const Device& device, const WeightGradVariant& v
     // A thread copies one unit of every position that it looks after, even in narrow copies.
     if (std::max(a.x_channels, a.y_channels) * size > 4 * 32 * kWeightGradCopyWarps) return false;
     if (a.y_pixels >= 1 << 15) return false;
+  } else if (WeightGradUnits(last, v.stride)) {
+    // A thread reads 32 bytes apart from the next of the same row (16 bytes, of x with a stride).
+    // Vectors of 16 bytes then want rows an odd number of units apart (four more than a multiple of
+    // eight). Float32 rows whose offsets differ are read by words, from rows an even number apart
+    // of which four are a unit further on.
+    const int unit = 16 / size;
+    const auto whole = [&](int64_t stride) { return stride % unit == 0; };
+    const auto all_whole = [&](const Strides& s) {
+      return whole(s.n) && whole(s.c) && whole(s.s[0]) && whole(s.s[1]);
+    };
+    a.x_units = (a.pixels + 2 * unit - 2) / unit;
+    a.y_units = (a.y_pixels + 2 * unit - 2) / unit;
+    a.y_spread = !half && a.ys.c % 2 != 0;
+    a.x_aligned = all_whole(a.xs);
+    a.y_aligned = all_whole(a.ys) && whole(a.pad[2]) && a.segments == 1;
+    a.x_pixel = a.y_pixel = size;
+    a.x_channel = 16 * (run * size == 16 ? a.x_units + Padding(a.x_units, 4, 8) : a.x_units | 1);
+    a.y_channel = 16 * (a.y_spread ? (a.y_units + 2) / 2 * 2 : a.y_units | 1);
+    if (a.y_units > 32 * 16) return false;
+    x_row = int64_t{x_rows} * a.x_channel;
+    y_row = int64_t{y_rows} * a.y_channel + 16;  // vectors of a window may end in the next unit
   } else {
     // Rows of an odd number of words.
     const int x_words = half ? a.pixels / 2 + 1 : a.pixels;
@@ -214,6 +236,12 @@ bool Complete(const Problem& p, const Device& device, const WeightGradVariant& v
   a.x_base = static_cast<int>(x_base);
   a.shared = static_cast<int>(shared);
   return true;
+}
+
+int Ceil2(int n) {  // to a power of two
+  int power = 1;
+  while (power < n) power *= 2;
+  return power;
 }
 
 int64_t Blocks(const WeightGradArgs& a) {
@@ -263,7 +291,10 @@ double Cost(const Problem& p, const Device& device, const WeightGradVariant& v, 
   const double loads = 2 * pairs * words * (v.stride == 0 ? 2 : 1) + slots * v.octets * x_words;
   const double products = pairs * v.taps * v.octets * x_words / 2;
   // A chunk of all warps that share it: loads, their conversion, and what surrounds them.
-  const double per_load = half ? (last ? 0.6 : 2.5) : (last ? 3 : 2);
+  const bool units = WeightGradUnits(last, v.stride);
+  const double per_load = units  ? (a.y_aligned ? 0.4 : a.y_spread ? 1 : 2.4) + (half ? 0.4 : 1)
+                          : half ? (last ? 0.6 : 2.5)
+                                 : (last ? 3 : 2);
   const double chunk = per_load * (2 * pairs * words + slots * v.octets * x_words) +
                        products * (half ? 2 : 1.3) + 60 * slots + 12 * pairs;
   const double new_rows = a.isize[1] == 1 ? a.window : a.advance;
@@ -272,6 +303,14 @@ double Cost(const Problem& p, const Device& device, const WeightGradVariant& v, 
   if (last) {
     const double x = double{1} * a.pixels * a.x_channels, y = double{1} * a.y_pixels * a.y_channels;
     copies = (x_rows * x + y_rows * y) * size / a.vector / 32 * 16 + (x_rows + y_rows) * 100;
+  } else if (units) {
+    const auto row = [&](int channels, int units_of_row, bool padded) {
+      const int lanes = std::clamp(Ceil2(units_of_row), 4, 32);
+      return 80 + CeilDiv(channels * lanes, 32) * (20.0 + 10 * CeilDiv(units_of_row, lanes)) +
+             (padded ? 25.0 * CeilDiv(channels * 16 / size, 32) : 0);
+    };
+    copies = x_rows * row(a.x_channels, a.x_units, false) +
+             y_rows * row(a.y_channels, a.y_units, a.pad[2] > 0);
   } else {
     const double x = 40 + 3.0 * CeilDiv(a.pixels * size, 128);
     const double y = 40 + 3.0 * CeilDiv(a.y_pixels * size, 128);

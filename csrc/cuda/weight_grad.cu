@@ -43,10 +43,12 @@ cudaError_t LaunchWeightGrad(const Problem& p, const Operands& ops, const Device
   a.out = a.parts > 1 ? ops.workspace : ops.out;
   a.kept = reinterpret_cast<float*>(static_cast<char*>(ops.workspace) + plan.kept_offset);
   a.out_dtype = static_cast<int32_t>(a.parts > 1 ? DType::kF32 : p.out_dtype);
-  if (p.channels_last && a.vector == 16 &&
-      (reinterpret_cast<uintptr_t>(ops.x) | reinterpret_cast<uintptr_t>(ops.y)) % 16 != 0) {
-    a.vector = 4;  // an element of a stack can begin anywhere
-  }
+  // An element of a stack can begin anywhere.
+  const bool x_aligned = reinterpret_cast<uintptr_t>(ops.x) % 16 == 0;
+  const bool y_aligned = reinterpret_cast<uintptr_t>(ops.y) % 16 == 0;
+  if (!x_aligned || !y_aligned) a.vector = 4;
+  a.x_aligned = a.x_aligned && x_aligned;
+  a.y_aligned = a.y_aligned && y_aligned;
   if (const cudaError_t status = LaunchPlan(plan, p, stream);
       status != cudaSuccess || a.parts == 1) {
     return status;

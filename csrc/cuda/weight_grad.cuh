@@ -97,15 +97,47 @@ __device__ inline void Mma(float (&c)[4], uint32_t a0, uint32_t a1, uint32_t a2,
   }
 }
 
-__device__ inline uint32_t LoadTf32(const char* shared) {
+__device__ inline uint32_t RoundTf32(uint32_t v) {
   uint32_t rounded;
-  const float v = *reinterpret_cast<const float*>(shared);
 #if __CUDA_ARCH__ >= 900  // one instruction there, where cvt.rna takes four
-  asm("cvt.rn.tf32.f32 %0, %1;" : "=r"(rounded) : "f"(v));
+  asm("cvt.rn.tf32.f32 %0, %1;" : "=r"(rounded) : "f"(__uint_as_float(v)));
 #else
-  asm("cvt.rna.tf32.f32 %0, %1;" : "=r"(rounded) : "f"(v));
+  asm("cvt.rna.tf32.f32 %0, %1;" : "=r"(rounded) : "f"(__uint_as_float(v)));
 #endif
   return rounded;
+}
+__device__ inline uint32_t LoadTf32(const char* shared) {
+  return RoundTf32(*reinterpret_cast<const uint32_t*>(shared));
+}
+
+// Words of shared memory, by vectors of 16 bytes.
+template <int kWords>
+__device__ inline void LoadVectors(uint32_t (&to)[kWords], const char* shared) {
+#pragma unroll
+  for (int v = 0; v < (kWords + 3) / 4; ++v) {
+    const uint4 four = reinterpret_cast<const uint4*>(shared)[v];
+    const uint32_t words[4] = {four.x, four.y, four.z, four.w};
+#pragma unroll
+    for (int i = 0; i < 4 && 4 * v + i < kWords; ++i) to[4 * v + i] = words[i];
+  }
+}
+
+// The same from `shift` words (0 ... 3) after `shared`.
+template <int kWords>
+__device__ inline void LoadFrom(uint32_t (&to)[kWords], const char* shared, int shift) {
+  uint32_t word[kWords + 3];
+  LoadVectors(word, shared);
+#pragma unroll
+  for (int i = 0; i < kWords + 2; ++i) word[i] = shift & 1 ? word[i + 1] : word[i];
+#pragma unroll
+  for (int i = 0; i < kWords; ++i) to[i] = shift & 2 ? word[i + 2] : word[i];
+}
+
+// Words of two elements, from pairs of words that begin at an element before (`odd`) or there.
+template <int kWords>
+__device__ inline void Align(uint32_t (&to)[kWords], const uint32_t (&word)[kWords + 1], int odd) {
+#pragma unroll
+  for (int m = 0; m < kWords; ++m) to[m] = __funnelshift_r(word[m], word[m + 1], 16 * odd);
 }
 
 __device__ inline void LoadTransposed(uint32_t (&r)[4], const char* shared) {
@@ -149,16 +181,18 @@ struct Step {
 
 // One staged operand of a block: rows of `pixels` positions of its channels. What a thread copies
 // of a row does not depend on the row, only on the column of the walk.
-template <class In, bool kLast>
+template <class In, bool kLast, bool kUnits>
 struct Stager {
   static constexpr bool kHalf = sizeof(In) == 2;
+  static constexpr int kSize = sizeof(In), kUnit = 16 / kSize;  // elements of a unit
 
   const In* from;  // the block's first channel
   int channels, pixels, size;
   int64_t channel_stride, pixel_stride;  // in memory
   int channel, pixel, run_pad;           // in shared memory, bytes
   SmallDivisor by_run;                   // positions of a run; channels last
-  int vector, units;                     // copies of a pixel; channels last
+  int vector, units;                     // copies of a pixel (kUnits: of a row)
+  bool spread;                           // kUnits: channels 4 ... 7 of eight lie a unit further
   // The warps take rows `row`, `row` + `rows`, ... and share each; of a row the thread takes every
   // `step`-th position (word) from `at` of channels `stripe`, `stripe` + `stripes`, ... or,
   // channels last, of unit `stripe`.
@@ -187,8 +221,8 @@ struct Stager {
       step = threads / width;
       if (stripe >= units) at = pixels;
     } else {
-      const int words = kHalf ? pixels / 2 + 1 : pixels;
-      const int log = words > 16 ? 5 : words > 8 ? 4 : 3;
+      const int words = kUnits ? units : kHalf ? pixels / 2 + 1 : pixels;
+      const int log = words > 16 ? 5 : words > 8 ? 4 : kUnits && words <= 4 ? 2 : 3;
       step = 1 << log;
       at = thread & (step - 1);
       stripe = thread >> log;
@@ -200,7 +234,7 @@ struct Stager {
   // The rows to come start at position `f`.
   __device__ void Column(int f) {
     first = f;
-    if constexpr (!kLast) {
+    if constexpr (!kLast && !kUnits) {
       copied = 0;
       for (int odd = 0; odd <= kHalf; ++odd) low[odd] = high[odd] = 0;
       const int words = kHalf ? pixels / 2 + 1 : pixels;
@@ -223,9 +257,13 @@ struct Stager {
     }
   }
 
+  __device__ void RowOfUnits(uint32_t to, const char* row, bool inside) const;
+
   // Stages the row at `offset`, zeros outside [0, size), or all zeros.
   __device__ void Row(uint32_t to, int64_t offset, bool inside) const {
-    if constexpr (kLast) {
+    if constexpr (kUnits) {
+      RowOfUnits(to, reinterpret_cast<const char*>(from + offset + first), inside);
+    } else if constexpr (kLast) {
       const In* row = from + offset + (first + at) * pixel_stride +
                       stripe * (vector / static_cast<int>(sizeof(In)));
       const int64_t hop = step * pixel_stride;
@@ -297,6 +335,58 @@ struct Stager {
   }
 };
 
+// The same by units, of which the first holds position `first`. Outside the row nothing is read but
+// what shares a unit with its first element.
+template <class In, bool kLast, bool kUnits>
+__device__ void Stager<In, kLast, kUnits>::RowOfUnits(uint32_t to, const char* row,
+                                                      bool inside) const {
+  const int end = inside ? size : -kUnit;  // before every unit
+  // The element of its unit that position `first` of the channel at `place` is.
+  const auto shift_of = [](const char* place) {
+    return static_cast<int>(reinterpret_cast<uintptr_t>(place) / kSize) & (kUnit - 1);
+  };
+  const auto channel_at = [&](int c) { return to + c * channel + (spread ? (c & 4) * 4 : 0); };
+  const char* place = row + stripe * channel_stride * kSize;
+  const int64_t hop = stripes * channel_stride * kSize;
+#pragma unroll 1
+  for (int c = stripe; c < channels; c += stripes, place += hop) {
+    const int shift = shift_of(place);
+    int begin = first - shift + at * kUnit;  // the position of the unit's first element
+    uint32_t unit = channel_at(c) + at * 16;
+    const char* source = place - shift * kSize + at * 16;
+#pragma unroll 2
+    for (int u = at; u < units; u += step) {
+      // A unit that begins before position 0 and ends after it is put together below, unless
+      // nobody reads what is before 0.
+      const bool whole = begin >= 0 || first >= 0;
+      const int bytes = whole ? min(max(end - begin, 0) * kSize, 16) : 0;
+      if (whole || begin <= -kUnit) CopyAsync16(unit, source, bytes);
+      begin += step * kUnit;
+      unit += step * 16;
+      source += step * 16;
+    }
+  }
+  if (first >= 0) return;
+#pragma unroll 4
+  for (int i = stripe * step + at; i < channels * kUnit; i += stripes * step) {
+    const int c = i / kUnit, e = i % kUnit;
+    const char* const start = row + c * channel_stride * kSize;
+    const int shift = shift_of(start), zero = (shift - first) % kUnit;  // where position 0 lies
+    const int u = (shift - first) / kUnit, position = e - zero;
+    if (zero == 0 || u >= units) continue;
+    const bool valid = position >= 0 && position < end;
+    const char* const source = start + (position - first) * kSize;
+    const uint32_t element = channel_at(c) + u * 16 + e * kSize;
+    if constexpr (kHalf) {
+      const unsigned short value =
+          valid ? *reinterpret_cast<const unsigned short*>(source) : static_cast<unsigned short>(0);
+      asm volatile("st.shared.b16 [%0], %1;" ::"r"(element), "h"(value) : "memory");
+    } else {
+      CopyAsync4(element, source, valid ? 4 : 0);
+    }
+  }
+}
+
 template <class Out>
 __device__ inline void Store(void* out, int64_t at, float v) {
   static_cast<Out*>(out)[at] = FromAccumulator<Out>(v);
@@ -323,6 +413,9 @@ __global__ void __launch_bounds__(kThreads, 1)
   // 16 bits: words of two; channels last they come in twos.
   constexpr int kWords = kHalf ? ((kWindow + 1) / 2 + kLast) / (1 + kLast) * (1 + kLast) : kWindow;
   constexpr int kXWords = kHalf ? kRun / 2 : kRun;
+  constexpr bool kUnits = WeightGradUnits(kLast, kStride);
+  // Offsets of elements count modulo a unit (else, 16 bits: modulo a word).
+  constexpr int kOffsets = (kUnits ? 16 / static_cast<int>(sizeof(In)) : 2) - 1;
   const int stride = kStride == 0 ? a.lattice_stride[2] : kStride;
 
   extern __shared__ __align__(16) char shared[];
@@ -352,7 +445,7 @@ __global__ void __launch_bounds__(kThreads, 1)
   __syncthreads();
 
   if (warp >= kWeightGradWarps) {
-    Stager<In, kLast> stage_x, stage_y;
+    Stager<In, kLast, kUnits> stage_x, stage_y;
     {
       const int groups = a.groups_per_block;
       stage_x.from = static_cast<const In*>(a.x) + (int64_t{group0} * a.cig + ci0) * a.xs.c;
@@ -377,8 +470,10 @@ __global__ void __launch_bounds__(kThreads, 1)
       stage_y.by_run = DivisorOf(kRun * stride);
       const int per = a.vector / static_cast<int>(sizeof(In));
       stage_x.vector = stage_y.vector = a.vector;
-      stage_x.units = stage_x.channels / per;
-      stage_y.units = stage_y.channels / per;
+      stage_x.units = kUnits ? a.x_units : stage_x.channels / per;
+      stage_y.units = kUnits ? a.y_units : stage_y.channels / per;
+      stage_x.spread = false;
+      stage_y.spread = a.y_spread;
       const int id = threadIdx.x - 32 * kWeightGradWarps;
       stage_x.Share(id, a.images * a.depth);
       stage_y.Share(id, a.advance * a.images * a.y_depth);
@@ -462,13 +557,15 @@ __global__ void __launch_bounds__(kThreads, 1)
     const int tap = row / tap_rows, t0 = tap / a.k[1] - first_depth_tap, t1 = tap % a.k[1];
     const int shift = segment * kTaps * a.lattice_step[2];
     row_line[i] = t1 * a.lattice_step[1];
-    row_offset[i] = t0 * a.lattice_step[0] * a.y_row + co * a.y_channel + shift * a.y_pixel;
-    // 16 bits, channels first: parities of element offsets, since a staged row begins at an even
-    // one.
+    row_offset[i] = t0 * a.lattice_step[0] * a.y_row + co * a.y_channel +
+                    (kUnits ? 0 : shift * a.y_pixel);
+    // Units, and 16 bits channels first: element offsets, since a staged row begins at the unit, or
+    // the word, of its first.
     row_odd[i] =
         static_cast<int>((co * a.ys.c + int64_t{t0} * a.lattice_step[0] * a.gap[0] * a.ys.s[0] +
                           int64_t{t1} * a.lattice_step[1] * a.gap[1] * a.ys.s[1]) &
-                         1);
+                         kOffsets);
+    if (kUnits) row_odd[i] |= shift << 4;
   }
 
   float sums[kPairs][kTaps][kOctets][4] = {};
@@ -482,23 +579,21 @@ __global__ void __launch_bounds__(kThreads, 1)
       group_slot * a.cog * a.y_channel +
       (by_matrix ? ((lane & 1) + 2 * (lane >> 3 & 1)) * a.y_pixel * (kStride == 0 ? stride : 1)
        : kList   ? 0
-                 : row8 * a.y_channel);
-  // Channels first, 16 bits: the parity of the element that the thread's row begins at.
-  const int x_odd_image = a.xs.n & 1, y_odd_image = a.ys.n & 1;
-  const int x_odd_depth = a.xs.s[0] & 1;
-  const int y_odd_depth = a.lattice_stride[0] * a.gap[0] * a.ys.s[0] & 1;
-  const int x_odd_own =
-      static_cast<int>(
-          (reinterpret_cast<uintptr_t>(a.x) >> 1) +
-          ((group0 + group_slot) * int64_t{a.cig} + ci0 + ci_slot * kOctets * 8 + row8) * a.xs.c) &
-      1;
+                 : row8 * a.y_channel +
+                     (a.y_spread ? (group_slot * a.cog + row8 & 4) * 4 : 0));
+  // Units, and 16 bits channels first: the element that the thread's row begins at.
+  const auto offset = [&](int64_t elements) { return static_cast<int>(elements & kOffsets); };
+  const int x_odd_image = offset(a.xs.n), y_odd_image = offset(a.ys.n);
+  const int x_odd_depth = offset(a.xs.s[0]);
+  const int y_odd_depth = offset(a.lattice_stride[0] * a.gap[0] * a.ys.s[0]);
+  const int x_odd_own = offset(
+      static_cast<int64_t>(reinterpret_cast<uintptr_t>(a.x) / sizeof(In)) +
+      ((group0 + group_slot) * int64_t{a.cig} + ci0 + ci_slot * kOctets * 8 + row8) * a.xs.c);
   const int y_odd_own =
-      static_cast<int>(
-          (reinterpret_cast<uintptr_t>(a.y) >> 1) +
-          ((group0 + group_slot) * int64_t{a.cog} + co0 + (kList ? 0 : row8)) * a.ys.c +
-          (int64_t{first_depth_tap} * a.lattice_step[0] * a.gap[0] - a.pad[0]) * a.ys.s[0] -
-          a.pad[1] * a.ys.s[1] - a.pad[2]) &
-      1;
+      offset(static_cast<int64_t>(reinterpret_cast<uintptr_t>(a.y) / sizeof(In)) +
+             ((group0 + group_slot) * int64_t{a.cog} + co0 + (kList ? 0 : row8)) * a.ys.c +
+             (int64_t{first_depth_tap} * a.lattice_step[0] * a.gap[0] - a.pad[0]) * a.ys.s[0] -
+             a.pad[1] * a.ys.s[1] - a.pad[2]);
   const int runs_total = a.images * a.depth * a.runs, chunks = (runs_total + 3) / 4;
 
   const auto compute = [&](const Step& s, int stage) {
@@ -521,16 +616,26 @@ __global__ void __launch_bounds__(kThreads, 1)
                          along * (kRun * a.x_pixel + a.x_run_pad);
       const char* y_at = shared + y_own + (image * a.y_depth + d * a.lattice_stride[0]) * a.y_row +
                          along * (kRun * stride * a.y_pixel + a.y_run_pad);
-      const int x_odd = (x_odd_step + image * x_odd_image + d * x_odd_depth) & 1;
-      const int y_odd = (y_odd_step + image * y_odd_image + d * y_odd_depth) & 1;
+      const int x_odd = (x_odd_step + image * x_odd_image + d * x_odd_depth) & kOffsets;
+      const int y_odd = y_odd_step + image * y_odd_image + d * y_odd_depth;
 
       uint32_t x[kOctets][kXWords];
-      if constexpr (!kHalf) {
+      if (kUnits && a.x_aligned) {
+#pragma unroll
+        for (int b = 0; b < kOctets; ++b) {
+          LoadVectors(x[b], x_at + b * 8 * a.x_channel);
+          if constexpr (!kHalf) {
+#pragma unroll
+            for (int l = 0; l < kXWords; ++l) x[b][l] = RoundTf32(x[b][l]);
+          }
+        }
+      } else if constexpr (!kHalf) {
 #pragma unroll
         for (int b = 0; b < kOctets; ++b) {
 #pragma unroll
           for (int l = 0; l < kRun; ++l) {
-            x[b][l] = LoadTf32(x_at + b * 8 * a.x_channel + l * (kLast ? a.x_pixel : 4));
+            x[b][l] = LoadTf32(x_at + b * 8 * a.x_channel + (kUnits ? 4 * x_odd : 0) +
+                               l * (kLast ? a.x_pixel : 4));
           }
         }
       } else if constexpr (kLast) {
@@ -558,12 +663,10 @@ __global__ void __launch_bounds__(kThreads, 1)
           uint32_t word[kXWords + 1];
 #pragma unroll
           for (int m = 0; m <= kXWords; ++m) {
-            word[m] = *reinterpret_cast<const uint32_t*>(x_at + b * 8 * a.x_channel + 4 * m);
+            word[m] = *reinterpret_cast<const uint32_t*>(x_at + b * 8 * a.x_channel +
+                                                         (x_odd / 2 + m) * 4);
           }
-#pragma unroll
-          for (int m = 0; m < kXWords; ++m) {
-            x[b][m] = __funnelshift_r(word[m], word[m + 1], 16 * x_odd);
-          }
+          Align(x[b], word, x_odd & 1);
         }
       }
       if (chunk * 4 + 4 > runs_total && chunk * 4 + quad >= runs_total) {
@@ -600,44 +703,50 @@ __global__ void __launch_bounds__(kThreads, 1)
             const int kept = kList ? u / 2 : 0;
             const int keeper = kList ? u % 2 * 16 + h * 8 + row8 : 2 * u + h;
             const char* at = y_at + __shfl_sync(~0u, kept_offset[kept], keeper);
-            if constexpr (!kHalf) {
+            if constexpr (kUnits) {
+              const int row = __shfl_sync(~0u, row_odd[0], keeper);
+              const int element = ((y_odd + row) & kOffsets) + (row >> 4);
+              if (a.y_spread) {
+#pragma unroll
+                for (int j = 0; j < kWords; ++j) {
+                  y[h][j] = *reinterpret_cast<const uint32_t*>(at + 4 * (element + j));
+                }
+              } else if (a.y_aligned) {
+                LoadVectors(y[h], at);
+              } else {
+                const char* const unit = at + (element & ~kOffsets) * static_cast<int>(sizeof(In));
+                const int words = (element & kOffsets) / (1 + kHalf);
+                if constexpr (kHalf) {
+                  uint32_t word[kWords + 1];
+                  LoadFrom(word, unit, words);
+                  Align(y[h], word, element & 1);
+                } else {
+                  LoadFrom(y[h], unit, words);
+                }
+              }
+              if constexpr (!kHalf) {
+#pragma unroll
+                for (int j = 0; j < kWords; ++j) y[h][j] = RoundTf32(y[h][j]);
+              }
+            } else if constexpr (!kHalf) {
 #pragma unroll
               for (int j = 0; j < kWindow; ++j) {
                 if constexpr (kStride == 0) {
                   y[h][j] = LoadTf32(at + j * stride * a.y_pixel);
-                } else if constexpr (kLast) {
-                  y[h][j] = LoadTf32(at + j * a.y_pixel + j / (kRun * kStride) * a.y_run_pad);
                 } else {
-                  y[h][j] = LoadTf32(at + 4 * j);
+                  y[h][j] = LoadTf32(at + j * a.y_pixel + j / (kRun * kStride) * a.y_run_pad);
                 }
               }
             } else {
               const int odd = (y_odd + __shfl_sync(~0u, row_odd[kept], keeper)) & 1;
-              if constexpr (kStride == 0) {
-                const char* first = at + 2 * odd;  // elements one by one
+              const char* first = at + 2 * odd;  // elements one by one
 #pragma unroll
-                for (int m = 0; m < kWords; ++m) {
-                  const uint32_t low =
-                      *reinterpret_cast<const unsigned short*>(first + 4 * m * stride);
-                  const uint32_t high =
-                      *reinterpret_cast<const unsigned short*>(first + (4 * m + 2) * stride);
-                  y[h][m] = low | high << 16;
-                }
-              } else {
-                // A window that begins at an odd tap is one element further.
-                const int row = min(first_row + 16 * u + 8 * h, a.rows - 8);
-                const int odd_shift = kTaps % 2 == 0 ? 0 : row / a.co_rows % a.segments * kTaps & 1;
-                const char* first = at + (odd & odd_shift ? 2 : odd_shift ? -2 : 0);
-                const int skip = 16 * (odd ^ odd_shift);
-                uint32_t word[kWords + 1];
-#pragma unroll
-                for (int m = 0; m <= kWords; ++m) {
-                  word[m] = *reinterpret_cast<const uint32_t*>(first + 4 * m);
-                }
-#pragma unroll
-                for (int m = 0; m < kWords; ++m) {
-                  y[h][m] = __funnelshift_r(word[m], word[m + 1], skip);
-                }
+              for (int m = 0; m < kWords; ++m) {
+                const uint32_t low =
+                    *reinterpret_cast<const unsigned short*>(first + 4 * m * stride);
+                const uint32_t high =
+                    *reinterpret_cast<const unsigned short*>(first + (4 * m + 2) * stride);
+                y[h][m] = low | high << 16;
               }
             }
           }

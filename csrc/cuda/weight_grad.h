@@ -38,6 +38,11 @@ constexpr bool WeightGradRowList(bool half_words, bool channels_last, int stride
   return stride == 0 && !(half_words && channels_last);
 }
 
+// Whether rows are staged in 16-byte units as they lie in memory, each at its own offset.
+constexpr bool WeightGradUnits(bool channels_last, int stride) {
+  return !channels_last && stride != 0;
+}
+
 // Pairs of 8-row tiles (a window of taps of 8 output channels each) that a warp accumulates.
 constexpr int WeightGradPairs(int taps, int octets) {
   const int fit = 96 / (4 * taps * octets);  // registers for sums / those of a pair
@@ -91,6 +96,11 @@ struct WeightGradArgs {
   int y_pixels;                   // outputs of a staged row
   int x_channels, y_channels;     // staged channels of a whole block
   int vector;                     // bytes of a copy, channels last
+  // Channels first, with a window: a staged row begins at the 16-byte unit of memory that holds its
+  // first element. Units of a row; whether rows of y lie so that words do not need vector loads to
+  // be free of bank conflicts; whether every row's first element begins a unit.
+  int x_units, y_units;
+  bool y_spread, x_aligned, y_aligned;
   // Bytes between neighbours in shared memory.
   int x_channel, x_pixel, x_run_pad, x_row, x_stage;
   int y_channel, y_pixel, y_run_pad, y_row, y_slot;
