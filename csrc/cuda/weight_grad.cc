@@ -10,9 +10,9 @@
 namespace jaxconv::cuda {
 namespace {
 
-constexpr int kWindows[][2] = {
-#define JAXCONV_CASE(S, T) {S, T},
-    JAXCONV_WEIGHT_GRAD_WINDOWS(JAXCONV_CASE)
+constexpr WeightGradVariant kVariants[] = {
+#define JAXCONV_CASE(S, T, O, G) {S, T, O, G},
+    JAXCONV_WEIGHT_GRAD_VARIANTS(JAXCONV_CASE)
 #undef JAXCONV_CASE
 };
 
@@ -222,7 +222,13 @@ bool Complete(const Problem& p, const Device& device, const WeightGradVariant& v
   // Windows of the last row may read a little further.
   const int64_t slack = 16 + 4 * std::max(a.x_pixel, a.y_pixel);
   const int64_t x_base = (y_slot * a.slots + 15) / 16 * 16;
-  int64_t shared = (x_base + x_stage * (c.ahead + 1) + slack + 15) / 16 * 16;
+  int64_t shared = (x_base + x_stage * (c.ahead + 1) + slack + 127) / 128 * 128;
+  const int64_t b_base = shared;
+  if (v.group) {
+    const int x_words = half ? run / 2 : run;
+    shared += int64_t{CeilDiv(int64_t{c.images} * c.depth * c.runs, 4)} * x_words * c.ci_slots *
+              v.octets * 128;
+  }
   if (a.pixel_slots > 1) {
     const int sums = 4 * pairs_of_warp * v.taps * v.octets;
     shared = std::max(shared, int64_t{kWeightGradWarps / a.pixel_slots} * sums * 128);
@@ -234,6 +240,7 @@ bool Complete(const Problem& p, const Device& device, const WeightGradVariant& v
   a.x_stage = static_cast<int>(x_stage);
   a.y_slot = static_cast<int>(y_slot);
   a.x_base = static_cast<int>(x_base);
+  a.b_base = static_cast<int>(b_base);
   a.shared = static_cast<int>(shared);
   return true;
 }
@@ -316,17 +323,30 @@ double Cost(const Problem& p, const Device& device, const WeightGradVariant& v, 
     const double y = 40 + 3.0 * CeilDiv(a.y_pixels * size, 128);
     copies = x_rows * (a.x_channels * x + 80) + y_rows * (a.y_channels * y + 80);
   }
-  const double instructions = chunk * warps * chunks + copies + 150.0 * kWeightGradWarps;
+  double instructions = chunk * warps * chunks + copies + 150.0 * kWeightGradWarps;
   // Warps' own latencies, of which only a few run side by side.
   const double bytes =
       (x_rows * a.x_channels * a.pixels + y_rows * a.y_channels * a.y_pixels) * size;
   const double warp_pairs = a.slot_pairs;
   const double warp_chunk = chunk / slots * (1 + warp_pairs * slots / pairs) / 2;  // the busiest's
-  const double multiply = (warp_chunk * CeilDiv(chunks, a.pixel_slots) + 150) * 4.5 + 250;
+  double multiply = (warp_chunk * CeilDiv(chunks, a.pixel_slots) + 150) * 4.5 + 250;
   const double copy = (copies / kWeightGradCopyWarps + 250) * 4 + 250;
   const double arrival = bytes / (bandwidth / device.multiprocessors / kClock);
-  const double throughput =
-      std::max({2.0 * products * warps * chunks, loads * warps * chunks, instructions / kIssue});
+  double tensor = 2.0 * products * warps * chunks, shared_loads = loads * warps * chunks;
+  if (v.group) {
+    // Of a group and a pair of each of its warps: products, instructions that load and issue them.
+    // Before them all warps bring x into its place.
+    const double group_products = v.taps * x_words / 2;
+    const double pair = per_load * 2 * words + (v.stride == 0 ? words : 0) + 5 * group_products + 50;
+    const double groups = a.pair_slots * a.ci_slots / 4.0 * a.slot_pairs;
+    const double placing = chunks * a.ci_slots * v.octets * (3 * x_words + 30);
+    tensor = chunks * groups * group_products * v.octets * 4 * 1.15;
+    shared_loads = chunks * groups * 4 * 2 * words + chunks * a.ci_slots * v.octets * 2 * x_words;
+    instructions = chunks * groups * 4 * pair + placing + copies + 200.0 * kWeightGradWarps;
+    multiply = std::max(tensor, CeilDiv(chunks, a.pixel_slots) * a.slot_pairs * pair * 2.5) +
+               placing / kWeightGradWarps * 3 + 600;
+  }
+  const double throughput = std::max({tensor, shared_loads, instructions / kIssue});
   const double latency = a.ahead == 1 ? 1200 : 0;  // of the last copy, which nothing hides
   const double cycles = std::max({throughput, multiply, copy, arrival}) + latency;
 
@@ -369,25 +389,25 @@ void ForEachPlan(const Problem& p, const Device& device, Visit visit) {
       }
     }
   };
-  for (const auto& [stride, taps] : kWindows) {
-    if (stride != 0 && (p.stride[2] != stride || p.dilation[2] != 1)) continue;
-    if (stride != 0 && (CeilDiv(p.k[2], taps) - 1) * taps >= p.k[2]) continue;
-    for (const int octets : {1, 2}) {
-      if ((octets == 1) != (p.cig() <= 8)) continue;
-      for (int groups = 1; groups <= kWeightGradWarps; groups *= 2) {
-        if (p.groups % groups != 0) continue;
-        if (groups > 1 && p.channels_last && !whole_octets) continue;
-        for (int ci_slots = 1; ci_slots * groups <= kWeightGradWarps; ci_slots *= 2) {
-          if (ci_slots > 1 && ci_slots / 2 * octets * 8 >= p.cig()) continue;
-          if (groups > 1 && ci_slots * octets * 8 < p.cig()) continue;
-          for (int pair_slots = 1; pair_slots * ci_slots * groups <= kWeightGradWarps;
-               pair_slots *= 2) {
-            for (int co_octets = groups > 1 ? octets_of_co : 1;; co_octets *= 2) {
-              co_octets = std::min(co_octets, octets_of_co);
-              try_walks({stride, taps, octets},
-                        {groups, co_octets, ci_slots, pair_slots, 0, 0, 0, 0});
-              if (co_octets >= octets_of_co || co_octets >= 16) break;
-            }
+  for (const WeightGradVariant& v : kVariants) {
+    if (v.stride != 0 && (p.stride[2] != v.stride || p.dilation[2] != 1)) continue;
+    if (v.stride != 0 && (CeilDiv(p.k[2], v.taps) - 1) * v.taps >= p.k[2]) continue;
+    if (v.group ? device.compute_capability != 90 || p.cig() <= v.octets * 8 - 16
+                : (v.octets == 1) != (p.cig() <= 8)) {
+      continue;
+    }
+    for (int groups = 1; groups <= (v.group ? 1 : kWeightGradWarps); groups *= 2) {
+      if (p.groups % groups != 0) continue;
+      if (groups > 1 && p.channels_last && !whole_octets) continue;
+      for (int ci_slots = 1; ci_slots * groups <= kWeightGradWarps; ci_slots *= 2) {
+        if (ci_slots > 1 && ci_slots / 2 * v.octets * 8 >= p.cig()) continue;
+        if (groups > 1 && ci_slots * v.octets * 8 < p.cig()) continue;
+        for (int pair_slots = v.group ? 4 : 1; pair_slots * ci_slots * groups <= kWeightGradWarps;
+             pair_slots *= 2) {
+          for (int co_octets = groups > 1 ? octets_of_co : 1;; co_octets *= 2) {
+            co_octets = std::min(co_octets, octets_of_co);
+            try_walks(v, {groups, co_octets, ci_slots, pair_slots, 0, 0, 0, 0});
+            if (co_octets >= octets_of_co || co_octets >= 16) break;
           }
         }
       }

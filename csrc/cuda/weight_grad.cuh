@@ -15,6 +15,7 @@
 
 #include "cuda/dtypes.cuh"
 #include "cuda/weight_grad.h"
+#include "cuda/weight_grad_wgmma.cuh"
 
 namespace jaxconv::cuda::weight_grad {
 
@@ -74,6 +75,13 @@ __device__ inline void CommitCopies() { asm volatile("cp.async.commit_group;" ::
 template <int kPending>
 __device__ inline void WaitCopies() {
   asm volatile("cp.async.wait_group %0;" ::"n"(kPending) : "memory");
+}
+
+// A register of its own, filled here.
+__device__ inline uint32_t Own(uint32_t v) {
+  uint32_t own;
+  asm volatile("mov.b32 %0, %1;" : "=r"(own) : "r"(v));
+  return own;
 }
 
 template <class In>
@@ -403,9 +411,10 @@ __device__ inline void StoreAs(int32_t dtype, void* out, int64_t at, float v) {
   }
 }
 
-template <class In, bool kLast, int kStride, int kTaps, int kOctets>
+template <class In, bool kLast, int kStride, int kTaps, int kOctets, bool kGroup>
 __global__ void __launch_bounds__(kThreads, 1)
     WeightGradKernel(const __grid_constant__ WeightGradArgs a) {
+  if constexpr (kGroup && !kHasGroups) return;
   constexpr bool kHalf = sizeof(In) == 2;
   constexpr int kRun = WeightGradRun(kHalf, kStride);
   constexpr int kPairs = WeightGradPairs(kTaps, kOctets);
@@ -419,7 +428,8 @@ __global__ void __launch_bounds__(kThreads, 1)
   const int stride = kStride == 0 ? a.lattice_stride[2] : kStride;
 
   extern __shared__ __align__(16) char shared[];
-  const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5;
+  // A warp's number is the same in all its lanes, which the compiler has to see.
+  const int lane = threadIdx.x & 31, warp = __shfl_sync(~0u, static_cast<int>(threadIdx.x >> 5), 0);
   const int row8 = lane >> 2, quad = lane & 3;  // the thread's channel of a half and its run
 
   // Which columns of dw, which part of the steps.
@@ -445,6 +455,7 @@ __global__ void __launch_bounds__(kThreads, 1)
   __syncthreads();
 
   if (warp >= kWeightGradWarps) {
+    if constexpr (kGroup) MoveRegisters<false>();
     Stager<In, kLast, kUnits> stage_x, stage_y;
     {
       const int groups = a.groups_per_block;
@@ -534,11 +545,16 @@ __global__ void __launch_bounds__(kThreads, 1)
     return;
   }
 
+  if constexpr (kGroup) MoveRegisters<true>();
+  // A group's four warps differ in their pairs alone.
   int role = warp;
-  const int pixel_slot = role % a.pixel_slots;
-  role /= a.pixel_slots;
-  const int pair_slot = role % a.pair_slots;
-  role /= a.pair_slots;
+  const int inner_slots = kGroup ? a.pair_slots : a.pixel_slots;
+  const int inner_slot = role % inner_slots;
+  role /= inner_slots;
+  const int outer_slots = kGroup ? a.pixel_slots : a.pair_slots, outer_slot = role % outer_slots;
+  role /= outer_slots;
+  const int pixel_slot = kGroup ? outer_slot : inner_slot;
+  const int pair_slot = kGroup ? inner_slot : outer_slot;
   const int ci_slot = role % a.ci_slots, group_slot = role / a.ci_slots;
 
   const int first_pair = (pair_block * a.pair_slots + pair_slot) * a.slot_pairs;
@@ -573,7 +589,8 @@ __global__ void __launch_bounds__(kThreads, 1)
   // The thread's (channels last, 16 bits: the loading lane's) share of offsets.
   const bool by_matrix = kHalf && kLast;
   const int own_run = by_matrix ? (lane & 7) >> 1 : quad;
-  const int x_own = a.x_base + (group_slot * a.cig + ci_slot * kOctets * 8) * a.x_channel +
+  const int x_own = a.x_base +
+                    (group_slot * a.cig + (kGroup ? 0 : ci_slot * kOctets * 8)) * a.x_channel +
                     (by_matrix ? ((lane & 1) + 2 * (lane >> 3)) * a.x_pixel : row8 * a.x_channel);
   const int y_own =
       group_slot * a.cog * a.y_channel +
@@ -596,6 +613,16 @@ __global__ void __launch_bounds__(kThreads, 1)
              a.pad[1] * a.ys.s[1] - a.pad[2]);
   const int runs_total = a.images * a.depth * a.runs, chunks = (runs_total + 3) / 4;
 
+  // A thread's run of a chunk of four: where it is in shared memory, and the offsets of its rows.
+  struct Run {
+    const char *x, *y;
+    int x_odd, y_odd;
+  };
+  // A group's instruction takes its four words of y from a row of registers, "quad". It depends on
+  // where in the window its first value lies, so taps share quads.
+  constexpr int kGroupApart = kXWords / 2, kWordElements = (kHalf ? 2 : 1) * (kStride ? kStride : 1);
+  constexpr int kQuads = (kGroupApart - 1) * kWordElements + kTaps;
+
   const auto compute = [&](const Step& s, int stage) {
     int kept_offset[kKept];
 #pragma unroll
@@ -608,176 +635,238 @@ __global__ void __launch_bounds__(kThreads, 1)
     const int y_odd_step = y_odd_own + s.n * y_odd_image + s.depth * y_odd_depth +
                            s.row * a.lattice_stride[1] * a.gap[1] * static_cast<int>(a.ys.s[1]) +
                            s.column * a.pixels * stride;
-    for (int chunk = pixel_slot; chunk < chunks; chunk += a.pixel_slots) {
+    const auto run_of = [&](int chunk) {
       const int run = min(chunk * 4 + own_run, runs_total - 1);
       const int line = Divide(run, a.by_runs), along = run - line * a.runs;
       const int image = Divide(line, a.by_depth), d = line - image * a.depth;
-      const char* x_at = shared + stage * a.x_stage + x_own + line * a.x_row +
-                         along * (kRun * a.x_pixel + a.x_run_pad);
-      const char* y_at = shared + y_own + (image * a.y_depth + d * a.lattice_stride[0]) * a.y_row +
-                         along * (kRun * stride * a.y_pixel + a.y_run_pad);
-      const int x_odd = (x_odd_step + image * x_odd_image + d * x_odd_depth) & kOffsets;
-      const int y_odd = y_odd_step + image * y_odd_image + d * y_odd_depth;
-
-      uint32_t x[kOctets][kXWords];
+      return Run{shared + stage * a.x_stage + x_own + line * a.x_row +
+                     along * (kRun * a.x_pixel + a.x_run_pad),
+                 shared + y_own + (image * a.y_depth + d * a.lattice_stride[0]) * a.y_row +
+                     along * (kRun * stride * a.y_pixel + a.y_run_pad),
+                 (x_odd_step + image * x_odd_image + d * x_odd_depth) & kOffsets,
+                 y_odd_step + image * y_odd_image + d * y_odd_depth};
+    };
+    // Eight channels of x: each thread's is that of its row. Zeros after the last run.
+    const auto load_x = [&](const Run& run, int chunk, int octet, uint32_t (&x)[kXWords]) {
+      const char* const at = run.x + octet * 8 * a.x_channel;
       if (kUnits && a.x_aligned) {
+        LoadVectors(x, at);
+        if constexpr (!kHalf) {
 #pragma unroll
-        for (int b = 0; b < kOctets; ++b) {
-          LoadVectors(x[b], x_at + b * 8 * a.x_channel);
-          if constexpr (!kHalf) {
-#pragma unroll
-            for (int l = 0; l < kXWords; ++l) x[b][l] = RoundTf32(x[b][l]);
-          }
+          for (int l = 0; l < kXWords; ++l) x[l] = RoundTf32(x[l]);
         }
       } else if constexpr (!kHalf) {
 #pragma unroll
-        for (int b = 0; b < kOctets; ++b) {
-#pragma unroll
-          for (int l = 0; l < kRun; ++l) {
-            x[b][l] = LoadTf32(x_at + b * 8 * a.x_channel + (kUnits ? 4 * x_odd : 0) +
-                               l * (kLast ? a.x_pixel : 4));
-          }
+        for (int l = 0; l < kXWords; ++l) {
+          x[l] = LoadTf32(at + (kUnits ? 4 * run.x_odd : 0) + l * (kLast ? a.x_pixel : 4));
         }
       } else if constexpr (kLast) {
+        if constexpr (kXWords >= 4) {
 #pragma unroll
-        for (int b = 0; b < kOctets; ++b) {
-          if constexpr (kXWords >= 4) {
-#pragma unroll
-            for (int m = 0; m < kXWords; m += 4) {
-              uint32_t word[4];
-              LoadTransposed(word, x_at + b * 8 * a.x_channel + 2 * m * a.x_pixel);
-#pragma unroll
-              for (int i = 0; i < 4; ++i) x[b][m + i] = word[i];
-            }
-          } else {
-            // Two words: the upper lanes' addresses repeat the lower ones'.
+          for (int m = 0; m < kXWords; m += 4) {
             uint32_t word[4];
-            LoadTransposed(word, x_at + b * 8 * a.x_channel - (lane >= 16 ? 4 * a.x_pixel : 0));
-            x[b][0] = word[0];
-            x[b][1] = word[1];
+            LoadTransposed(word, at + 2 * m * a.x_pixel);
+#pragma unroll
+            for (int i = 0; i < 4; ++i) x[m + i] = word[i];
           }
+        } else {
+          // Two words: the upper lanes' addresses repeat the lower ones'.
+          uint32_t word[4];
+          LoadTransposed(word, at - (lane >= 16 ? 4 * a.x_pixel : 0));
+          x[0] = word[0];
+          x[1] = word[1];
+        }
+      } else {
+        uint32_t word[kXWords + 1];
+#pragma unroll
+        for (int m = 0; m <= kXWords; ++m) {
+          word[m] = *reinterpret_cast<const uint32_t*>(at + (run.x_odd / 2 + m) * 4);
+        }
+        Align(x, word, run.x_odd & 1);
+      }
+      if (chunk * 4 + quad >= runs_total) {
+#pragma unroll
+        for (int m = 0; m < kXWords; ++m) x[m] = 0;
+      }
+    };
+    // The windows of both halves of pair u.
+    const auto load_y = [&](const Run& run, int u, uint32_t (&y)[2][kWords]) {
+      if constexpr (kHalf && kLast) {
+        // A matrix of 8 pixels x 8 channels a register: two words of each half at a time.
+        const char* at = run.y + __shfl_sync(~0u, kept_offset[0], 2 * u + (lane >> 4));
+#pragma unroll
+        for (int m = 0; m < kWords; m += 2) {
+          uint32_t word[4];
+          if constexpr (kStride == 0) {
+            LoadTransposed(word, at + 2 * m * stride * a.y_pixel);
+          } else {
+            LoadTransposed(word, at + 2 * m * a.y_pixel + 2 * m / (kRun * kStride) * a.y_run_pad);
+          }
+          y[0][m] = word[0];
+          y[0][m + 1] = word[1];
+          y[1][m] = word[2];
+          y[1][m + 1] = word[3];
         }
       } else {
 #pragma unroll
-        for (int b = 0; b < kOctets; ++b) {
-          uint32_t word[kXWords + 1];
+        for (int h = 0; h < 2; ++h) {
+          const int kept = kList ? u / 2 : 0;
+          const int keeper = kList ? u % 2 * 16 + h * 8 + row8 : 2 * u + h;
+          const char* at = run.y + __shfl_sync(~0u, kept_offset[kept], keeper);
+          if constexpr (kUnits) {
+            const int row = __shfl_sync(~0u, row_odd[0], keeper);
+            const int element = ((run.y_odd + row) & kOffsets) + (row >> 4);
+            if (a.y_spread) {
 #pragma unroll
-          for (int m = 0; m <= kXWords; ++m) {
-            word[m] = *reinterpret_cast<const uint32_t*>(x_at + b * 8 * a.x_channel +
-                                                         (x_odd / 2 + m) * 4);
-          }
-          Align(x[b], word, x_odd & 1);
-        }
-      }
-      if (chunk * 4 + 4 > runs_total && chunk * 4 + quad >= runs_total) {
-#pragma unroll
-        for (int b = 0; b < kOctets; ++b) {
-#pragma unroll
-          for (int m = 0; m < kXWords; ++m) x[b][m] = 0;
-        }
-      }
-
-#pragma unroll
-      for (int u = 0; u < kPairs; ++u) {
-        if (u >= pairs) break;
-        uint32_t y[2][kWords];
-        if constexpr (kHalf && kLast) {
-          // A matrix of 8 pixels x 8 channels a register: two words of each half at a time.
-          const char* at = y_at + __shfl_sync(~0u, kept_offset[0], 2 * u + (lane >> 4));
-#pragma unroll
-          for (int m = 0; m < kWords; m += 2) {
-            uint32_t word[4];
-            if constexpr (kStride == 0) {
-              LoadTransposed(word, at + 2 * m * stride * a.y_pixel);
+              for (int j = 0; j < kWords; ++j) {
+                y[h][j] = *reinterpret_cast<const uint32_t*>(at + 4 * (element + j));
+              }
+            } else if (a.y_aligned) {
+              LoadVectors(y[h], at);
             } else {
-              LoadTransposed(word, at + 2 * m * a.y_pixel + 2 * m / (kRun * kStride) * a.y_run_pad);
+              const char* const unit = at + (element & ~kOffsets) * static_cast<int>(sizeof(In));
+              const int words = (element & kOffsets) / (1 + kHalf);
+              if constexpr (kHalf) {
+                uint32_t word[kWords + 1];
+                LoadFrom(word, unit, words);
+                Align(y[h], word, element & 1);
+              } else {
+                LoadFrom(y[h], unit, words);
+              }
             }
-            y[0][m] = word[0];
-            y[0][m + 1] = word[1];
-            y[1][m] = word[2];
-            y[1][m + 1] = word[3];
+            if constexpr (!kHalf) {
+#pragma unroll
+              for (int j = 0; j < kWords; ++j) y[h][j] = RoundTf32(y[h][j]);
+            }
+          } else if constexpr (!kHalf) {
+#pragma unroll
+            for (int j = 0; j < kWindow; ++j) {
+              if constexpr (kStride == 0) {
+                y[h][j] = LoadTf32(at + j * stride * a.y_pixel);
+              } else {
+                y[h][j] = LoadTf32(at + j * a.y_pixel + j / (kRun * kStride) * a.y_run_pad);
+              }
+            }
+          } else {
+            const int odd = (run.y_odd + __shfl_sync(~0u, row_odd[kept], keeper)) & 1;
+            const char* first = at + 2 * odd;  // elements one by one
+#pragma unroll
+            for (int m = 0; m < kWords; ++m) {
+              const uint32_t low =
+                  *reinterpret_cast<const unsigned short*>(first + 4 * m * stride);
+              const uint32_t high =
+                  *reinterpret_cast<const unsigned short*>(first + (4 * m + 2) * stride);
+              y[h][m] = low | high << 16;
+            }
           }
-        } else {
+        }
+      }
+    };
+    // The pair of values (float32: value) that begins at element i of a half's window.
+    const auto fragment = [&](const uint32_t (&y)[kWords], int i) -> uint32_t {
+      if constexpr (kStride == 0 || !kHalf) {
+        return y[i];
+      } else if constexpr (kStride == 1) {
+        return i % 2 == 0 ? y[i / 2] : __byte_perm(y[i / 2], y[i / 2 + 1], 0x5432);
+      } else {
+        return __byte_perm(y[i / 2], y[i / 2 + 1], i % 2 == 0 ? 0x5410 : 0x7632);
+      }
+    };
+    // Where tap t's begins that word l of x multiplies.
+    const auto element = [](int l, int t) {
+      return kStride == 0 ? l : (kHalf ? 2 : 1) * l * kStride + t;
+    };
+    // The two words that an instruction takes of each operand are half a run apart (float32), so
+    // that the registers of one operand seldom belong to another, too.
+    constexpr int kApart = kHalf ? 1 : kXWords / 2;
+    const auto first_word = [](int i) { return kHalf ? 2 * i : i; };
+
+    if constexpr (kGroup) {
+      // x as the group's second operand: cores of 8 channels x 16 bytes, those of one word of the
+      // four runs beside each other.
+      const int octets = a.ci_slots * kOctets, log_octets = __ffs(octets) - 1;
+      for (int item = warp; item < chunks << log_octets; item += kWeightGradWarps) {
+        const int chunk = item >> log_octets, octet = item & (octets - 1);
+        uint32_t x[kXWords];
+        load_x(run_of(chunk), chunk, octet, x);
+        char* const to = shared + a.b_base + ((chunk * kXWords << log_octets) + octet) * 128;
+#pragma unroll
+        for (int l = 0; l < kXWords; ++l) {
+          const int place = l % kGroupApart * 2 + l / kGroupApart;
+          reinterpret_cast<uint32_t*>(to + (place << log_octets) * 128)[lane] = x[l];
+        }
+      }
+      ProxyFence();
+      SyncMultipliers();
+
+      // While a pair of one chunk is being multiplied the next one's windows are loaded.
+      constexpr int kBuffers = WeightGradSums({kStride, kTaps, kOctets, true}) + 8 * kQuads > 160 ? 1 : 2;
+      uint32_t quads[kBuffers][kQuads][4];
+      const uint64_t columns =
+          Descriptor(shared_address + a.b_base + ci_slot * kOctets * 128, octets * 128, 128);
+      const auto multiply = [&](const Run& run, int chunk, int u, uint32_t (&quad)[kQuads][4]) {
+        if (kBuffers == 1) GroupWait();
+        uint32_t y[2][kWords];
+        load_y(run, u, y);
+#pragma unroll
+        for (int q = 0; q < kQuads; ++q) {
 #pragma unroll
           for (int h = 0; h < 2; ++h) {
-            const int kept = kList ? u / 2 : 0;
-            const int keeper = kList ? u % 2 * 16 + h * 8 + row8 : 2 * u + h;
-            const char* at = y_at + __shfl_sync(~0u, kept_offset[kept], keeper);
-            if constexpr (kUnits) {
-              const int row = __shfl_sync(~0u, row_odd[0], keeper);
-              const int element = ((y_odd + row) & kOffsets) + (row >> 4);
-              if (a.y_spread) {
+            quad[q][h] = Own(fragment(y[h], q));
+            quad[q][2 + h] = Own(fragment(y[h], q + element(kGroupApart, 0)));
+          }
+        }
+        if (kBuffers == 2) GroupWait();
+        GroupFence();
 #pragma unroll
-                for (int j = 0; j < kWords; ++j) {
-                  y[h][j] = *reinterpret_cast<const uint32_t*>(at + 4 * (element + j));
-                }
-              } else if (a.y_aligned) {
-                LoadVectors(y[h], at);
-              } else {
-                const char* const unit = at + (element & ~kOffsets) * static_cast<int>(sizeof(In));
-                const int words = (element & kOffsets) / (1 + kHalf);
-                if constexpr (kHalf) {
-                  uint32_t word[kWords + 1];
-                  LoadFrom(word, unit, words);
-                  Align(y[h], word, element & 1);
-                } else {
-                  LoadFrom(y[h], unit, words);
-                }
-              }
-              if constexpr (!kHalf) {
+        for (int l = 0; l < kGroupApart; ++l) {
+          const uint64_t b = columns + static_cast<uint32_t>((chunk * kGroupApart + l) * octets * 16);
 #pragma unroll
-                for (int j = 0; j < kWords; ++j) y[h][j] = RoundTf32(y[h][j]);
-              }
-            } else if constexpr (!kHalf) {
+          for (int t = 0; t < kTaps; ++t) {
+            const uint32_t(&a4)[4] = quad[element(l, t)];
+            RowMma<In, kOctets>::Run(sums[u][t], a4[0], a4[1], a4[2], a4[3], b);
+          }
+        }
+        GroupCommit();
+      };
+      for (int chunk = pixel_slot; chunk < chunks; chunk += 2 * a.pixel_slots) {
 #pragma unroll
-              for (int j = 0; j < kWindow; ++j) {
-                if constexpr (kStride == 0) {
-                  y[h][j] = LoadTf32(at + j * stride * a.y_pixel);
-                } else {
-                  y[h][j] = LoadTf32(at + j * a.y_pixel + j / (kRun * kStride) * a.y_run_pad);
-                }
-              }
+        for (int c = 0; c < 2; ++c) {
+          const int this_chunk = chunk + c * a.pixel_slots;
+          const Run run = run_of(this_chunk);
+#pragma unroll
+          for (int u = 0; u < kPairs; ++u) {
+            if (this_chunk < chunks && u < a.slot_pairs) {
+              multiply(run, this_chunk, u, quads[(c * kPairs + u) % kBuffers]);
             } else {
-              const int odd = (y_odd + __shfl_sync(~0u, row_odd[kept], keeper)) & 1;
-              const char* first = at + 2 * odd;  // elements one by one
-#pragma unroll
-              for (int m = 0; m < kWords; ++m) {
-                const uint32_t low =
-                    *reinterpret_cast<const unsigned short*>(first + 4 * m * stride);
-                const uint32_t high =
-                    *reinterpret_cast<const unsigned short*>(first + (4 * m + 2) * stride);
-                y[h][m] = low | high << 16;
-              }
+              GroupWait();  // the registers of the one before the last are free
             }
           }
         }
-        // The word of a half that tap t multiplies with word l of x. The two words that an
-        // instruction takes of each are half a run apart (float32), so that the registers of one
-        // operand seldom belong to another, too.
-        const auto fragment = [&](int h, int l, int t) -> uint32_t {
-          if constexpr (kStride == 0) {
-            return y[h][l];
-          } else if constexpr (!kHalf) {
-            return y[h][l * kStride + t];
-          } else {
-            const int i = 2 * l * kStride + t;
-            if constexpr (kStride == 1) {
-              return i % 2 == 0 ? y[h][i / 2] : __byte_perm(y[h][i / 2], y[h][i / 2 + 1], 0x5432);
-            } else {
-              return __byte_perm(y[h][i / 2], y[h][i / 2 + 1], i % 2 == 0 ? 0x5410 : 0x7632);
-            }
-          }
-        };
-        constexpr int kApart = kHalf ? 1 : kXWords / 2;
+      }
+      GroupWait();
+    } else {
+      for (int chunk = pixel_slot; chunk < chunks; chunk += a.pixel_slots) {
+        const Run run = run_of(chunk);
+        uint32_t x[kOctets][kXWords];
 #pragma unroll
-        for (int i = 0; i < kXWords / 2; ++i) {
-          const int l = kHalf ? 2 * i : i, m = l + kApart;
+        for (int b = 0; b < kOctets; ++b) load_x(run, chunk, b, x[b]);
 #pragma unroll
-          for (int t = 0; t < kTaps; ++t) {
+        for (int u = 0; u < kPairs; ++u) {
+          if (u >= pairs) break;
+          uint32_t y[2][kWords];
+          load_y(run, u, y);
 #pragma unroll
-            for (int b = 0; b < kOctets; ++b) {
-              Mma<In>(sums[u][t][b], fragment(0, l, t), fragment(1, l, t), fragment(0, m, t),
-                      fragment(1, m, t), x[b][l], x[b][m]);
+          for (int i = 0; i < kXWords / 2; ++i) {
+            const int l = first_word(i), m = l + kApart;
+#pragma unroll
+            for (int t = 0; t < kTaps; ++t) {
+#pragma unroll
+              for (int b = 0; b < kOctets; ++b) {
+                Mma<In>(sums[u][t][b], fragment(y[0], element(l, t)), fragment(y[1], element(l, t)),
+                        fragment(y[0], element(m, t)), fragment(y[1], element(m, t)), x[b][l],
+                        x[b][m]);
+              }
             }
           }
         }
@@ -817,9 +906,10 @@ __global__ void __launch_bounds__(kThreads, 1)
   }
 
   // Warps that shared the pixels add up in their order.
+  const int owner = (group_slot * a.ci_slots + ci_slot) * a.pair_slots + pair_slot;
   SyncMultipliers();
   for (int from = 1; from < a.pixel_slots; ++from) {
-    float* place = reinterpret_cast<float*>(shared) + warp / a.pixel_slots * kSums * 32 + lane;
+    float* place = reinterpret_cast<float*>(shared) + owner * kSums * 32 + lane;
     if (pixel_slot == from) {
 #pragma unroll
       for (int i = 0; i < kSums; ++i) place[i * 32] = all[i];
@@ -863,9 +953,9 @@ __global__ void __launch_bounds__(kThreads, 1)
   }
 }
 
-template <class In, bool kLast, int kStride, int kTaps, int kOctets>
+template <class In, bool kLast, int kStride, int kTaps, int kOctets, bool kGroup>
 cudaError_t Launch(const WeightGradArgs& args, int64_t blocks, cudaStream_t stream) {
-  const auto kernel = WeightGradKernel<In, kLast, kStride, kTaps, kOctets>;
+  const auto kernel = WeightGradKernel<In, kLast, kStride, kTaps, kOctets, kGroup>;
   if (const cudaError_t status =
           cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, args.shared);
       status != cudaSuccess) {
@@ -882,12 +972,11 @@ namespace jaxconv::cuda {
 template <class In, bool kLast>
 cudaError_t LaunchWeightGradVariant(const WeightGradVariant& v, const WeightGradArgs& args,
                                     int64_t blocks, cudaStream_t stream) {
-#define JAXCONV_CASE(S, T)                                                                \
-  if (v.stride == S && v.taps == T) {                                                     \
-    return v.octets == 1 ? weight_grad::Launch<In, kLast, S, T, 1>(args, blocks, stream)  \
-                         : weight_grad::Launch<In, kLast, S, T, 2>(args, blocks, stream); \
+#define JAXCONV_CASE(S, T, O, G)                                                 \
+  if (v.stride == S && v.taps == T && v.octets == O && v.group == G) {           \
+    return weight_grad::Launch<In, kLast, S, T, O, G>(args, blocks, stream);     \
   }
-  JAXCONV_WEIGHT_GRAD_WINDOWS(JAXCONV_CASE)
+  JAXCONV_WEIGHT_GRAD_VARIANTS(JAXCONV_CASE)
 #undef JAXCONV_CASE
   return cudaErrorInvalidValue;
 }

@@ -21,9 +21,11 @@ namespace jaxconv::cuda {
 void AddWeightGrad(std::vector<Row>& rows);
 
 // A compile-time choice: the stride of the innermost axis (0: any, at run time), taps of that axis
-// that a warp reads with one sliding window (1 if stride is 0), and input channels / 8 of a warp.
+// that a warp reads with one sliding window (1 if stride is 0), input channels / 8 of a warp, and
+// whether four warps multiply as a group (wgmma), with x in shared memory.
 struct WeightGradVariant {
   int stride, taps, octets;
+  bool group;
 };
 
 // Pixels of a run, which one thread loads and slides its window over. It makes the words that
@@ -54,9 +56,17 @@ constexpr int WeightGradSums(const WeightGradVariant& v) {
   return WeightGradPairs(v.taps, v.octets) * v.taps * v.octets * 4;
 }
 
-// The compiled (stride, taps), each with 1 and 2 octets.
-#define JAXCONV_WEIGHT_GRAD_WINDOWS(X) \
-  X(0, 1) X(1, 3) X(1, 5) X(1, 7) X(2, 2) X(2, 3) X(2, 4) X(2, 5) X(2, 7)
+// The compiled variants.
+#define JAXCONV_WEIGHT_GRAD_VARIANTS(X)                                                     \
+  X(0, 1, 1, false) X(0, 1, 2, false) X(0, 1, 4, true) X(0, 1, 8, true)                     \
+  X(1, 3, 1, false) X(1, 3, 2, false) X(1, 3, 4, true) X(1, 3, 8, true)                     \
+  X(1, 5, 1, false) X(1, 5, 2, false) X(1, 5, 4, true)                                      \
+  X(1, 7, 1, false) X(1, 7, 2, false) X(1, 7, 4, true)                                      \
+  X(2, 2, 1, false) X(2, 2, 2, false) X(2, 2, 4, true) X(2, 2, 8, true)                     \
+  X(2, 3, 1, false) X(2, 3, 2, false) X(2, 3, 4, true) X(2, 3, 8, true)                     \
+  X(2, 4, 1, false) X(2, 4, 2, false) X(2, 4, 4, true)                                      \
+  X(2, 5, 1, false) X(2, 5, 2, false) X(2, 5, 4, true)                                      \
+  X(2, 7, 1, false) X(2, 7, 2, false)
 
 // What the kernel is launched with. Axes 0, 1, 2 are depth, rows, and the innermost one. Along
 // depth and rows, y is seen on the lattice u = (o + pad) / g = i * (stride / g) + t * (dilation /
@@ -104,7 +114,7 @@ struct WeightGradArgs {
   // Bytes between neighbours in shared memory.
   int x_channel, x_pixel, x_run_pad, x_row, x_stage;
   int y_channel, y_pixel, y_run_pad, y_row, y_slot;
-  int x_base, shared;
+  int x_base, b_base, shared;  // b: x as the group's second operand
 };
 
 struct WeightGradPlan {
