@@ -7,6 +7,8 @@
 #include <numeric>
 #include <utility>
 
+#include "cuda/device_limits.h"
+
 namespace jaxconv::cuda {
 namespace {
 
@@ -19,20 +21,6 @@ constexpr WeightGradVariant kVariants[] = {
 constexpr int CeilDiv(int64_t a, int64_t b) { return static_cast<int>((a + b - 1) / b); }
 constexpr int Padding(int from, int to, int modulus) {  // what brings `from` to `to`, modulo
   return ((to - from) % modulus + modulus) % modulus;
-}
-
-int64_t SharedMemory(const Device& device) {
-  switch (device.compute_capability) {
-    case 80:
-    case 87:
-      return 163 * 1024;
-    case 90:
-    case 100:
-    case 103:
-      return 227 * 1024;
-    default:
-      return 99 * 1024;
-  }
 }
 
 // Why no plan takes the problem, whatever its sizes.
@@ -233,7 +221,7 @@ bool Complete(const Problem& p, const Device& device, const WeightGradVariant& v
     const int sums = 4 * pairs_of_warp * v.taps * v.octets;
     shared = std::max(shared, int64_t{kWeightGradWarps / a.pixel_slots} * sums * 128);
   }
-  if (shared > SharedMemory(device)) return false;
+  if (shared > SharedMemoryOfBlock(device.compute_capability)) return false;
   if (int64_t{c.images} * c.depth * c.runs >= 1 << 15) return false;
   a.x_row = static_cast<int>(x_row);
   a.y_row = static_cast<int>(y_row);
@@ -243,12 +231,6 @@ bool Complete(const Problem& p, const Device& device, const WeightGradVariant& v
   a.b_base = static_cast<int>(b_base);
   a.shared = static_cast<int>(shared);
   return true;
-}
-
-int Ceil2(int n) {  // to a power of two
-  int power = 1;
-  while (power < n) power *= 2;
-  return power;
 }
 
 int64_t Blocks(const WeightGradArgs& a) {
@@ -309,12 +291,11 @@ double Cost(const Problem& p, const Device& device, const WeightGradVariant& v, 
   double copies;
   if (last) {
     const double x = double{1} * a.pixels * a.x_channels, y = double{1} * a.y_pixels * a.y_channels;
-    copies = (x_rows * x + y_rows * y) * size / a.vector / 32 * 16 + (x_rows + y_rows) * 100;
+    copies = (x_rows * x + y_rows * y) * size / a.vector / 32 * 7 + (x_rows + y_rows) * 120;
   } else if (units) {
     const auto row = [&](int channels, int units_of_row, bool padded) {
-      const int lanes = std::clamp(Ceil2(units_of_row), 4, 32);
-      return 80 + CeilDiv(channels * lanes, 32) * (20.0 + 10 * CeilDiv(units_of_row, lanes)) +
-             (padded ? 25.0 * CeilDiv(channels * 16 / size, 32) : 0);
+      return 100 + CeilDiv(units_of_row, 4) * (16 + 4.0 * CeilDiv(channels, 8)) +
+             (padded ? 30.0 * CeilDiv(channels * 16 / size, 32) / a.column_blocks : 0);
     };
     copies = x_rows * row(a.x_channels, a.x_units, false) +
              y_rows * row(a.y_channels, a.y_units, a.pad[2] > 0);

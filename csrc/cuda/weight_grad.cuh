@@ -22,6 +22,8 @@ namespace jaxconv::cuda::weight_grad {
 constexpr int kThreads = 32 * (kWeightGradWarps + kWeightGradCopyWarps);
 constexpr int kCopyThreads = 32 * kWeightGradCopyWarps;
 
+constexpr int Log2(int n) { return n <= 1 ? 0 : 1 + Log2(n / 2); }
+
 __device__ inline uint32_t SharedAddress(const void* p) {
   return static_cast<uint32_t>(__cvta_generic_to_shared(p));
 }
@@ -198,13 +200,13 @@ struct Stager {
   int channels, pixels, size;
   int64_t channel_stride, pixel_stride;  // in memory
   int channel, pixel, run_pad;           // in shared memory, bytes
-  SmallDivisor by_run;                   // positions of a run; channels last
+  int log_run;                           // of the positions of a run; channels last
   int vector, units;                     // copies of a pixel (kUnits: of a row)
   bool spread;                           // kUnits: channels 4 ... 7 of eight lie a unit further
   // The warps take rows `row`, `row` + `rows`, ... and share each; of a row the thread takes every
   // `step`-th position (word) from `at` of channels `stripe`, `stripe` + `stripes`, ... or,
   // channels last, of unit `stripe`.
-  int row, rows, at, step, stripe, stripes, count;
+  int row, rows, at, step, log_step, stripe, stripes, count;
   // Bit k, of the thread's k-th position (16 bits: word; for rows at an even and an odd element):
   // copied at all; its first and its last element inside [0, size).
   uint32_t copied, low[1 + kHalf], high[1 + kHalf];
@@ -227,10 +229,13 @@ struct Stager {
       stripe = thread % width;
       at = thread / width;
       step = threads / width;
-      if (stripe >= units) at = pixels;
+      log_step = __ffs(step) - 1;
+      count = stripe < units && at < pixels ? (pixels - at + step - 1) / step : 0;
     } else {
-      const int words = kUnits ? units : kHalf ? pixels / 2 + 1 : pixels;
-      const int log = words > 16 ? 5 : words > 8 ? 4 : kUnits && words <= 4 ? 2 : 3;
+      // Eight channels (of every row's units four) to a warp, so that a thread's channels all begin
+      // at the same element of a unit.
+      const int words = kHalf ? pixels / 2 + 1 : pixels;
+      const int log = kUnits ? 2 : words > 16 ? 5 : words > 8 ? 4 : 3;
       step = 1 << log;
       at = thread & (step - 1);
       stripe = thread >> log;
@@ -272,20 +277,34 @@ struct Stager {
     if constexpr (kUnits) {
       RowOfUnits(to, reinterpret_cast<const char*>(from + offset + first), inside);
     } else if constexpr (kLast) {
-      const In* row = from + offset + (first + at) * pixel_stride +
-                      stripe * (vector / static_cast<int>(sizeof(In)));
-      const int64_t hop = step * pixel_stride;
-      to += stripe * vector;
-#pragma unroll 4
-      for (int p = at; p < pixels; p += step, row += hop) {
-        const bool valid = inside && static_cast<unsigned>(first + p) < static_cast<unsigned>(size);
-        const uint32_t dst = to + p * pixel + Divide(p, by_run) * run_pad;
+      // Positions at + k * step inside the row are those with low <= k < high.
+      const int begin = first + at, end = inside ? size : first;
+      const int low = min(begin >= 0 ? 0 : (-begin + step - 1) >> log_step, count);
+      const int high = max(min(end > begin ? (end - begin + step - 1) >> log_step : 0, count), low);
+      const In* row =
+          from + offset + begin * pixel_stride + stripe * (vector / static_cast<int>(sizeof(In)));
+      int64_t hop = step * pixel_stride;
+      int hop_shared = step * pixel;
+      asm volatile("" : "+l"(hop), "+r"(hop_shared));  // or it is multiplied out for every copy
+      uint32_t dst = to + stripe * vector + at * pixel;
+      int p = at;
+      const auto next = [&] { p += step, dst += hop_shared, row += hop; };
+      const auto copy = [&](int bytes) {
         if (vector == 16) {
-          CopyAsync16(dst, row, valid ? 16 : 0);
+          CopyAsync16(dst + (p >> log_run) * run_pad, row, bytes);
         } else {
-          CopyAsync4(dst, row, valid ? 4 : 0);
+          CopyAsync4(dst + (p >> log_run) * run_pad, row, min(bytes, 4));
         }
+      };
+      int k = 0;
+#pragma unroll 1
+      for (; k < low; ++k, next()) copy(0);
+      if (vector == 16) {
+#pragma unroll 4
+        for (; k < high; ++k, next()) CopyAsync16(dst + (p >> log_run) * run_pad, row, 16);
       }
+#pragma unroll 1
+      for (; k < count; ++k, next()) copy(k < high ? 16 : 0);
     } else {
       const char* row =
           reinterpret_cast<const char*>(from + offset + first + stripe * channel_stride);
@@ -354,24 +373,23 @@ __device__ void Stager<In, kLast, kUnits>::RowOfUnits(uint32_t to, const char* r
     return static_cast<int>(reinterpret_cast<uintptr_t>(place) / kSize) & (kUnit - 1);
   };
   const auto channel_at = [&](int c) { return to + c * channel + (spread ? (c & 4) * 4 : 0); };
-  const char* place = row + stripe * channel_stride * kSize;
-  const int64_t hop = stripes * channel_stride * kSize;
-#pragma unroll 1
-  for (int c = stripe; c < channels; c += stripes, place += hop) {
-    const int shift = shift_of(place);
-    int begin = first - shift + at * kUnit;  // the position of the unit's first element
-    uint32_t unit = channel_at(c) + at * 16;
-    const char* source = place - shift * kSize + at * 16;
-#pragma unroll 2
-    for (int u = at; u < units; u += step) {
-      // A unit that begins before position 0 and ends after it is put together below, unless
-      // nobody reads what is before 0.
-      const bool whole = begin >= 0 || first >= 0;
-      const int bytes = whole ? min(max(end - begin, 0) * kSize, 16) : 0;
-      if (whole || begin <= -kUnit) CopyAsync16(unit, source, bytes);
-      begin += step * kUnit;
-      unit += step * 16;
-      source += step * 16;
+  const char* const own = row + stripe * channel_stride * kSize;
+  const int own_shift = shift_of(own);
+  int64_t hop = stripes * channel_stride * kSize;
+  int hop_shared = stripes * channel;
+  asm volatile("" : "+l"(hop), "+r"(hop_shared));  // or it is multiplied out for every copy
+  for (int u = at; u < units; u += step) {
+    const int begin = first - own_shift + u * kUnit;  // the position of the unit's first element
+    // A unit that begins before position 0 and ends after it is put together below, unless nobody
+    // reads what is before 0.
+    const bool whole = begin >= 0 || first >= 0;
+    if (!whole && begin > -kUnit) continue;
+    const int bytes = whole ? min(max(end - begin, 0) * kSize, 16) : 0;
+    const char* source = own + (u * 16 - own_shift * kSize);
+    uint32_t unit = channel_at(stripe) + u * 16;
+#pragma unroll 4
+    for (int c = stripe; c < channels; c += stripes, source += hop, unit += hop_shared) {
+      CopyAsync16(unit, source, bytes);
     }
   }
   if (first >= 0) return;
@@ -477,8 +495,8 @@ __global__ void __launch_bounds__(kThreads, 1)
       stage_y.pixel = a.y_pixel;
       stage_x.run_pad = a.x_run_pad;
       stage_y.run_pad = a.y_run_pad;
-      stage_x.by_run = DivisorOf(kRun);
-      stage_y.by_run = DivisorOf(kRun * stride);
+      stage_x.log_run = Log2(kRun);
+      stage_y.log_run = Log2(kRun * (kStride == 0 ? 1 : kStride));  // any stride: rows without gaps
       const int per = a.vector / static_cast<int>(sizeof(In));
       stage_x.vector = stage_y.vector = a.vector;
       stage_x.units = kUnits ? a.x_units : stage_x.channels / per;
@@ -800,7 +818,8 @@ __global__ void __launch_bounds__(kThreads, 1)
       SyncMultipliers();
 
       // While a pair of one chunk is being multiplied the next one's windows are loaded.
-      constexpr int kBuffers = WeightGradSums({kStride, kTaps, kOctets, true}) + 8 * kQuads > 160 ? 1 : 2;
+      constexpr int kBuffers =
+          kPairs > 1 || WeightGradSums({kStride, kTaps, kOctets, true}) + 8 * kQuads > 160 ? 1 : 2;
       uint32_t quads[kBuffers][kQuads][4];
       const uint64_t columns =
           Descriptor(shared_address + a.b_base + ci_slot * kOctets * 128, octets * 128, 128);
@@ -829,16 +848,16 @@ __global__ void __launch_bounds__(kThreads, 1)
         }
         GroupCommit();
       };
-      for (int chunk = pixel_slot; chunk < chunks; chunk += 2 * a.pixel_slots) {
+      for (int chunk = pixel_slot; chunk < chunks; chunk += kBuffers * a.pixel_slots) {
 #pragma unroll
-        for (int c = 0; c < 2; ++c) {
+        for (int c = 0; c < kBuffers; ++c) {
           const int this_chunk = chunk + c * a.pixel_slots;
           const Run run = run_of(this_chunk);
 #pragma unroll
           for (int u = 0; u < kPairs; ++u) {
             if (this_chunk < chunks && u < a.slot_pairs) {
               multiply(run, this_chunk, u, quads[(c * kPairs + u) % kBuffers]);
-            } else {
+            } else if (kBuffers == 2) {
               GroupWait();  // the registers of the one before the last are free
             }
           }
