@@ -268,8 +268,7 @@ double Cost(const Problem& p, const Device& device, const WeightGradVariant& v, 
   const int step_products =
       CeilDiv(int64_t{a.images} * a.depth * a.runs, 4 * a.pixel_slots) * (half ? run / 4 : run / 2);
   a.flush = std::max(1, kWeightGradFlush / step_products);
-  if (CeilDiv(a.steps, a.parts) <= a.flush ||
-      Workspace(v, a) > p.YElements() * size / 10) {
+  if (CeilDiv(a.steps, a.parts) <= a.flush || Workspace(v, a) > p.YElements() * size / 10) {
     a.flush = 0;
   }
 
@@ -281,7 +280,10 @@ double Cost(const Problem& p, const Device& device, const WeightGradVariant& v, 
   const double products = pairs * v.taps * v.octets * x_words / 2;
   // A chunk of all warps that share it: loads, their conversion, and what surrounds them.
   const bool units = WeightGradUnits(last, v.stride);
-  const double per_load = units  ? (a.y_aligned ? 0.4 : a.y_spread ? 1 : 2.4) + (half ? 0.4 : 1)
+  const double per_load = units  ? (a.y_aligned  ? 0.4
+                                    : a.y_spread ? 1
+                                                 : 2.4) +
+                                       (half ? 0.4 : 1)
                           : half ? (last ? 0.6 : 2.5)
                                  : (last ? 3 : 2);
   const double chunk = per_load * (2 * pairs * words + slots * v.octets * x_words) +
@@ -291,10 +293,10 @@ double Cost(const Problem& p, const Device& device, const WeightGradVariant& v, 
   double copies;
   if (last) {
     const double x = double{1} * a.pixels * a.x_channels, y = double{1} * a.y_pixels * a.y_channels;
-    copies = (x_rows * x + y_rows * y) * size / a.vector / 32 * 7 + (x_rows + y_rows) * 120;
+    copies = (x_rows * x + y_rows * y) * size / a.vector / 32 * 7 + (x_rows + y_rows) * 200;
   } else if (units) {
     const auto row = [&](int channels, int units_of_row, bool padded) {
-      return 100 + CeilDiv(units_of_row, 4) * (16 + 4.0 * CeilDiv(channels, 8)) +
+      return 180 + CeilDiv(channels, 8) * (24 + 2.0 * CeilDiv(units_of_row, 4)) +
              (padded ? 30.0 * CeilDiv(channels * 16 / size, 32) / a.column_blocks : 0);
     };
     copies = x_rows * row(a.x_channels, a.x_units, false) +
@@ -318,7 +320,8 @@ double Cost(const Problem& p, const Device& device, const WeightGradVariant& v, 
     // Of a group and a pair of each of its warps: products, instructions that load and issue them.
     // Before them all warps bring x into its place.
     const double group_products = v.taps * x_words / 2;
-    const double pair = per_load * 2 * words + (v.stride == 0 ? words : 0) + 5 * group_products + 50;
+    const double pair =
+        per_load * 2 * words + (v.stride == 0 ? words : 0) + 5 * group_products + 50;
     const double groups = a.pair_slots * a.ci_slots / 4.0 * a.slot_pairs;
     const double placing = chunks * a.ci_slots * v.octets * (3 * x_words + 30);
     tensor = chunks * groups * group_products * v.octets * 4 * 1.15;
@@ -373,6 +376,7 @@ void ForEachPlan(const Problem& p, const Device& device, Visit visit) {
   for (const WeightGradVariant& v : kVariants) {
     if (v.stride != 0 && (p.stride[2] != v.stride || p.dilation[2] != 1)) continue;
     if (v.stride != 0 && (CeilDiv(p.k[2], v.taps) - 1) * v.taps >= p.k[2]) continue;
+    if (v.group && v.taps == 7 && !half) continue;  // not enough registers: products wait in turn
     if (v.group ? device.compute_capability != 90 || p.cig() <= v.octets * 8 - 16
                 : (v.octets == 1) != (p.cig() <= 8)) {
       continue;

@@ -10,8 +10,9 @@ cudaError_t LaunchPlan(const WeightGradPlan& plan, const Problem& p, cudaStream_
   const WeightGradArgs& a = plan.args;
   const auto launch = [&](auto in) {
     using In = decltype(in);
-    return p.channels_last ? LaunchWeightGradVariant<In, true>(plan.variant, a, plan.blocks, stream)
-                           : LaunchWeightGradVariant<In, false>(plan.variant, a, plan.blocks, stream);
+    return p.channels_last
+               ? LaunchWeightGradVariant<In, true>(plan.variant, a, plan.blocks, stream)
+               : LaunchWeightGradVariant<In, false>(plan.variant, a, plan.blocks, stream);
   };
   switch (p.in_dtype) {
     case DType::kF32:

@@ -378,18 +378,31 @@ __device__ void Stager<In, kLast, kUnits>::RowOfUnits(uint32_t to, const char* r
   int64_t hop = stripes * channel_stride * kSize;
   int hop_shared = stripes * channel;
   asm volatile("" : "+l"(hop), "+r"(hop_shared));  // or it is multiplied out for every copy
-  for (int u = at; u < units; u += step) {
-    const int begin = first - own_shift + u * kUnit;  // the position of the unit's first element
-    // A unit that begins before position 0 and ends after it is put together below, unless nobody
-    // reads what is before 0.
-    const bool whole = begin >= 0 || first >= 0;
-    if (!whole && begin > -kUnit) continue;
-    const int bytes = whole ? min(max(end - begin, 0) * kSize, 16) : 0;
-    const char* source = own + (u * 16 - own_shift * kSize);
-    uint32_t unit = channel_at(stripe) + u * 16;
+  // The thread's units are at + 4 k; those inside the row have low <= k < high. One that begins
+  // before position 0 and ends after it is put together below, unless nobody reads what is before
+  // 0.
+  constexpr int kStep = 4, kBytes = kStep * 16;
+  const int start = first - own_shift + at * kUnit, count = (units - at + kStep - 1) / kStep;
+  const int low = first >= 0 ? 0 : min((-start + kStep * kUnit - 1) / (kStep * kUnit), count);
+  const int high = max(low, min((end - start - kUnit + kStep * kUnit) / (kStep * kUnit), count));
+  const char* source = own + (at * 16 - own_shift * kSize);
+  uint32_t unit = channel_at(stripe) + at * 16;
+#pragma unroll 1
+  for (int c = stripe; c < channels; c += stripes, source += hop, unit += hop_shared) {
+    const char* from_unit = source + low * kBytes;
+    uint32_t to_unit = unit + low * kBytes;
 #pragma unroll 4
-    for (int c = stripe; c < channels; c += stripes, source += hop, unit += hop_shared) {
-      CopyAsync16(unit, source, bytes);
+    for (int k = low; k < high; ++k, from_unit += kBytes, to_unit += kBytes) {
+      CopyAsync16(to_unit, from_unit, 16);
+    }
+#pragma unroll 1
+    for (int k = high; k < count; ++k, from_unit += kBytes, to_unit += kBytes) {
+      CopyAsync16(to_unit, from_unit, min(max(end - start - k * kStep * kUnit, 0) * kSize, 16));
+    }
+#pragma unroll 1
+    for (int k = 0; k < low; ++k) {
+      if (start + k * kStep * kUnit <= -kUnit)
+        CopyAsync16(unit + k * kBytes, source + k * kBytes, 0);
     }
   }
   if (first >= 0) return;
@@ -591,8 +604,8 @@ __global__ void __launch_bounds__(kThreads, 1)
     const int tap = row / tap_rows, t0 = tap / a.k[1] - first_depth_tap, t1 = tap % a.k[1];
     const int shift = segment * kTaps * a.lattice_step[2];
     row_line[i] = t1 * a.lattice_step[1];
-    row_offset[i] = t0 * a.lattice_step[0] * a.y_row + co * a.y_channel +
-                    (kUnits ? 0 : shift * a.y_pixel);
+    row_offset[i] =
+        t0 * a.lattice_step[0] * a.y_row + co * a.y_channel + (kUnits ? 0 : shift * a.y_pixel);
     // Units, and 16 bits channels first: element offsets, since a staged row begins at the unit, or
     // the word, of its first.
     row_odd[i] =
@@ -614,8 +627,7 @@ __global__ void __launch_bounds__(kThreads, 1)
       group_slot * a.cog * a.y_channel +
       (by_matrix ? ((lane & 1) + 2 * (lane >> 3 & 1)) * a.y_pixel * (kStride == 0 ? stride : 1)
        : kList   ? 0
-                 : row8 * a.y_channel +
-                     (a.y_spread ? (group_slot * a.cog + row8 & 4) * 4 : 0));
+                 : row8 * a.y_channel + (a.y_spread ? (group_slot * a.cog + row8 & 4) * 4 : 0));
   // Units, and 16 bits channels first: the element that the thread's row begins at.
   const auto offset = [&](int64_t elements) { return static_cast<int>(elements & kOffsets); };
   const int x_odd_image = offset(a.xs.n), y_odd_image = offset(a.ys.n);
@@ -638,7 +650,8 @@ __global__ void __launch_bounds__(kThreads, 1)
   };
   // A group's instruction takes its four words of y from a row of registers, "quad". It depends on
   // where in the window its first value lies, so taps share quads.
-  constexpr int kGroupApart = kXWords / 2, kWordElements = (kHalf ? 2 : 1) * (kStride ? kStride : 1);
+  constexpr int kGroupApart = kXWords / 2,
+                kWordElements = (kHalf ? 2 : 1) * (kStride ? kStride : 1);
   constexpr int kQuads = (kGroupApart - 1) * kWordElements + kTaps;
 
   const auto compute = [&](const Step& s, int stage) {
@@ -770,8 +783,7 @@ __global__ void __launch_bounds__(kThreads, 1)
             const char* first = at + 2 * odd;  // elements one by one
 #pragma unroll
             for (int m = 0; m < kWords; ++m) {
-              const uint32_t low =
-                  *reinterpret_cast<const unsigned short*>(first + 4 * m * stride);
+              const uint32_t low = *reinterpret_cast<const unsigned short*>(first + 4 * m * stride);
               const uint32_t high =
                   *reinterpret_cast<const unsigned short*>(first + (4 * m + 2) * stride);
               y[h][m] = low | high << 16;
@@ -819,7 +831,7 @@ __global__ void __launch_bounds__(kThreads, 1)
 
       // While a pair of one chunk is being multiplied the next one's windows are loaded.
       constexpr int kBuffers =
-          kPairs > 1 || WeightGradSums({kStride, kTaps, kOctets, true}) + 8 * kQuads > 160 ? 1 : 2;
+          kPairs > 1 || WeightGradSums({kStride, kTaps, kOctets, true}) + 8 * kQuads > 140 ? 1 : 2;
       uint32_t quads[kBuffers][kQuads][4];
       const uint64_t columns =
           Descriptor(shared_address + a.b_base + ci_slot * kOctets * 128, octets * 128, 128);
@@ -839,10 +851,11 @@ __global__ void __launch_bounds__(kThreads, 1)
         GroupFence();
 #pragma unroll
         for (int l = 0; l < kGroupApart; ++l) {
-          const uint64_t b = columns + static_cast<uint32_t>((chunk * kGroupApart + l) * octets * 16);
+          const uint64_t b =
+              columns + static_cast<uint32_t>((chunk * kGroupApart + l) * octets * 16);
 #pragma unroll
           for (int t = 0; t < kTaps; ++t) {
-            const uint32_t(&a4)[4] = quad[element(l, t)];
+            const uint32_t (&a4)[4] = quad[element(l, t)];
             RowMma<In, kOctets>::Run(sums[u][t], a4[0], a4[1], a4[2], a4[3], b);
           }
         }
@@ -991,9 +1004,9 @@ namespace jaxconv::cuda {
 template <class In, bool kLast>
 cudaError_t LaunchWeightGradVariant(const WeightGradVariant& v, const WeightGradArgs& args,
                                     int64_t blocks, cudaStream_t stream) {
-#define JAXCONV_CASE(S, T, O, G)                                                 \
-  if (v.stride == S && v.taps == T && v.octets == O && v.group == G) {           \
-    return weight_grad::Launch<In, kLast, S, T, O, G>(args, blocks, stream);     \
+#define JAXCONV_CASE(S, T, O, G)                                             \
+  if (v.stride == S && v.taps == T && v.octets == O && v.group == G) {       \
+    return weight_grad::Launch<In, kLast, S, T, O, G>(args, blocks, stream); \
   }
   JAXCONV_WEIGHT_GRAD_VARIANTS(JAXCONV_CASE)
 #undef JAXCONV_CASE

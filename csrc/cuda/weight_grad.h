@@ -47,7 +47,8 @@ constexpr bool WeightGradUnits(bool channels_last, int stride) {
 
 // Pairs of 8-row tiles (a window of taps of 8 output channels each) that a warp accumulates.
 constexpr int WeightGradPairs(int taps, int octets) {
-  const int fit = 96 / (4 * taps * octets);  // registers for sums / those of a pair
+  // Registers for sums / those of a pair. Few channels have few pairs to share x among.
+  const int fit = (octets == 1 ? 72 : 96) / (4 * taps * octets);
   return fit < 1 ? 1 : fit > 8 ? 8 : fit;
 }
 
@@ -57,16 +58,15 @@ constexpr int WeightGradSums(const WeightGradVariant& v) {
 }
 
 // The compiled variants.
-#define JAXCONV_WEIGHT_GRAD_VARIANTS(X)                                                     \
-  X(0, 1, 1, false) X(0, 1, 2, false) X(0, 1, 4, true) X(0, 1, 8, true)                     \
-  X(1, 3, 1, false) X(1, 3, 2, false) X(1, 3, 4, true) X(1, 3, 8, true)                     \
-  X(1, 5, 1, false) X(1, 5, 2, false) X(1, 5, 4, true)                                      \
-  X(1, 7, 1, false) X(1, 7, 2, false)                                                       \
-  X(2, 2, 1, false) X(2, 2, 2, false) X(2, 2, 4, true) X(2, 2, 8, true)                     \
-  X(2, 3, 1, false) X(2, 3, 2, false) X(2, 3, 4, true) X(2, 3, 8, true)                     \
-  X(2, 4, 1, false) X(2, 4, 2, false) X(2, 4, 4, true)                                      \
-  X(2, 5, 1, false) X(2, 5, 2, false) X(2, 5, 4, true)                                      \
-  X(2, 7, 1, false) X(2, 7, 2, false)
+#define JAXCONV_WEIGHT_GRAD_VARIANTS(X)                                                            \
+  X(0, 1, 1, false)                                                                                \
+  X(0, 1, 2, false) X(0, 1, 4, true) X(0, 1, 8, true) X(1, 3, 1, false) X(1, 3, 2, false)          \
+      X(1, 3, 4, true) X(1, 3, 8, true) X(1, 5, 1, false) X(1, 5, 2, false) X(1, 5, 4, true)       \
+          X(1, 7, 1, false) X(1, 7, 2, false) X(1, 7, 4, true) X(2, 2, 1, false) X(2, 2, 2, false) \
+              X(2, 2, 4, true) X(2, 2, 8, true) X(2, 3, 1, false) X(2, 3, 2, false)                \
+                  X(2, 3, 4, true) X(2, 3, 8, true) X(2, 4, 1, false) X(2, 4, 2, false)            \
+                      X(2, 4, 4, true) X(2, 5, 1, false) X(2, 5, 2, false) X(2, 5, 4, true)        \
+                          X(2, 7, 1, false) X(2, 7, 2, false) X(2, 7, 4, true)
 
 // What the kernel is launched with. Axes 0, 1, 2 are depth, rows, and the innermost one. Along
 // depth and rows, y is seen on the lattice u = (o + pad) / g = i * (stride / g) + t * (dilation /

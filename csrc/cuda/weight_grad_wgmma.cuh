@@ -20,34 +20,34 @@ struct RowMma {
 template <bool kMore>
 __device__ inline void MoveRegisters() {
   if constexpr (kMore) {
-    asm volatile("setmaxnreg.inc.sync.aligned.u32 232;");
+    asm volatile("setmaxnreg.inc.sync.aligned.u32 224;");
   } else {
-    asm volatile("setmaxnreg.dec.sync.aligned.u32 40;");
+    asm volatile("setmaxnreg.dec.sync.aligned.u32 56;");
   }
 }
 
 #define JAXCONV_D(d) "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
-#define JAXCONV_ROW_MMA_32(T, SHAPE, TAIL)                                                     \
-  template <>                                                                                  \
-  __device__ inline void RowMma<T, 4>::Run(float (&d)[4][4], uint32_t a0, uint32_t a1,         \
-                                           uint32_t a2, uint32_t a3, uint64_t b) {             \
-    asm volatile("wgmma.mma_async.sync.aligned.m64n32" SHAPE                                   \
-                 " {%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15}, "                  \
-                 "{%16,%17,%18,%19}, %20, 1, 1, 1" TAIL ";"                                    \
-                 : JAXCONV_D(d[0]), JAXCONV_D(d[1]), JAXCONV_D(d[2]), JAXCONV_D(d[3])          \
-                 : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "l"(b));                                \
+#define JAXCONV_ROW_MMA_32(T, SHAPE, TAIL)                                             \
+  template <>                                                                          \
+  __device__ inline void RowMma<T, 4>::Run(float (&d)[4][4], uint32_t a0, uint32_t a1, \
+                                           uint32_t a2, uint32_t a3, uint64_t b) {     \
+    asm volatile("wgmma.mma_async.sync.aligned.m64n32" SHAPE                           \
+                 " {%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15}, "          \
+                 "{%16,%17,%18,%19}, %20, 1, 1, 1" TAIL ";"                            \
+                 : JAXCONV_D(d[0]), JAXCONV_D(d[1]), JAXCONV_D(d[2]), JAXCONV_D(d[3])  \
+                 : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "l"(b));                        \
   }
-#define JAXCONV_ROW_MMA_64(T, SHAPE, TAIL)                                                     \
-  template <>                                                                                  \
-  __device__ inline void RowMma<T, 8>::Run(float (&d)[8][4], uint32_t a0, uint32_t a1,         \
-                                           uint32_t a2, uint32_t a3, uint64_t b) {             \
-    asm volatile("wgmma.mma_async.sync.aligned.m64n64" SHAPE                                   \
-                 " {%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15,%16,%17,%18,%19,"    \
-                 "%20,%21,%22,%23,%24,%25,%26,%27,%28,%29,%30,%31}, "                          \
-                 "{%32,%33,%34,%35}, %36, 1, 1, 1" TAIL ";"                                    \
-                 : JAXCONV_D(d[0]), JAXCONV_D(d[1]), JAXCONV_D(d[2]), JAXCONV_D(d[3]),         \
-                   JAXCONV_D(d[4]), JAXCONV_D(d[5]), JAXCONV_D(d[6]), JAXCONV_D(d[7])          \
-                 : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "l"(b));                                \
+#define JAXCONV_ROW_MMA_64(T, SHAPE, TAIL)                                                  \
+  template <>                                                                               \
+  __device__ inline void RowMma<T, 8>::Run(float (&d)[8][4], uint32_t a0, uint32_t a1,      \
+                                           uint32_t a2, uint32_t a3, uint64_t b) {          \
+    asm volatile("wgmma.mma_async.sync.aligned.m64n64" SHAPE                                \
+                 " {%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15,%16,%17,%18,%19," \
+                 "%20,%21,%22,%23,%24,%25,%26,%27,%28,%29,%30,%31}, "                       \
+                 "{%32,%33,%34,%35}, %36, 1, 1, 1" TAIL ";"                                 \
+                 : JAXCONV_D(d[0]), JAXCONV_D(d[1]), JAXCONV_D(d[2]), JAXCONV_D(d[3]),      \
+                   JAXCONV_D(d[4]), JAXCONV_D(d[5]), JAXCONV_D(d[6]), JAXCONV_D(d[7])       \
+                 : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "l"(b));                             \
   }
 JAXCONV_ROW_MMA_32(float, "k8.f32.tf32.tf32", "")
 JAXCONV_ROW_MMA_64(float, "k8.f32.tf32.tf32", "")
