@@ -293,10 +293,12 @@ double Cost(const Problem& p, const Device& device, const WeightGradVariant& v, 
   double copies;
   if (last) {
     const double x = double{1} * a.pixels * a.x_channels, y = double{1} * a.y_pixels * a.y_channels;
-    copies = (x_rows * x + y_rows * y) * size / a.vector / 32 * 7 + (x_rows + y_rows) * 200;
+    copies = (x_rows * x + y_rows * y) * size / a.vector / 32 * 7 + (x_rows + y_rows) * 130;
   } else if (units) {
     const auto row = [&](int channels, int units_of_row, bool padded) {
-      return 180 + CeilDiv(channels, 8) * (24 + 2.0 * CeilDiv(units_of_row, 4)) +
+      const double each = CeilDiv(channels, 8), fours = CeilDiv(units_of_row, 4);
+      return 120 +
+             (!v.group && units_of_row >= 16 ? each * (24 + 2 * fours) : fours * (16 + 4 * each)) +
              (padded ? 30.0 * CeilDiv(channels * 16 / size, 32) / a.column_blocks : 0);
     };
     copies = x_rows * row(a.x_channels, a.x_units, false) +

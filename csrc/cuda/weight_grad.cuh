@@ -191,7 +191,8 @@ struct Step {
 
 // One staged operand of a block: rows of `pixels` positions of its channels. What a thread copies
 // of a row does not depend on the row, only on the column of the walk.
-template <class In, bool kLast, bool kUnits>
+// kLong: with code for long rows by units, for which threads of few registers have no room.
+template <class In, bool kLast, bool kUnits, bool kLong>
 struct Stager {
   static constexpr bool kHalf = sizeof(In) == 2;
   static constexpr int kSize = sizeof(In), kUnit = 16 / kSize;  // elements of a unit
@@ -289,19 +290,27 @@ struct Stager {
       uint32_t dst = to + stripe * vector + at * pixel;
       int p = at;
       const auto next = [&] { p += step, dst += hop_shared, row += hop; };
+      const auto copy16 = [&](int bytes) {
+        CopyAsync16(dst + (p >> log_run) * run_pad, row, bytes);
+      };
       const auto copy = [&](int bytes) {
         if (vector == 16) {
-          CopyAsync16(dst + (p >> log_run) * run_pad, row, bytes);
+          copy16(bytes);
         } else {
           CopyAsync4(dst + (p >> log_run) * run_pad, row, min(bytes, 4));
         }
       };
       int k = 0;
+      if (vector == 16 && high - low < 8) {
+#pragma unroll 4
+        for (; k < count; ++k, next()) copy16(k >= low && k < high ? 16 : 0);
+        return;
+      }
 #pragma unroll 1
       for (; k < low; ++k, next()) copy(0);
       if (vector == 16) {
 #pragma unroll 4
-        for (; k < high; ++k, next()) CopyAsync16(dst + (p >> log_run) * run_pad, row, 16);
+        for (; k < high; ++k, next()) copy16(16);
       }
 #pragma unroll 1
       for (; k < count; ++k, next()) copy(k < high ? 16 : 0);
@@ -364,9 +373,9 @@ struct Stager {
 
 // The same by units, of which the first holds position `first`. Outside the row nothing is read but
 // what shares a unit with its first element.
-template <class In, bool kLast, bool kUnits>
-__device__ void Stager<In, kLast, kUnits>::RowOfUnits(uint32_t to, const char* row,
-                                                      bool inside) const {
+template <class In, bool kLast, bool kUnits, bool kLong>
+__device__ void Stager<In, kLast, kUnits, kLong>::RowOfUnits(uint32_t to, const char* row,
+                                                             bool inside) const {
   const int end = inside ? size : -kUnit;  // before every unit
   // The element of its unit that position `first` of the channel at `place` is.
   const auto shift_of = [](const char* place) {
@@ -378,31 +387,46 @@ __device__ void Stager<In, kLast, kUnits>::RowOfUnits(uint32_t to, const char* r
   int64_t hop = stripes * channel_stride * kSize;
   int hop_shared = stripes * channel;
   asm volatile("" : "+l"(hop), "+r"(hop_shared));  // or it is multiplied out for every copy
-  // The thread's units are at + 4 k; those inside the row have low <= k < high. One that begins
-  // before position 0 and ends after it is put together below, unless nobody reads what is before
-  // 0.
+  // A unit that begins before position 0 and ends after it is put together below, unless nobody
+  // reads what is before 0.
   constexpr int kStep = 4, kBytes = kStep * 16;
-  const int start = first - own_shift + at * kUnit, count = (units - at + kStep - 1) / kStep;
-  const int low = first >= 0 ? 0 : min((-start + kStep * kUnit - 1) / (kStep * kUnit), count);
-  const int high = max(low, min((end - start - kUnit + kStep * kUnit) / (kStep * kUnit), count));
-  const char* source = own + (at * 16 - own_shift * kSize);
-  uint32_t unit = channel_at(stripe) + at * 16;
+  if (kLong && units >= 4 * kStep) {
+    // The thread's units are at + 4 k; those inside the row have low <= k < high.
+    const int start = first - own_shift + at * kUnit, count = (units - at + kStep - 1) / kStep;
+    const int low = first >= 0 ? 0 : min((-start + kStep * kUnit - 1) / (kStep * kUnit), count);
+    const int high = max(low, min((end - start - kUnit + kStep * kUnit) / (kStep * kUnit), count));
+    const char* source = own + (at * 16 - own_shift * kSize);
+    uint32_t unit = channel_at(stripe) + at * 16;
 #pragma unroll 1
-  for (int c = stripe; c < channels; c += stripes, source += hop, unit += hop_shared) {
-    const char* from_unit = source + low * kBytes;
-    uint32_t to_unit = unit + low * kBytes;
+    for (int c = stripe; c < channels; c += stripes, source += hop, unit += hop_shared) {
+      const char* from_unit = source + low * kBytes;
+      uint32_t to_unit = unit + low * kBytes;
 #pragma unroll 4
-    for (int k = low; k < high; ++k, from_unit += kBytes, to_unit += kBytes) {
-      CopyAsync16(to_unit, from_unit, 16);
-    }
+      for (int k = low; k < high; ++k, from_unit += kBytes, to_unit += kBytes) {
+        CopyAsync16(to_unit, from_unit, 16);
+      }
 #pragma unroll 1
-    for (int k = high; k < count; ++k, from_unit += kBytes, to_unit += kBytes) {
-      CopyAsync16(to_unit, from_unit, min(max(end - start - k * kStep * kUnit, 0) * kSize, 16));
-    }
+      for (int k = high; k < count; ++k, from_unit += kBytes, to_unit += kBytes) {
+        CopyAsync16(to_unit, from_unit, min(max(end - start - k * kStep * kUnit, 0) * kSize, 16));
+      }
 #pragma unroll 1
-    for (int k = 0; k < low; ++k) {
-      if (start + k * kStep * kUnit <= -kUnit)
+      for (int k = 0; k < low; ++k) {
+        if (start + k * kStep * kUnit > -kUnit) continue;
         CopyAsync16(unit + k * kBytes, source + k * kBytes, 0);
+      }
+    }
+  } else {
+    for (int u = at; u < units; u += kStep) {
+      const int begin = first - own_shift + u * kUnit;  // the position of the unit's first element
+      const bool whole = begin >= 0 || first >= 0;
+      if (!whole && begin > -kUnit) continue;
+      const int bytes = whole ? min(max(end - begin, 0) * kSize, 16) : 0;
+      const char* source = own + (u * 16 - own_shift * kSize);
+      uint32_t unit = channel_at(stripe) + u * 16;
+#pragma unroll 4
+      for (int c = stripe; c < channels; c += stripes, source += hop, unit += hop_shared) {
+        CopyAsync16(unit, source, bytes);
+      }
     }
   }
   if (first >= 0) return;
@@ -487,7 +511,7 @@ __global__ void __launch_bounds__(kThreads, 1)
 
   if (warp >= kWeightGradWarps) {
     if constexpr (kGroup) MoveRegisters<false>();
-    Stager<In, kLast, kUnits> stage_x, stage_y;
+    Stager<In, kLast, kUnits, !kGroup> stage_x, stage_y;
     {
       const int groups = a.groups_per_block;
       stage_x.from = static_cast<const In*>(a.x) + (int64_t{group0} * a.cig + ci0) * a.xs.c;
