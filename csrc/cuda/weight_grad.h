@@ -57,16 +57,19 @@ constexpr int WeightGradSums(const WeightGradVariant& v) {
   return WeightGradPairs(v.taps, v.octets) * v.taps * v.octets * 4;
 }
 
-// The compiled variants.
-#define JAXCONV_WEIGHT_GRAD_VARIANTS(X)                                                            \
-  X(0, 1, 1, false)                                                                                \
-  X(0, 1, 2, false) X(0, 1, 4, true) X(0, 1, 8, true) X(1, 3, 1, false) X(1, 3, 2, false)          \
-      X(1, 3, 4, true) X(1, 3, 8, true) X(1, 5, 1, false) X(1, 5, 2, false) X(1, 5, 4, true)       \
-          X(1, 7, 1, false) X(1, 7, 2, false) X(1, 7, 4, true) X(2, 2, 1, false) X(2, 2, 2, false) \
-              X(2, 2, 4, true) X(2, 2, 8, true) X(2, 3, 1, false) X(2, 3, 2, false)                \
-                  X(2, 3, 4, true) X(2, 3, 8, true) X(2, 4, 1, false) X(2, 4, 2, false)            \
-                      X(2, 4, 4, true) X(2, 5, 1, false) X(2, 5, 2, false) X(2, 5, 4, true)        \
-                          X(2, 7, 1, false) X(2, 7, 2, false) X(2, 7, 4, true)
+// The compiled variants, by window.
+// clang-format off
+#define JAXCONV_WEIGHT_GRAD_VARIANTS(X) \
+  X(0, 1, 1, false) X(0, 1, 2, false) X(0, 1, 4, true) X(0, 1, 8, true) \
+  X(1, 3, 1, false) X(1, 3, 2, false) X(1, 3, 4, true) X(1, 3, 8, true) \
+  X(1, 5, 1, false) X(1, 5, 2, false) X(1, 5, 4, true) \
+  X(1, 7, 1, false) X(1, 7, 2, false) X(1, 7, 4, true) \
+  X(2, 2, 1, false) X(2, 2, 2, false) X(2, 2, 4, true) X(2, 2, 8, true) \
+  X(2, 3, 1, false) X(2, 3, 2, false) X(2, 3, 4, true) X(2, 3, 8, true) \
+  X(2, 4, 1, false) X(2, 4, 2, false) X(2, 4, 4, true) \
+  X(2, 5, 1, false) X(2, 5, 2, false) X(2, 5, 4, true) \
+  X(2, 7, 1, false) X(2, 7, 2, false) X(2, 7, 4, true)
+// clang-format on
 
 // What the kernel is launched with. Axes 0, 1, 2 are depth, rows, and the innermost one. Along
 // depth and rows, y is seen on the lattice u = (o + pad) / g = i * (stride / g) + t * (dilation /
