@@ -9,6 +9,8 @@
 #include <limits>
 #include <map>
 
+#include "cuda/device_limits.h"
+#include "cuda/plan_memo.h"
 #include "cuda/taps.h"
 
 namespace jaxconv::cuda {
@@ -301,7 +303,7 @@ bool Fill(const Problem& p, const Device& device, const Shape& s, const Columns&
       !place(a.smem_out, int64_t{c.warps} * a.stage_words * 4)) {
     return false;
   }
-  if (smem > SharedMemoryOf(device)) return false;
+  if (smem > SharedMemoryOfBlock(device.compute_capability)) return false;
   plan.smem = static_cast<int>(smem);
   plan.group = c.shape.group;
   plan.mt = c.shape.mt;
@@ -309,8 +311,9 @@ bool Fill(const Problem& p, const Device& device, const Shape& s, const Columns&
   plan.warps = c.warps;
   plan.grid_y = static_cast<int>(p.groups * CeilDiv(columns.column_sets, a.sets_per_block));
   if (plan.grid_y > 65535) return false;
-  const int occupancy = std::min({static_cast<int>((SharedMemoryOf(device) + 1024) / (smem + 1024)),
-                                  65536 / (c.shape.registers * c.warps * 32), 64 / c.warps});
+  const int occupancy = std::min(
+      {static_cast<int>((SharedMemoryOfBlock(device.compute_capability) + 1024) / (smem + 1024)),
+       65536 / (c.shape.registers * c.warps * 32), 64 / c.warps});
   // Blocks stay: each fetches its next tile while it works on one.
   const int64_t slots =
       std::max<int64_t>(1, int64_t{device.multiprocessors} * occupancy / plan.grid_y);
@@ -396,7 +399,7 @@ CorrelatePlan MakePlan(const Problem& p, const Device& device, const CorrelateTi
   for (const TileShape& shape : kTileShapes) {
     if (!allowed(forced.mt, shape.mt) || !allowed(forced.nc, shape.nc)) continue;
     if (forced.group >= 0 && forced.group != int{shape.group}) continue;
-    if (shape.group && (device.compute_capability != 90 || s.variants > 1)) continue;
+    if (shape.group && (!HasWgmma(device.compute_capability) || s.variants > 1)) continue;
     Columns columns = ColumnsOf(s, shape.nc, false);
     ListEntries(s, axis, columns, nullptr);
     if (shape.group) {

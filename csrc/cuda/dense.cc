@@ -8,8 +8,9 @@
 #include <cmath>
 #include <limits>
 #include <map>
-#include <memory>
-#include <mutex>
+
+#include "cuda/device_limits.h"
+#include "cuda/plan_memo.h"
 
 namespace jaxconv::cuda {
 namespace {
@@ -26,7 +27,7 @@ constexpr int PadToQuads(int64_t steps) { return static_cast<int>(RoundUp(steps,
 std::string Refuse(const Problem& p, const Device& device) {
   if (p.Empty()) return "has nothing to read or write";
   // Not of later devices either: their tensor cores have other instructions.
-  if (device.compute_capability != 90) return "needs compute capability 9.0";
+  if (!HasWgmma(device.compute_capability)) return "needs compute capability 9.0";
   if (p.in_dtype == DType::kF64) return "float64 has no tensor cores here";
   if (p.in_dtype == DType::kF32 && p.precision == Precision::kHighest) {
     return "rounds float32 products to TF32";
@@ -546,27 +547,8 @@ DensePlan MakePlan(const Problem& p, const Device& device, const DenseTile& forc
   }
   return best;
 }
-// Plans cost more than a launch, and a layer asks for the same one at every call.
 const DensePlan& PlanOf(const Problem& p, const Device& d) {
-  using Key = std::array<int64_t, 30>;
-  Key key{};
-  size_t at = 0;
-  const auto add = [&](int64_t v) { key.at(at++) = v; };
-  for (int64_t v : {static_cast<int64_t>(p.pass), static_cast<int64_t>(p.in_dtype),
-                    static_cast<int64_t>(p.out_dtype), static_cast<int64_t>(p.precision),
-                    int64_t{p.channels_last}, int64_t{p.bias}, p.n, p.ci, p.co, p.groups,
-                    int64_t{d.compute_capability}, int64_t{d.multiprocessors}}) {
-    add(v);
-  }
-  for (const Sizes* sizes : {&p.isize, &p.osize, &p.k, &p.stride, &p.dilation, &p.pad}) {
-    for (int64_t v : *sizes) add(v);
-  }
-  static std::mutex mutex;
-  static std::map<Key, std::unique_ptr<const DensePlan>> plans;
-  const std::lock_guard<std::mutex> lock(mutex);
-  auto& plan = plans[key];
-  if (plan == nullptr) plan = std::make_unique<const DensePlan>(MakePlan(p, d, {}));
-  return *plan;
+  return Remember<DensePlan>(p, d, [&] { return MakePlan(p, d, {}); });
 }
 
 std::string RefuseRow(const Problem& p, const Device& d) { return PlanOf(p, d).refusal; }

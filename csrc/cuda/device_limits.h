@@ -1,4 +1,4 @@
-// What devices of a compute capability allow.
+// What devices of a compute capability allow, and what of it this library was compiled for.
 #ifndef JAXCONV_CUDA_DEVICE_LIMITS_H_
 #define JAXCONV_CUDA_DEVICE_LIMITS_H_
 
@@ -20,6 +20,26 @@ constexpr int64_t SharedMemoryOfBlock(int compute_capability) {
     default:
       return 99 * 1024;
   }
+}
+
+// What the library has machine code for, and PTX, which newer devices translate.
+inline constexpr int kMachineCode[] = {JAXCONV_CUDA_MACHINE_CODE}, kPtx[] = {JAXCONV_CUDA_PTX};
+
+// The compute capability that the code which a device runs was compiled for; 0 if there is none.
+constexpr int CodeFor(int compute_capability) {
+  int code = 0, translated = 0;
+  for (const int c : kMachineCode) {
+    if (c / 10 == compute_capability / 10 && c <= compute_capability && c > code) code = c;
+  }
+  for (const int c : kPtx) {
+    if (c <= compute_capability && c > translated) translated = c;
+  }
+  return code > 0 ? code : translated;
+}
+
+// Whether a device multiplies by groups of four warps: 9.0 alone, by code for 9.0a.
+constexpr bool HasWgmma(int compute_capability) {
+  return compute_capability == 90 && CodeFor(90) == 90;
 }
 
 }  // namespace jaxconv::cuda

@@ -11,6 +11,8 @@
 #include <set>
 #include <utility>
 
+#include "cuda/device_limits.h"
+#include "cuda/plan_memo.h"
 #include "cuda/taps.h"
 
 namespace jaxconv::cuda {
@@ -55,7 +57,7 @@ Shape ShapeOf(const Problem& p) {
 
 std::string Refuse(const Problem& p, const Device& device) {
   if (p.Empty()) return "has nothing to read or write";
-  if (device.compute_capability < 90) return "needs compute capability 9.0";
+  if (CodeFor(device.compute_capability) < 90) return "needs compute capability 9.0";
   if (p.channels_last) return "takes channels first";
   if (p.in_dtype == DType::kF64) return "float64 has no tensor cores here";
   if (p.in_dtype == DType::kF32 && p.precision == Precision::kHighest) {
@@ -240,7 +242,7 @@ bool Fill(const Problem& p, const Device& device, const Shape& s, const TileShap
   a.buffer = static_cast<int>(int64_t{s.cg} * a.plane);
   if (a.buffer > 200 * 1024) return false;
   place(a.smem_in, 2 * int64_t{a.buffer});
-  const int most = SharedMemoryOf(device);
+  const int most = SharedMemoryOfBlock(device.compute_capability);
   if (smem > most) return false;
   plan.smem = static_cast<int>(smem);
   plan.mt = shape.mt;

@@ -2,11 +2,7 @@
 #ifndef JAXCONV_CUDA_TAPS_H_
 #define JAXCONV_CUDA_TAPS_H_
 
-#include <array>
 #include <cstdint>
-#include <map>
-#include <memory>
-#include <mutex>
 #include <vector>
 
 #include "cuda/table.h"
@@ -14,21 +10,6 @@
 namespace jaxconv::cuda {
 
 constexpr int64_t CeilDiv(int64_t a, int64_t b) { return (a + b - 1) / b; }
-
-inline int SharedMemoryOf(const Device& d) {  // bytes that a block may have
-  switch (d.compute_capability) {
-    case 80:
-    case 87:
-      return 163 * 1024;
-    case 90:
-    case 100:
-    case 103:
-    case 110:
-      return 227 * 1024;
-    default:
-      return 99 * 1024;
-  }
-}
 
 // Where the taps of one axis reach: tap t serves the outputs of phase[t] from the source
 // q * si + source[t].
@@ -51,31 +32,6 @@ inline Taps TapsOf(const Problem& p, int axis) {
     }
   }
   return taps;
-}
-
-// The plan of a problem, made once: plans cost more than a launch, and a layer asks for the same
-// one at every call.
-template <class Plan, class Make>
-const Plan& Remember(const Problem& p, const Device& d, Make make) {
-  using Key = std::array<int64_t, 31>;
-  Key key{};
-  size_t at = 0;
-  const auto add = [&](int64_t v) { key.at(at++) = v; };
-  for (int64_t v : {static_cast<int64_t>(p.pass), static_cast<int64_t>(p.in_dtype),
-                    static_cast<int64_t>(p.out_dtype), static_cast<int64_t>(p.precision),
-                    int64_t{p.channels_last}, int64_t{p.bias}, p.n, p.ci, p.co, p.groups,
-                    int64_t{d.compute_capability}, int64_t{d.multiprocessors}}) {
-    add(v);
-  }
-  for (const Sizes* sizes : {&p.isize, &p.osize, &p.k, &p.stride, &p.dilation, &p.pad}) {
-    for (int64_t v : *sizes) add(v);
-  }
-  static std::mutex mutex;
-  static std::map<Key, std::unique_ptr<const Plan>> plans;
-  const std::lock_guard<std::mutex> lock(mutex);
-  auto& plan = plans[key];
-  if (plan == nullptr) plan = std::make_unique<const Plan>(make());
-  return *plan;
 }
 
 }  // namespace jaxconv::cuda

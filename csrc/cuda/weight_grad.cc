@@ -3,11 +3,11 @@
 #include <algorithm>
 #include <cstring>
 #include <limits>
-#include <mutex>
 #include <numeric>
 #include <utility>
 
 #include "cuda/device_limits.h"
+#include "cuda/plan_memo.h"
 
 namespace jaxconv::cuda {
 namespace {
@@ -379,7 +379,7 @@ void ForEachPlan(const Problem& p, const Device& device, Visit visit) {
     if (v.stride != 0 && (p.stride[2] != v.stride || p.dilation[2] != 1)) continue;
     if (v.stride != 0 && (CeilDiv(p.k[2], v.taps) - 1) * v.taps >= p.k[2]) continue;
     if (v.group && v.taps == 7 && !half) continue;  // not enough registers: products wait in turn
-    if (v.group ? device.compute_capability != 90 || p.cig() <= v.octets * 8 - 16
+    if (v.group ? !HasWgmma(device.compute_capability) || p.cig() <= v.octets * 8 - 16
                 : (v.octets == 1) != (p.cig() <= 8)) {
       continue;
     }
@@ -426,43 +426,10 @@ WeightGradPlan Search(const Problem& p, const Device& device) {
   return best;
 }
 
-bool Same(const Problem& a, const Problem& b) {
-  return a.pass == b.pass && a.in_dtype == b.in_dtype && a.out_dtype == b.out_dtype &&
-         a.precision == b.precision && a.channels_last == b.channels_last && a.n == b.n &&
-         a.ci == b.ci && a.co == b.co && a.groups == b.groups && a.isize == b.isize &&
-         a.osize == b.osize && a.k == b.k && a.stride == b.stride && a.dilation == b.dilation &&
-         a.pad == b.pad;
-}
-
 }  // namespace
 
-// The search takes about a millisecond, so the last results are remembered.
 WeightGradPlan PlanWeightGrad(const Problem& p, const Device& device) {
-  struct Entry {
-    Problem problem;
-    Device device;
-    WeightGradPlan plan;
-  };
-  static std::mutex mutex;
-  static std::vector<Entry> memory;
-  static size_t oldest = 0;
-  constexpr size_t kMost = 256;
-  const auto same_device = [&](const Device& d) {
-    return d.compute_capability == device.compute_capability &&
-           d.multiprocessors == device.multiprocessors;
-  };
-  const std::lock_guard<std::mutex> lock(mutex);
-  for (const Entry& e : memory) {
-    if (same_device(e.device) && Same(e.problem, p)) return e.plan;
-  }
-  Entry entry{p, device, Search(p, device)};
-  if (memory.size() < kMost) {
-    memory.push_back(entry);
-  } else {
-    memory[oldest] = entry;
-    oldest = (oldest + 1) % kMost;
-  }
-  return entry.plan;
+  return Remember<WeightGradPlan>(p, device, [&] { return Search(p, device); });
 }
 
 void AddWeightGrad(std::vector<Row>& rows) {
