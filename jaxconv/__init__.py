@@ -6,6 +6,7 @@ import pkgutil
 # installed jaxconv (whose version must be the same: see jaxconv.ffi).
 __path__ = pkgutil.extend_path(__path__, __name__)
 
+from jaxconv import spatial
 from jaxconv.api import (
     conv_transpose,
     conv_transpose1d,
@@ -20,4 +21,5 @@ __all__ = [
     "conv_transpose1d",
     "conv_transpose2d",
     "conv_transpose3d",
+    "spatial",
 ]
