@@ -13,9 +13,11 @@ from jaxconv.api import (
     conv_transpose2d,
     conv_transpose3d,
 )
+from jaxconv.ffi import EXPORT_DISABLED_CHECKS
 from jaxconv.version import __version__
 
 __all__ = [
+    "EXPORT_DISABLED_CHECKS",
     "__version__",
     "conv_transpose",
     "conv_transpose1d",

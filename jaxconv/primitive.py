@@ -37,23 +37,34 @@ _PRIMITIVES: dict[Role, Primitive] = {
 # The forward with a bias, y = T(x, w) + b: linear in (x, b) and in (w, b), so it has rules of its
 # own, and they lead to the three above.
 _FORWARD_BIAS = Primitive("jaxconv_forward_bias")
+# Where XLA is to find out how arrays are divided, lowering needs to know the devices, and jax then
+# refuses to lower without any (for an AbstractMesh). Where types say all of it, under explicit
+# sharding and inside shard_map, these twins are bound, which can be lowered for any devices.
+_SETTLED = {p: Primitive(p.name) for p in (*_PRIMITIVES.values(), _FORWARD_BIAS)}
+
+
+def _bind(primitive: Primitive, *operands: Any, spec: ConvSpec) -> jax.Array:
+    meshes = [jax.typeof(v).sharding.mesh for v in operands]
+    if any(not mesh.empty and not mesh.auto_axes for mesh in meshes):
+        primitive = _SETTLED[primitive]
+    return primitive.bind(*operands, spec=spec)
 
 
 def forward(x: jax.Array, w: jax.Array, bias: jax.Array | None, spec: ConvSpec) -> jax.Array:
     """y (*stack, *batch, co, *o) from x, w and a bias (*stack, co) of y's dtype."""
     if bias is None:
-        return _PRIMITIVES["y"].bind(*vary_together(x, w), spec=spec)
-    return _FORWARD_BIAS.bind(*vary_together(x, w, bias), spec=spec)
+        return _bind(_PRIMITIVES["y"], *vary_together(x, w), spec=spec)
+    return _bind(_FORWARD_BIAS, *vary_together(x, w, bias), spec=spec)
 
 
 def input_grad(y: jax.Array, w: jax.Array, spec: ConvSpec) -> jax.Array:
     """x (*stack, *batch, ci, *i) from y, such as the cotangent of a forward's result, and w."""
-    return _PRIMITIVES["x"].bind(*vary_together(y, w), spec=spec)
+    return _bind(_PRIMITIVES["x"], *vary_together(y, w), spec=spec)
 
 
 def weight_grad(x: jax.Array, y: jax.Array, spec: ConvSpec) -> jax.Array:
     """w (*stack, ci, co // g, *k) from x and y; the sum runs over the batch."""
-    return _PRIMITIVES["w"].bind(*vary_together(x, y), spec=spec)
+    return _bind(_PRIMITIVES["w"], *vary_together(x, y), spec=spec)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -111,7 +122,7 @@ def _derive(result: Role, arrays: dict[Role, Any], spec: ConvSpec, dtype: np.dty
     wide = widest(a.dtype, b.dtype)
     a, b = (lax.convert_element_type(v, wide) for v in (a, b))
     out_dtype = dtype if dtype.itemsize > wide.itemsize else None
-    out = _PRIMITIVES[result].bind(a, b, spec=spec.replace(out_dtype=out_dtype))
+    out = _bind(_PRIMITIVES[result], a, b, spec=spec.replace(out_dtype=out_dtype))
     return lax.convert_element_type(out, dtype)
 
 
@@ -184,7 +195,7 @@ def _batch(
         moved = jnp.moveaxis(first, dims[0], spec.stack)
         return primitive.bind(moved, *rest, spec=spec), spec.stack
     if len(operands) == 3 and dims[0] is None and dims[1] is None:
-        y = _PRIMITIVES["y"].bind(*operands[:2], spec=spec)
+        y = _bind(_PRIMITIVES["y"], *operands[:2], spec=spec)
         return jax.vmap(lambda b: y + _spread_bias(b, jax.typeof(y), spec), dims[2])(operands[2]), 0
     stacked = [
         jnp.expand_dims(o, 0) if d is None else jnp.moveaxis(o, d, 0)
@@ -236,7 +247,9 @@ def _lower(
     divided = _divided(primitive, result, ctx, spec)
     if divided is not None:
         ctx = partition.with_mesh(ctx)
-        return lower(divided)
+        values = lower(divided)
+        partition.say_what(values, f"{primitive} {spec}")
+        return values
     forced, (out,) = spec.implementation, ctx.avals_out
     if forced == "xla":
         return lower(reference.operation(result, spec))
@@ -264,11 +277,12 @@ def _lower(
 # The table: every primitive, and every rule of each.
 
 
-def _register(primitive: Primitive, result: Role) -> None:
+def _register(primitive: Primitive, result: Role, settled: bool) -> None:
     primitive.def_impl(functools.partial(xla.apply_primitive, primitive))
     primitive.def_abstract_eval(functools.partial(_abstract, result))
     batching.primitive_batchers[primitive] = functools.partial(_batch, primitive, result)
-    partition.require_devices(primitive)
+    if not settled:
+        partition.require_devices(primitive)
     mlir.register_lowering(primitive, functools.partial(_lower, None, primitive, result))
     for platform in ffi.built_platforms():
         mlir.register_lowering(
@@ -276,19 +290,21 @@ def _register(primitive: Primitive, result: Role) -> None:
         )
 
 
-for _role, _primitive in _PRIMITIVES.items():
-    _register(_primitive, _role)
-    ad.defbilinear(
-        _primitive,
-        functools.partial(_transpose, _role, 0),
-        functools.partial(_transpose, _role, 1),
-    )
+for _role, _original in _PRIMITIVES.items():
+    for _primitive in (_original, _SETTLED[_original]):
+        _register(_primitive, _role, settled=_primitive is not _original)
+        ad.defbilinear(
+            _primitive,
+            functools.partial(_transpose, _role, 0),
+            functools.partial(_transpose, _role, 1),
+        )
 
-_register(_FORWARD_BIAS, "y")
-ad.defjvp(
-    _FORWARD_BIAS,
-    lambda t, x, w, bias, *, spec: _PRIMITIVES["y"].bind(t, w, spec=spec),
-    lambda t, x, w, bias, *, spec: _PRIMITIVES["y"].bind(x, t, spec=spec),
-    _bias_tangent,
-)
-ad.primitive_transposes[_FORWARD_BIAS] = _transpose_bias
+for _primitive in (_FORWARD_BIAS, _SETTLED[_FORWARD_BIAS]):
+    _register(_primitive, "y", settled=_primitive is not _FORWARD_BIAS)
+    ad.defjvp(
+        _primitive,
+        lambda t, x, w, bias, *, spec: _bind(_PRIMITIVES["y"], t, w, spec=spec),
+        lambda t, x, w, bias, *, spec: _bind(_PRIMITIVES["y"], x, t, spec=spec),
+        _bias_tangent,
+    )
+    ad.primitive_transposes[_primitive] = _transpose_bias
