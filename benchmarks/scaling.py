@@ -132,12 +132,6 @@ def volume(devices: int, size: int) -> dict[str, float]:
     }
 
 
-def volume_error(devices: int, size: int) -> dict[str, float]:
-    """The largest difference from one device, relative to the largest value."""
-    many, one = (big_volume.run(jax.devices()[:n], size) for n in (devices, 1))
-    return big_volume.difference(many, one)
-
-
 def links(devices: int) -> dict[str, float]:
     """Seconds of an all-reduce of few and of many bytes, and bytes a second of both collectives:
     those that each device sends, 2 (p - 1) / p of an array in an all-reduce of p devices."""
@@ -207,17 +201,18 @@ def main() -> None:
             arguments.json.write_text(json.dumps(results, indent=1) + "\n")
 
     for n in counts:
-        if n > 1:
-            note("links", n, links(n))
-    for n in counts:
         note("s1_kb73_step", n, layer_step(n))
     for n in counts:
         note("segmentation_step", n, segmentation_step(n))
     for n in counts:
-        if n > 1:
-            note("volume_error", n, volume_error(n, arguments.check_size))
-    for n in counts:
         note("volume", n, volume(n, arguments.size))
+    several = [n for n in counts if n > 1]
+    one = big_volume.run(jax.devices()[:1], arguments.check_size) if several else {}
+    for n in several:
+        many = big_volume.run(jax.devices()[:n], arguments.check_size)
+        note("volume_error", n, big_volume.difference(many, one))
+    for n in several:
+        note("links", n, links(n))
 
     first = str(counts[0])
     for what in ("s1_kb73_step", "segmentation_step"):

@@ -75,7 +75,7 @@ def functions(mesh: Mesh, size: int) -> Functions:
     def loss(params: Params, x: jax.Array) -> jax.Array:
         y = forward(params, x)
         target = field(C_OUT, y.shape[2:], lax.axis_index("slab") * y.shape[2])
-        return lax.psum(((y - target) ** 2).sum(), "slab") / (C_OUT * size**3)
+        return lax.psum(((y - target) ** 2).sum(), "slab") / float(C_OUT * size**3)
 
     def step(params: Params, x: jax.Array) -> tuple[Params, jax.Array, jax.Array]:
         # The parameters are the same on all devices, so their gradients come summed over them.
