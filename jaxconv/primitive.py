@@ -45,26 +45,28 @@ _SETTLED = {p: Primitive(p.name) for p in (*_PRIMITIVES.values(), _FORWARD_BIAS)
 
 def _bind(primitive: Primitive, *operands: Any, spec: ConvSpec) -> jax.Array:
     meshes = [jax.typeof(v).sharding.mesh for v in operands]
-    if any(not mesh.empty and not mesh.auto_axes for mesh in meshes):
-        primitive = _SETTLED[primitive]
+    if any(not mesh.empty for mesh in meshes):
+        operands = vary_together(*operands)
+        if not any(mesh.auto_axes for mesh in meshes):
+            primitive = _SETTLED[primitive]
     return primitive.bind(*operands, spec=spec)
 
 
 def forward(x: jax.Array, w: jax.Array, bias: jax.Array | None, spec: ConvSpec) -> jax.Array:
     """y (*stack, *batch, co, *o) from x, w and a bias (*stack, co) of y's dtype."""
     if bias is None:
-        return _bind(_PRIMITIVES["y"], *vary_together(x, w), spec=spec)
-    return _bind(_FORWARD_BIAS, *vary_together(x, w, bias), spec=spec)
+        return _bind(_PRIMITIVES["y"], x, w, spec=spec)
+    return _bind(_FORWARD_BIAS, x, w, bias, spec=spec)
 
 
 def input_grad(y: jax.Array, w: jax.Array, spec: ConvSpec) -> jax.Array:
     """x (*stack, *batch, ci, *i) from y, such as the cotangent of a forward's result, and w."""
-    return _bind(_PRIMITIVES["x"], *vary_together(y, w), spec=spec)
+    return _bind(_PRIMITIVES["x"], y, w, spec=spec)
 
 
 def weight_grad(x: jax.Array, y: jax.Array, spec: ConvSpec) -> jax.Array:
     """w (*stack, ci, co // g, *k) from x and y; the sum runs over the batch."""
-    return _bind(_PRIMITIVES["w"], *vary_together(x, y), spec=spec)
+    return _bind(_PRIMITIVES["w"], x, y, spec=spec)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -76,14 +78,18 @@ def _abstract(result: Role, a: Any, b: Any, *bias: Any, spec: ConvSpec) -> Shape
         raise TypeError(f"jaxconv {ffi.PASS_NAME[result]}: dtypes {a.dtype} and {b.dtype} differ")
     dtype = a.dtype if spec.out_dtype is None else spec.out_dtype
     shape = result_shape(result, a.shape, b.shape, spec)
-    meshed = [v for v in (a, b, *bias) if not v.sharding.mesh.empty]
-    if not meshed:
+    operands = (a, b, *bias)
+    typed = [v for v in operands if not v.sharding.mesh.empty]
+    meshes = {v.sharding.mesh for v in typed}
+    if len(meshes) > 1 and any(mesh.explicit_axes for mesh in meshes):
+        raise TypeError(f"jaxconv {ffi.PASS_NAME[result]}: operands of different meshes: {meshes}")
+    if len(meshes) != 1:
         return ShapedArray(shape, dtype)
     # The result is divided as the operands are (under explicit sharding), and inside shard_map it
     # varies along the mesh axes along which they do (all along the same ones: see vary_together).
-    division = _explicit_division(result, (a, b, *bias), shape, spec)
-    sharding = meshed[0].sharding.update(spec=division.spec(-1))
-    return ShapedArray(shape, dtype, sharding=sharding, manual_axis_type=meshed[0].manual_axis_type)
+    division = _explicit_division(result, operands, shape, spec)
+    sharding = typed[0].sharding.update(spec=division.spec(-1))
+    return ShapedArray(shape, dtype, sharding=sharding, manual_axis_type=typed[0].manual_axis_type)
 
 
 def _roles(result: Role, operands: int) -> tuple[str, ...]:
