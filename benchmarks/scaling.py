@@ -5,8 +5,10 @@
 - batch: a training step with the batch sharded under automatic sharding, of the segmentation
   network of examples/segment_brain.py on random volumes of the brain's size, and of the layer
   s1_kb73 with both gradients. Every device has as much of a batch as one device alone.
-- volume: forward and training step of examples/big_volume.py, a volume of --size voxels along each
-  axis that all devices share, and how far a smaller one is from that of one device.
+- volume: forward and training step of examples/big_volume.py. Of a volume of --size voxels along
+  each axis the most devices have all, and fewer of them as many planes each (so one device has what
+  it can hold). One of --shared-size is divided by any number of devices, and compared with that of
+  one device.
 - links: how fast an all-reduce and a collective permute are.
 """
 
@@ -122,9 +124,9 @@ def layer_step(devices: int) -> float:
     return seconds(run)
 
 
-def volume(devices: int, size: int) -> dict[str, float]:
+def volume(devices: int, size: int, depth: int) -> dict[str, float]:
     mesh = Mesh(np.array(jax.devices()[:devices]), ("slab",))
-    f, params = big_volume.functions(mesh, size), big_volume.init_params(mesh)
+    f, params = big_volume.functions(mesh, size, depth), big_volume.init_params(mesh)
     x = f.volume()
     return {
         "forward_s": seconds(lambda: f.forward(params, x)),
@@ -173,7 +175,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--devices", default="1,2,4", help="how many, each measured")
     parser.add_argument("--size", type=int, default=1024, help="output voxels along each axis")
-    parser.add_argument("--check-size", type=int, default=512, help="the same, where compared")
+    parser.add_argument("--shared-size", type=int, default=768, help="the same, for any number")
     parser.add_argument("--json", type=pathlib.Path, help="write the results here")
     parser.add_argument("--commit", default=None, help="of what runs, where there is no git")
     arguments = parser.parse_args()
@@ -188,10 +190,11 @@ def main() -> None:
         "segmentation_step": {},
         "s1_kb73_step": {},
         "volume": {},
-        "volume_error": {},
+        "shared_volume": {},
+        "shared_volume_error": {},
         "links": {},
         "size": arguments.size,
-        "check_size": arguments.check_size,
+        "shared_size": arguments.shared_size,
     }
 
     def note(what: str, devices: int, value: Any) -> None:
@@ -205,12 +208,15 @@ def main() -> None:
     for n in counts:
         note("segmentation_step", n, segmentation_step(n))
     for n in counts:
-        note("volume", n, volume(n, arguments.size))
+        depth = arguments.size * n // max(counts)
+        note("volume", n, volume(n, arguments.size, depth))
+    for n in counts:
+        note("shared_volume", n, volume(n, arguments.shared_size, arguments.shared_size))
     several = [n for n in counts if n > 1]
-    one = big_volume.run(jax.devices()[:1], arguments.check_size) if several else {}
+    one = big_volume.run(jax.devices()[:1], arguments.shared_size) if several else {}
     for n in several:
-        many = big_volume.run(jax.devices()[:n], arguments.check_size)
-        note("volume_error", n, big_volume.difference(many, one))
+        many = big_volume.run(jax.devices()[:n], arguments.shared_size)
+        note("shared_volume_error", n, big_volume.difference(many, one))
     for n in several:
         note("links", n, links(n))
 
@@ -221,9 +227,13 @@ def main() -> None:
             print(f"{what}: {n} devices do {gain:.2f} times the work of {first} in a second")
     for key in ("forward_s", "step_s"):
         for n in counts[1:]:
-            times = results["volume"]
-            efficiency = times[first][key] * counts[0] / (n * times[str(n)][key])
-            print(f"volume {key}: {n} devices at {100 * efficiency:.1f} % efficiency")
+            times, shared = results["volume"], results["shared_volume"]
+            efficiency = times[first][key] / times[str(n)][key]
+            divided = shared[first][key] * counts[0] / (n * shared[str(n)][key])
+            print(
+                f"volume {key}: {n} devices at {100 * efficiency:.1f} % efficiency with as much "
+                f"each, {100 * divided:.1f} % with a share"
+            )
 
 
 if __name__ == "__main__":

@@ -33,10 +33,10 @@ from jax.sharding import PartitionSpec as P
 
 import jaxconv
 
-C_IN, C_OUT, KERNEL = 16, 8, 3
+C_IN, C_OUT, KERNEL = 16, 4, 3
 LAYER: dict[str, Any] = {"stride": 2, "padding": 1, "output_padding": 1}
 SLABS = P(None, None, "slab")
-RATE, STEPS = 2.0, 5
+RATE, STEPS = 0.5, 5
 
 Params = tuple[jax.Array, jax.Array]  # weight, bias
 
@@ -62,9 +62,11 @@ def field(channels: int, shape: Sequence[int], first: jax.Array | int) -> jax.Ar
     return jnp.sin((0.3 + 0.05 * channel) * z + 0.21 * y - 0.13 * x + channel)
 
 
-def functions(mesh: Mesh, size: int) -> Functions:
-    """For a volume of `size` output voxels along each axis, which the mesh's devices divide."""
-    planes = size // 2 // mesh.size
+def functions(mesh: Mesh, size: int, depth: int | None = None) -> Functions:
+    """For a volume of `size` output voxels along each axis, or `depth` along the first, which the
+    mesh's devices divide."""
+    depth = size if depth is None else depth
+    planes = depth // 2 // mesh.size
 
     def volume() -> jax.Array:
         return field(C_IN, (planes, size // 2, size // 2), lax.axis_index("slab") * planes)
@@ -75,7 +77,7 @@ def functions(mesh: Mesh, size: int) -> Functions:
     def loss(params: Params, x: jax.Array) -> jax.Array:
         y = forward(params, x)
         target = field(C_OUT, y.shape[2:], lax.axis_index("slab") * y.shape[2])
-        return lax.psum(((y - target) ** 2).sum(), "slab") / float(C_OUT * size**3)
+        return lax.psum(((y - target) ** 2).sum(), "slab") / float(C_OUT * depth * size**2)
 
     def step(params: Params, x: jax.Array) -> tuple[Params, jax.Array, jax.Array]:
         # The parameters are the same on all devices, so their gradients come summed over them.
