@@ -43,8 +43,8 @@ Returns:
 Raises:
   TypeError, ValueError: as in jaxconv.{op}.
 
-Results are those of jaxconv.{op} on the whole input up to the order of sums at the cuts. Replicated
-weights get the gradient of all devices together, as anything has in shard_map.
+Results are those of jaxconv.{op} on the whole input, to the bit if the same kernels are chosen.
+Replicated weights get the gradient of all devices together, as anything has in shard_map.
 
 Example:
   >>> import functools, jax, jax.numpy as jnp, jaxconv
@@ -96,12 +96,6 @@ def _zero_beyond(part: jax.Array, dim: int, size: int, name: str, devices: int) 
     return lax.dynamic_update_slice_in_dim(part, tail, n - beyond, dim)
 
 
-def _added(y: jax.Array, more: jax.Array, start: int, dim: int) -> jax.Array:
-    """y with `more` added from `start` on, which XLA does in y's own memory."""
-    there = lax.slice_in_dim(y, start, start + more.shape[dim], axis=dim)
-    return lax.dynamic_update_slice_in_dim(y, there + more, start, dim)
-
-
 def _forward(
     x: jax.Array, w: jax.Array, bias: jax.Array | None, spec: ConvSpec, axis: int, name: str
 ) -> jax.Array:
@@ -127,39 +121,47 @@ def _forward(
             ),
         )
 
+    def neighbours(count: int, side: int) -> list[jax.Array]:
+        return [_neighbours(x, dim, count, name, devices, side)] if count > 0 else []
+
     x = _zero_beyond(x, dim, spec.in_size[axis], name, devices)
-    out_part = s * part
-    if devices * out_part >= out_size:
-        # A part's own inputs give its outputs but for those near the cuts, to which the halos' are
-        # added: x is not copied, and the halos travel meanwhile.
+    # Parts of the output are stride times those of the input or, where the output is longer than
+    # that, the least multiple of the stride that is enough.
+    blocks = part if devices * s * part >= out_size else _ceil(out_size, s * devices)
+    out_part = s * blocks
+    before, after = max(0, (reach - p) // s), max(0, _ceil(p, s))  # the halos where blocks == part
+    # The outputs next to a cut, to which halos reach, and the inputs of this part that they need.
+    first_outputs, last_outputs = max(0, reach - p - s + 1) if before else 0, max(0, p)
+    first_inputs = (first_outputs - 1 + p) // s + 1
+    last_inputs = part - _ceil(out_part - last_outputs + p - reach, s)
+    apart = first_outputs + last_outputs <= out_part and max(first_inputs, last_inputs) <= part
+    if blocks == part and apart:
+        # They are computed apart and put in their places, over what this part's inputs alone give
+        # there: so x and y are not copied, and the halos travel while the rest is computed.
         y = local(x, out_part, p, bias)
-        before = min((reach - p) // s, (devices - 1) * part)
-        after = min(_ceil(p, s), (devices - 1) * part)
         if before > 0:
-            halo = _neighbours(x, dim, before, name, devices, -1)
-            reached = min(out_part, reach - p - s + 1)
-            y = _added(y, local(halo, reached, p + before * s, None), 0, dim)
+            inputs = lax.slice_in_dim(x, 0, max(0, first_inputs), axis=dim)
+            inputs = lax.concatenate([*neighbours(before, -1), inputs], dim)
+            edge = local(inputs, first_outputs, p + before * s, bias)
+            y = lax.dynamic_update_slice_in_dim(y, edge, 0, dim)
         if after > 0:
-            halo = _neighbours(x, dim, after, name, devices, 1)
-            reached = min(out_part, p)
-            y = _added(y, local(halo, reached, p - reached, None), out_part - reached, dim)
+            first = part - max(0, last_inputs)
+            inputs = lax.slice_in_dim(x, first, part, axis=dim)
+            inputs = lax.concatenate([inputs, *neighbours(after, 1)], dim)
+            start = out_part - last_outputs
+            edge = local(inputs, last_outputs, p + start - first * s, bias)
+            y = lax.dynamic_update_slice_in_dim(y, edge, start, dim)
     else:
-        # More outputs than stride times the inputs: parts of the output are longer, by whole
-        # strides, and each needs a window of inputs that lies farther on from device to device.
-        blocks = _ceil(out_size, s * devices)
-        out_part = s * blocks
+        # Each part needs a window of inputs, which, where blocks are more than a part's inputs,
+        # lies farther on from device to device.
         first = -((reach - p) // s)
         window = max(1, blocks + (p - 1) // s - first + 1)
         starts = [r * (blocks - part) + first for r in (0, devices - 1)]
         before = max(0, *(-start for start in starts))
         after = max(0, *(start + window - part for start in starts))
-        pieces = [x]
-        if before > 0:
-            pieces.insert(0, _neighbours(x, dim, before, name, devices, -1))
-        if after > 0:
-            pieces.append(_neighbours(x, dim, after, name, devices, 1))
+        x = lax.concatenate([*neighbours(before, -1), x, *neighbours(after, 1)], dim)
         start = lax.axis_index(name) * (blocks - part) + (first + before)
-        x = lax.dynamic_slice_in_dim(lax.concatenate(pieces, dim), start, window, dim)
+        x = lax.dynamic_slice_in_dim(x, start, window, dim)
         y = local(x, out_part, p - first * s, bias)
     return _zero_beyond(y, dim, out_size, name, devices)
 
