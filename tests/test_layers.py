@@ -79,3 +79,38 @@ def test_seed_layers_agree_with_torch(name, result, cuda_missing):
         allowed += oracle.ROUNDOFF[dtype] * (wanted.abs() + allowed) + 1e-30
         excess = ((actual - wanted).abs() / allowed).nan_to_num(torch.inf)
         assert excess.max() <= 1, f"{name} {result} {dtype}: {excess.max():.3g} of the bound"
+
+
+@pytest.mark.parametrize("channels_last", [False, True])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_sums_over_millions_of_pixels_stay_exact(dtype, channels_last, cuda_missing):
+    """The tensor cores cut off what they add to a sum: over positive terms that adds up.
+
+    The data repeat, so that the result is that of one period, as often as there are periods.
+    """
+    try:
+        device = jax.devices("cuda")[0]
+    except RuntimeError:
+        cuda_missing("no CUDA device")
+    taps, period, periods = 15, 4096, 1024
+    c = cases.case("", 1, 64, 64, 1, (period * periods,), taps)
+    rng = np.random.default_rng(0)
+    # Values of 8 bits: their products are exact in TF32, too.
+    x, y = (np.abs(rng.standard_normal((64, period))).astype(jnp.bfloat16) for _ in range(2))
+    wide = [v.astype(np.float64) for v in (x, y)]
+    wanted = periods * np.stack(
+        [wide[0] @ np.roll(wide[1], -t, axis=1).T for t in range(taps)], axis=-1
+    )
+    spec = c.spec(channels_last=channels_last, out_dtype="float32", implementation="mma")
+
+    @jax.jit
+    def run(x: jax.Array, y: jax.Array) -> jax.Array:
+        x, y = (
+            jnp.tile(v, (1, periods + 1))[None, :, :size] for v, size in ((x, c.i[0]), (y, c.o[0]))
+        )
+        if channels_last:
+            x, y = jnp.moveaxis(x, 1, -1), jnp.moveaxis(y, 1, -1)
+        return primitive.weight_grad(x.astype(dtype), y.astype(dtype), spec)
+
+    actual = np.asarray(run(jax.device_put(x, device), jax.device_put(y, device)), np.float64)
+    assert np.abs(actual / wanted - 1).max() < 2e-4

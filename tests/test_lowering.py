@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import pytest
 from jax.interpreters import ad
 
+import cases
 import jaxconv
 from jaxconv import ffi, primitive
 
@@ -63,6 +64,22 @@ def test_xla_can_be_forced(built):
 def test_a_name_forces_a_kernel(built):
     text = lowered(built, implementation="direct")
     assert len(re.findall(r'kernel = "direct"', text)) == 3
+
+
+@pytest.mark.parametrize(("capability", "wanted"), [(80, "mma"), (90, "dense"), (100, "mma")])
+@pytest.mark.parametrize("result", ["y", "x"])
+def test_the_kernel_depends_on_the_device(cuda_missing, monkeypatch, result, capability, wanted):
+    if "cuda" not in ffi.built_platforms():
+        cuda_missing("jaxconv was built without its CUDA kernels")
+    device = ffi.module("cuda").Device(compute_capability=capability, multiprocessors=132)
+    monkeypatch.setattr(ffi, "_device", lambda platform: device)
+    c = cases.case("", 4, 64, 128, 1, (64, 128), 3, 1, 1)
+    shapes = {"x": (4, 64, 128, 64), "w": c.w_shape, "y": (4, 64, 128, 128)}
+    avals = {role: jax.ShapeDtypeStruct(shape, jnp.float32) for role, shape in shapes.items()}
+    spec = c.spec(channels_last=True)
+    rows = ffi.verdicts("cuda", result, out=avals[result], bias=False, spec=spec, **avals)
+    seconds = {name: time for name, refusal, time, _ in rows if not refusal}
+    assert min(seconds, key=seconds.__getitem__) == wanted
 
 
 def test_what_is_forced_and_cannot_run_is_an_error():

@@ -8,55 +8,15 @@
 #include <cmath>
 #include <limits>
 #include <map>
-#include <memory>
-#include <mutex>
+
+#include "cuda/taps.h"
 
 namespace jaxconv::cuda {
 namespace {
 
 constexpr int64_t kIntMax = std::numeric_limits<int32_t>::max();
 
-constexpr int64_t CeilDiv(int64_t a, int64_t b) { return (a + b - 1) / b; }
-
 constexpr int Log2(int64_t v) { return v <= 1 ? 0 : 1 + Log2(v / 2); }
-
-int SharedMemoryOf(const Device& d) {  // bytes that a block may have
-  switch (d.compute_capability) {
-    case 80:
-    case 87:
-      return 163 * 1024;
-    case 90:
-    case 100:
-    case 103:
-    case 110:
-      return 227 * 1024;
-    default:
-      return 99 * 1024;
-  }
-}
-
-// Where the taps of one axis reach: tap t serves the outputs of phase[t] from the source
-// q * si + source[t].
-struct Taps {
-  std::vector<int> phase;
-  std::vector<int64_t> source;
-};
-
-Taps TapsOf(const Problem& p, int axis) {
-  Taps taps;
-  for (int64_t t = 0; t < p.k[axis]; ++t) {
-    const int64_t shift = t * p.dilation[axis] - p.pad[axis], s = p.stride[axis];
-    if (p.pass == Pass::kForward) {
-      // Output q * s + r takes tap t from input i where i * s + shift = q * s + r.
-      taps.phase.push_back(static_cast<int>(shift - FloorDiv(shift, s) * s));
-      taps.source.push_back(-FloorDiv(shift, s));
-    } else {
-      taps.phase.push_back(0);
-      taps.source.push_back(shift);
-    }
-  }
-  return taps;
-}
 
 std::string Refuse(const Problem& p, const Device& device) {
   if (p.Empty()) return "has nothing to read or write";
@@ -232,8 +192,8 @@ struct TileShape {
   int mt, nc, registers, max_warps;
 };
 constexpr TileShape kTileShapes[] = {
-    {false, 4, 8, 256, 8}, {false, 2, 8, 168, 4}, {false, 4, 4, 168, 4}, {false, 4, 2, 168, 4},
-    {true, 2, 16, 255, 8}, {true, 2, 8, 128, 8},  {true, 2, 4, 128, 8}};
+    {false, 4, 8, 256, 8},  {false, 2, 8, 168, 4}, {false, 4, 4, 168, 4}, {false, 4, 2, 168, 4},
+    {false, 2, 2, 128, 16}, {true, 2, 16, 255, 8}, {true, 2, 8, 128, 8},  {true, 2, 4, 128, 8}};
 
 constexpr int kSlabBytes = 16 * 1024, kResidentBytes = 96 * 1024;
 
@@ -403,11 +363,16 @@ bool Fill(const Problem& p, const Device& device, const Shape& s, const Columns&
   // Rows of a box begin and end within sectors of 32 bytes.
   const double row_bytes = static_cast<double>(a.axis[2].length) * a.axis[2].si * s.element;
   const double torn = s.rows ? 1 + 32 / row_bytes : 1;
-  const double l2 = (blocks * staged * 16 * torn + weight_traffic + out_bytes) / kL2Bandwidth;
+  // Without the stage, every phase of a row writes all of its sectors, and in part.
+  const double partial = s.rows && !through_stage && s.so[2] > 1 ? 3.0 * s.so[2] : 1;
+  const double l2 =
+      (blocks * staged * 16 * torn + weight_traffic + out_bytes * partial) / kL2Bandwidth;
   const double memory =
       (in_bytes + out_bytes + static_cast<double>(plan.weights_bytes)) / kBandwidth;
   const double slow = std::max({compute, l2, memory});
-  plan.seconds = 6e-6 + slow + 0.5 * (compute + l2 + memory - slow);
+  // 16 bits, channels first, pass through registers: slower than the model by about this much.
+  const double slower = s.rows && s.element == 2 ? 1.3 : 1.0;
+  plan.seconds = 6e-6 + slower * (slow + 0.5 * (compute + l2 + memory - slow));
   return true;
 }
 
@@ -447,7 +412,7 @@ CorrelatePlan MakePlan(const Problem& p, const Device& device, const CorrelateTi
       if (columns.set_phases * columns.set_tiles * 2 <= shape.nc) continue;
     }
     const int step = shape.group ? 64 : 16;
-    for (int warps : {4, 8}) {
+    for (int warps : {4, 8, 16}) {
       if (!allowed(forced.warps, warps) || warps > shape.max_warps) continue;
       for (int wn : {1, 2, 4}) {
         if (!allowed(forced.wn, wn) || (wn > 1 && wn > columns.column_sets)) continue;
@@ -503,6 +468,7 @@ CorrelatePlan MakePlan(const Problem& p, const Device& device, const CorrelateTi
   k.w_g_step = p.cig() * co_step;
   k.w_c_step = s.forward ? co_step : taps;
   k.w_j_step = s.forward ? taps : co_step;
+  k.groups = a.groups;
   k.taps = s.taps_total;
   k.cg = a.cg;
   k.jg = a.jg;
@@ -520,27 +486,8 @@ CorrelatePlan MakePlan(const Problem& p, const Device& device, const CorrelateTi
   return best;
 }
 
-// Plans cost more than a launch, and a layer asks for the same one at every call.
 const CorrelatePlan& PlanOf(const Problem& p, const Device& d) {
-  using Key = std::array<int64_t, 31>;
-  Key key{};
-  size_t at = 0;
-  const auto add = [&](int64_t v) { key.at(at++) = v; };
-  for (int64_t v : {static_cast<int64_t>(p.pass), static_cast<int64_t>(p.in_dtype),
-                    static_cast<int64_t>(p.out_dtype), static_cast<int64_t>(p.precision),
-                    int64_t{p.channels_last}, int64_t{p.bias}, p.n, p.ci, p.co, p.groups,
-                    int64_t{d.compute_capability}, int64_t{d.multiprocessors}}) {
-    add(v);
-  }
-  for (const Sizes* sizes : {&p.isize, &p.osize, &p.k, &p.stride, &p.dilation, &p.pad}) {
-    for (int64_t v : *sizes) add(v);
-  }
-  static std::mutex mutex;
-  static std::map<Key, std::unique_ptr<const CorrelatePlan>> plans;
-  const std::lock_guard<std::mutex> lock(mutex);
-  auto& plan = plans[key];
-  if (plan == nullptr) plan = std::make_unique<const CorrelatePlan>(MakePlan(p, d, {}));
-  return *plan;
+  return Remember<CorrelatePlan>(p, d, [&] { return MakePlan(p, d, {}); });
 }
 
 std::string RefuseRow(const Problem& p, const Device& d) { return PlanOf(p, d).refusal; }

@@ -14,25 +14,9 @@
 #include "cuda/correlate.h"
 #include "cuda/correlate_wgmma.cuh"
 #include "cuda/dtypes.cuh"
+#include "cuda/mma_sync.cuh"
 
 namespace jaxconv::cuda {
-
-__device__ inline uint32_t SharedAddress(const void* p) {
-  return static_cast<uint32_t>(__cvta_generic_to_shared(p));
-}
-
-__device__ inline uint32_t RoundTF32(float v) {
-  uint32_t r;
-  asm("cvt.rna.tf32.f32 %0, %1;" : "=r"(r) : "f"(v));
-  return r;
-}
-
-// Good for the tensor cores alone, which ignore the lower bits: rounds as cvt.rna does in fewer
-// instructions. A NaN stays one.
-__device__ inline uint32_t RoundForMma(uint32_t bits) {
-  const float v = __uint_as_float(bits);
-  return v == v ? bits + 0x1000 : bits;
-}
 
 __device__ inline void LoadMatrices(uint32_t (&r)[4], uint32_t address) {
   asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];"
@@ -54,31 +38,6 @@ __device__ inline void CopyOrZero4(uint32_t to, const void* from, bool copy) {
 }
 __device__ inline void CommitCopies() { asm volatile("cp.async.commit_group;"); }
 __device__ inline void WaitForCopies() { asm volatile("cp.async.wait_group 0;" ::: "memory"); }
-
-// d += a * b over two blocks (32 bytes a row) or over one.
-template <class T>
-struct Mma;
-
-#define JAXCONV_MMA(T, whole, half)                                                          \
-  template <>                                                                                \
-  struct Mma<T> {                                                                            \
-    static __device__ void Whole(float (&d)[4], const uint32_t (&a)[4], uint32_t b0,         \
-                                 uint32_t b1) {                                              \
-      asm("mma.sync.aligned." whole " {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};" \
-          : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])                                   \
-          : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));                   \
-    }                                                                                        \
-    static __device__ void Half(float (&d)[4], uint32_t a0, uint32_t a1, uint32_t b) {       \
-      asm("mma.sync.aligned." half " {%0,%1,%2,%3}, {%4,%5}, {%6}, {%0,%1,%2,%3};"           \
-          : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])                                   \
-          : "r"(a0), "r"(a1), "r"(b));                                                       \
-    }                                                                                        \
-  };
-JAXCONV_MMA(float, "m16n8k8.row.col.f32.tf32.tf32.f32", "m16n8k4.row.col.f32.tf32.tf32.f32")
-JAXCONV_MMA(__nv_bfloat16, "m16n8k16.row.col.f32.bf16.bf16.f32",
-            "m16n8k8.row.col.f32.bf16.bf16.f32")
-JAXCONV_MMA(__half, "m16n8k16.row.col.f32.f16.f16.f32", "m16n8k8.row.col.f32.f16.f16.f32")
-#undef JAXCONV_MMA
 
 template <class T>
 inline constexpr int kBlockChannels = 16 / sizeof(T);
@@ -115,10 +74,8 @@ __device__ inline void StoreBlock(char* to, uint4 v, int low_offset, bool split)
   if constexpr (sizeof(T) == 4) {
     const float f[4] = {__uint_as_float(v.x), __uint_as_float(v.y), __uint_as_float(v.z),
                         __uint_as_float(v.w)};
-    if (!split) {
-      v = make_uint4(RoundForMma(v.x), RoundForMma(v.y), RoundForMma(v.z), RoundForMma(v.w));
-    } else {
-      v = make_uint4(RoundTF32(f[0]), RoundTF32(f[1]), RoundTF32(f[2]), RoundTF32(f[3]));
+    v = make_uint4(RoundTF32(f[0]), RoundTF32(f[1]), RoundTF32(f[2]), RoundTF32(f[3]));
+    if (split) {
       *reinterpret_cast<uint4*>(to + low_offset) = make_uint4(
           RoundTF32(f[0] - __uint_as_float(v.x)), RoundTF32(f[1] - __uint_as_float(v.y)),
           RoundTF32(f[2] - __uint_as_float(v.z)), RoundTF32(f[3] - __uint_as_float(v.w)));
@@ -131,6 +88,27 @@ __device__ inline void StoreBlock(char* to, uint4 v, int low_offset, bool split)
 // channels by 16 bytes of contracted channels. A block of threads packs the cores of one tile of
 // output channels, one channel block and 32 taps.
 inline constexpr int kPackTaps = 32, kPackThreads = 128;
+
+// The main kernel copies slabs of cores whole: those that no tap fills become zero.
+__device__ inline void ZeroUnusedCores(const CorrelatePack& p, int variants) {
+  const unsigned blocks_before = (blockIdx.z * gridDim.y + blockIdx.y) * gridDim.x + blockIdx.x;
+  const unsigned all = gridDim.x * gridDim.y * gridDim.z * kPackThreads;
+  const unsigned cores =
+      2u * p.groups * p.column_sets * p.chunks * p.steps_padded * p.nc;  // 128 bytes each
+  for (unsigned i = blocks_before * kPackThreads + threadIdx.x; i < cores; i += all) {
+    const unsigned column = i / 2 % p.nc, row = i / 2 / p.nc, step = row % p.steps_padded;
+    const unsigned column_set = row / p.steps_padded / p.chunks % p.column_sets;
+    const unsigned set = column_set % p.phase_sets, first = p.first_entry[set];
+    const unsigned block = 2 * step + i % 2, entry = first + block / variants / p.chunk_blocks;
+    const unsigned tile = column_set / p.phase_sets * p.set_tiles + column / p.set_phases;
+    const bool used = entry < p.first_entry[set + 1] && (p.entry_mask[entry] >> column & 1) != 0 &&
+                      tile < static_cast<unsigned>(p.tiles_j);
+    if (used) continue;
+    uint4* core = reinterpret_cast<uint4*>(p.weights) + int64_t{i} * 8;
+#pragma unroll
+    for (int v = 0; v < 8; ++v) core[v] = make_uint4(0, 0, 0, 0);
+  }
+}
 
 template <class T>
 __global__ void __launch_bounds__(kPackThreads)
@@ -174,6 +152,7 @@ __global__ void __launch_bounds__(kPackThreads)
     tile[pair / 8 * 8 + pair % 8][t] = v;
   }
   __syncthreads();
+  ZeroUnusedCores(p, variants);
   const int lane = threadIdx.x % 32, n = lane / 4, k = lane % 4;
   for (int t = threadIdx.x / 32; t < taps; t += kPackThreads / 32) {
     const int phase = p.tap_phase[tap0 + t], set = phase / p.set_phases;
@@ -532,11 +511,16 @@ __device__ inline void MultiplyStep(float (&acc)[MT][NC][4], const uint32_t (&x)
 
 inline constexpr int kUnroll = 2;  // blocks of channels that a thread has in flight
 
+constexpr int MaxThreads(int mt, int nc, bool group) {
+  return group || mt * nc >= 32 ? 256 : mt * nc <= 4 ? 512 : 128;
+}
+constexpr int MinBlocks(int mt, int nc, bool group) {
+  return mt * nc >= 32 || mt * nc <= 4 ? 1 : group ? 2 : 3;
+}
+
 // kGroup: wgmma, where a tile is 64 pixels of a group of four warps.
 template <class T, int MT, int NC, bool kGroup>
-__global__ void __launch_bounds__(kGroup || MT * NC >= 32 ? 256 : 128, MT* NC >= 32 ? 1
-                                                                       : kGroup     ? 2
-                                                                                    : 3)
+__global__ void __launch_bounds__(MaxThreads(MT, NC, kGroup), MinBlocks(MT, NC, kGroup))
     Correlate(const __grid_constant__ CorrelateArgs a) {
   if constexpr (kGroup && !kHasGroups) return;
   extern __shared__ __align__(128) char smem[];
@@ -881,6 +865,7 @@ cudaError_t EnqueueCorrelate(const CorrelatePlan& plan, const CorrelatePack& pac
     if (plan.mt == 2 && plan.nc == 8) return EnqueueTile<T, 2, 8, false>(plan, args, stream);
     if (plan.mt == 4 && plan.nc == 4) return EnqueueTile<T, 4, 4, false>(plan, args, stream);
     if (plan.mt == 4 && plan.nc == 2) return EnqueueTile<T, 4, 2, false>(plan, args, stream);
+    if (plan.mt == 2 && plan.nc == 2) return EnqueueTile<T, 2, 2, false>(plan, args, stream);
   }
   return cudaErrorInvalidConfiguration;
 }

@@ -64,7 +64,7 @@ struct CorrelatePack {
   int4* steps;
   char* weights;
   int64_t w_g_step, w_c_step, w_j_step;
-  int taps, cg, jg, tiles_j, chunks, chunk_blocks, plane, steps_padded;
+  int groups, taps, cg, jg, tiles_j, chunks, chunk_blocks, plane, steps_padded;
   int phase_sets, set_phases, set_tiles, column_sets, nc;
   bool split;
   uint16_t tap_entry[kMaxTaps];  // place of the tap's offset in its phase set's list

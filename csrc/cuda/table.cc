@@ -1,8 +1,10 @@
 #include "cuda/table.h"
 
 #include "cuda/correlate.h"
+#include "cuda/dense.h"
 #include "cuda/depthwise.h"
 #include "cuda/direct.h"
+#include "cuda/rows.h"
 #include "cuda/weight_grad.h"
 
 namespace jaxconv::cuda {
@@ -13,7 +15,9 @@ const std::vector<Row>& Table() {
     AddDirect(rows);
     AddDepthwise(rows);
     AddWeightGrad(rows);
+    AddDense(rows);
     AddCorrelate(rows);
+    AddRows(rows);
     return rows;
   }();
   return table;

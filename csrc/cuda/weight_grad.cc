@@ -7,32 +7,20 @@
 #include <numeric>
 #include <utility>
 
+#include "cuda/device_limits.h"
+
 namespace jaxconv::cuda {
 namespace {
 
-constexpr int kWindows[][2] = {
-#define JAXCONV_CASE(S, T) {S, T},
-    JAXCONV_WEIGHT_GRAD_WINDOWS(JAXCONV_CASE)
+constexpr WeightGradVariant kVariants[] = {
+#define JAXCONV_CASE(S, T, O, G) {S, T, O, G},
+    JAXCONV_WEIGHT_GRAD_VARIANTS(JAXCONV_CASE)
 #undef JAXCONV_CASE
 };
 
 constexpr int CeilDiv(int64_t a, int64_t b) { return static_cast<int>((a + b - 1) / b); }
 constexpr int Padding(int from, int to, int modulus) {  // what brings `from` to `to`, modulo
   return ((to - from) % modulus + modulus) % modulus;
-}
-
-int64_t SharedMemory(const Device& device) {
-  switch (device.compute_capability) {
-    case 80:
-    case 87:
-      return 163 * 1024;
-    case 90:
-    case 100:
-    case 103:
-      return 227 * 1024;
-    default:
-      return 99 * 1024;
-  }
 }
 
 // Why no plan takes the problem, whatever its sizes.
@@ -105,8 +93,9 @@ bool Complete(const Problem& p, const Device& device, const WeightGradVariant& v
   a.co_rows = c.co_octets * 8;
   if (WeightGradRowList(half, last, v.stride)) a.co_rows = std::min(a.co_rows, a.cog);
   a.rows = a.k[0] * a.k[1] * a.segments * a.co_rows;
-  const int slots = CeilDiv(CeilDiv(a.rows, 16), pairs_of_warp);
-  a.pair_blocks = CeilDiv(slots, c.pair_slots);
+  const int pairs = CeilDiv(a.rows, 16);
+  a.pair_blocks = CeilDiv(CeilDiv(pairs, pairs_of_warp), c.pair_slots);
+  a.slot_pairs = CeilDiv(pairs, int64_t{a.pair_blocks} * c.pair_slots);
 
   a.runs = c.runs;
   a.pixels = c.runs * run;
@@ -117,14 +106,16 @@ bool Complete(const Problem& p, const Device& device, const WeightGradVariant& v
   a.depth_blocks = CeilDiv(a.isize[0], c.depth);
   a.column_blocks = CeilDiv(a.isize[2], a.pixels);
   a.steps = int64_t{a.image_blocks} * a.depth_blocks * a.column_blocks * a.isize[1];
+  if (a.steps > std::numeric_limits<int>::max()) return false;
   a.by_runs = DivisorOf(a.runs);
   a.by_depth = DivisorOf(a.depth);
 
   // The taps along depth of a block of pairs, at most.
-  const int tap_rows = a.co_rows * a.segments, per_block = 16 * pairs_of_warp * c.pair_slots;
+  const int tap_rows = a.co_rows * a.segments, per_block = 16 * a.slot_pairs * c.pair_slots;
   int depth_taps = 1;
   for (int b = 0; b < a.pair_blocks; ++b) {
     const int first = b * per_block / tap_rows / a.k[1];
+    if (b * per_block >= a.rows) break;
     const int final = (std::min((b + 1) * per_block, a.rows) - 1) / tap_rows / a.k[1];
     depth_taps = std::max(depth_taps, final - first + 1);
   }
@@ -178,6 +169,27 @@ bool Complete(const Problem& p, const Device& device, const WeightGradVariant& v
     // A thread copies one unit of every position that it looks after, even in narrow copies.
     if (std::max(a.x_channels, a.y_channels) * size > 4 * 32 * kWeightGradCopyWarps) return false;
     if (a.y_pixels >= 1 << 15) return false;
+  } else if (WeightGradUnits(last, v.stride)) {
+    // A thread reads 32 bytes apart from the next of the same row (16 bytes, of x with a stride).
+    // Vectors of 16 bytes then want rows an odd number of units apart (four more than a multiple of
+    // eight). Float32 rows whose offsets differ are read by words, from rows an even number apart
+    // of which four are a unit further on.
+    const int unit = 16 / size;
+    const auto whole = [&](int64_t stride) { return stride % unit == 0; };
+    const auto all_whole = [&](const Strides& s) {
+      return whole(s.n) && whole(s.c) && whole(s.s[0]) && whole(s.s[1]);
+    };
+    a.x_units = (a.pixels + 2 * unit - 2) / unit;
+    a.y_units = (a.y_pixels + 2 * unit - 2) / unit;
+    a.y_spread = !half && a.ys.c % 2 != 0;
+    a.x_aligned = all_whole(a.xs);
+    a.y_aligned = all_whole(a.ys) && whole(a.pad[2]) && a.segments == 1;
+    a.x_pixel = a.y_pixel = size;
+    a.x_channel = 16 * (run * size == 16 ? a.x_units + Padding(a.x_units, 4, 8) : a.x_units | 1);
+    a.y_channel = 16 * (a.y_spread ? (a.y_units + 2) / 2 * 2 : a.y_units | 1);
+    if (a.y_units > 32 * 16) return false;
+    x_row = int64_t{x_rows} * a.x_channel;
+    y_row = int64_t{y_rows} * a.y_channel + 16;  // vectors of a window may end in the next unit
   } else {
     // Rows of an odd number of words.
     const int x_words = half ? a.pixels / 2 + 1 : a.pixels;
@@ -198,20 +210,39 @@ bool Complete(const Problem& p, const Device& device, const WeightGradVariant& v
   // Windows of the last row may read a little further.
   const int64_t slack = 16 + 4 * std::max(a.x_pixel, a.y_pixel);
   const int64_t x_base = (y_slot * a.slots + 15) / 16 * 16;
-  int64_t shared = (x_base + x_stage * (c.ahead + 1) + slack + 15) / 16 * 16;
+  int64_t shared = (x_base + x_stage * (c.ahead + 1) + slack + 127) / 128 * 128;
+  const int64_t b_base = shared;
+  if (v.group) {
+    const int x_words = half ? run / 2 : run;
+    shared += int64_t{CeilDiv(int64_t{c.images} * c.depth * c.runs, 4)} * x_words * c.ci_slots *
+              v.octets * 128;
+  }
   if (a.pixel_slots > 1) {
     const int sums = 4 * pairs_of_warp * v.taps * v.octets;
     shared = std::max(shared, int64_t{kWeightGradWarps / a.pixel_slots} * sums * 128);
   }
-  if (shared > SharedMemory(device)) return false;
+  if (shared > SharedMemoryOfBlock(device.compute_capability)) return false;
   if (int64_t{c.images} * c.depth * c.runs >= 1 << 15) return false;
   a.x_row = static_cast<int>(x_row);
   a.y_row = static_cast<int>(y_row);
   a.x_stage = static_cast<int>(x_stage);
   a.y_slot = static_cast<int>(y_slot);
   a.x_base = static_cast<int>(x_base);
+  a.b_base = static_cast<int>(b_base);
   a.shared = static_cast<int>(shared);
   return true;
+}
+
+int64_t Blocks(const WeightGradArgs& a) {
+  return int64_t{a.parts} * a.group_blocks * a.ci_blocks * a.co_blocks * a.pair_blocks;
+}
+
+// Bytes of the parts, where there are several, and behind them of `kept`.
+int64_t PartsBytes(const WeightGradArgs& a) { return a.parts > 1 ? 4 * a.parts * a.w_elements : 0; }
+int64_t KeptOffset(const WeightGradArgs& a) { return (PartsBytes(a) + 127) / 128 * 128; }
+int64_t Workspace(const WeightGradVariant& v, const WeightGradArgs& a) {
+  if (a.flush == 0) return PartsBytes(a);
+  return KeptOffset(a) + Blocks(a) * kWeightGradWarps * WeightGradSums(v) * 128;
 }
 
 // Chooses the number of parts and says how long it should take. Clock cycles of a step: what tensor
@@ -223,7 +254,7 @@ double Cost(const Problem& p, const Device& device, const WeightGradVariant& v, 
   const double bandwidth = device.multiprocessors * 30e9;  // device memory, of the H200's class
   const int size = static_cast<int>(SizeOf(p.in_dtype));
   const bool half = size == 2, last = p.channels_last;
-  const int run = WeightGradRun(half, v.stride), most = WeightGradPairs(v.taps, v.octets);
+  const int run = WeightGradRun(half, v.stride);
   const int window = v.stride == 0 ? run : (run - 1) * v.stride + v.taps;
   const double words = half ? (window + 1) / 2 + 1 : window, x_words = half ? run / 2 : run;
 
@@ -233,15 +264,28 @@ double Cost(const Problem& p, const Device& device, const WeightGradVariant& v, 
   const int64_t parts = std::min({std::max<int64_t>(resident / columns, 1), limit, a.steps});
   a.parts = static_cast<int>(std::max<int64_t>(parts, 1));
 
-  const int block_pairs =
-      std::min(CeilDiv(CeilDiv(a.rows, 16), a.pair_blocks), a.pair_slots * most);
-  const double pairs = block_pairs, slots = CeilDiv(block_pairs, most);
+  // Long sums are added up in the workspace, where it has room.
+  const int step_products =
+      CeilDiv(int64_t{a.images} * a.depth * a.runs, 4 * a.pixel_slots) * (half ? run / 4 : run / 2);
+  a.flush = std::max(1, kWeightGradFlush / step_products);
+  if (CeilDiv(a.steps, a.parts) <= a.flush || Workspace(v, a) > p.YElements() * size / 10) {
+    a.flush = 0;
+  }
+
+  const int block_pairs = std::min(CeilDiv(a.rows, 16), a.pair_slots * a.slot_pairs);
+  const double pairs = block_pairs, slots = CeilDiv(block_pairs, a.slot_pairs);
   const double warps = a.groups_per_block * a.ci_slots;
   const int chunks = CeilDiv(int64_t{a.images} * a.depth * a.runs, 4);
   const double loads = 2 * pairs * words * (v.stride == 0 ? 2 : 1) + slots * v.octets * x_words;
   const double products = pairs * v.taps * v.octets * x_words / 2;
   // A chunk of all warps that share it: loads, their conversion, and what surrounds them.
-  const double per_load = half ? (last ? 0.6 : 2.5) : (last ? 3 : 2);
+  const bool units = WeightGradUnits(last, v.stride);
+  const double per_load = units  ? (a.y_aligned  ? 0.4
+                                    : a.y_spread ? 1
+                                                 : 2.4) +
+                                       (half ? 0.4 : 1)
+                          : half ? (last ? 0.6 : 2.5)
+                                 : (last ? 3 : 2);
   const double chunk = per_load * (2 * pairs * words + slots * v.octets * x_words) +
                        products * (half ? 2 : 1.3) + 60 * slots + 12 * pairs;
   const double new_rows = a.isize[1] == 1 ? a.window : a.advance;
@@ -249,23 +293,46 @@ double Cost(const Problem& p, const Device& device, const WeightGradVariant& v, 
   double copies;
   if (last) {
     const double x = double{1} * a.pixels * a.x_channels, y = double{1} * a.y_pixels * a.y_channels;
-    copies = (x_rows * x + y_rows * y) * size / a.vector / 32 * 16 + (x_rows + y_rows) * 100;
+    copies = (x_rows * x + y_rows * y) * size / a.vector / 32 * 7 + (x_rows + y_rows) * 130;
+  } else if (units) {
+    const auto row = [&](int channels, int units_of_row, bool padded) {
+      const double each = CeilDiv(channels, 8), fours = CeilDiv(units_of_row, 4);
+      return 120 +
+             (!v.group && units_of_row >= 16 ? each * (24 + 2 * fours) : fours * (16 + 4 * each)) +
+             (padded ? 30.0 * CeilDiv(channels * 16 / size, 32) / a.column_blocks : 0);
+    };
+    copies = x_rows * row(a.x_channels, a.x_units, false) +
+             y_rows * row(a.y_channels, a.y_units, a.pad[2] > 0);
   } else {
     const double x = 40 + 3.0 * CeilDiv(a.pixels * size, 128);
     const double y = 40 + 3.0 * CeilDiv(a.y_pixels * size, 128);
     copies = x_rows * (a.x_channels * x + 80) + y_rows * (a.y_channels * y + 80);
   }
-  const double instructions = chunk * warps * chunks + copies + 150.0 * kWeightGradWarps;
+  double instructions = chunk * warps * chunks + copies + 150.0 * kWeightGradWarps;
   // Warps' own latencies, of which only a few run side by side.
   const double bytes =
       (x_rows * a.x_channels * a.pixels + y_rows * a.y_channels * a.y_pixels) * size;
-  const double warp_pairs = std::min(block_pairs, most);
+  const double warp_pairs = a.slot_pairs;
   const double warp_chunk = chunk / slots * (1 + warp_pairs * slots / pairs) / 2;  // the busiest's
-  const double multiply = (warp_chunk * CeilDiv(chunks, a.pixel_slots) + 150) * 4.5 + 250;
+  double multiply = (warp_chunk * CeilDiv(chunks, a.pixel_slots) + 150) * 4.5 + 250;
   const double copy = (copies / kWeightGradCopyWarps + 250) * 4 + 250;
   const double arrival = bytes / (bandwidth / device.multiprocessors / kClock);
-  const double throughput =
-      std::max({2.0 * products * warps * chunks, loads * warps * chunks, instructions / kIssue});
+  double tensor = 2.0 * products * warps * chunks, shared_loads = loads * warps * chunks;
+  if (v.group) {
+    // Of a group and a pair of each of its warps: products, instructions that load and issue them.
+    // Before them all warps bring x into its place.
+    const double group_products = v.taps * x_words / 2;
+    const double pair =
+        per_load * 2 * words + (v.stride == 0 ? words : 0) + 5 * group_products + 50;
+    const double groups = a.pair_slots * a.ci_slots / 4.0 * a.slot_pairs;
+    const double placing = chunks * a.ci_slots * v.octets * (3 * x_words + 30);
+    tensor = chunks * groups * group_products * v.octets * 4 * 1.15;
+    shared_loads = chunks * groups * 4 * 2 * words + chunks * a.ci_slots * v.octets * 2 * x_words;
+    instructions = chunks * groups * 4 * pair + placing + copies + 200.0 * kWeightGradWarps;
+    multiply = std::max(tensor, CeilDiv(chunks, a.pixel_slots) * a.slot_pairs * pair * 2.5) +
+               placing / kWeightGradWarps * 3 + 600;
+  }
+  const double throughput = std::max({tensor, shared_loads, instructions / kIssue});
   const double latency = a.ahead == 1 ? 1200 : 0;  // of the last copy, which nothing hides
   const double cycles = std::max({throughput, multiply, copy, arrival}) + latency;
 
@@ -308,25 +375,26 @@ void ForEachPlan(const Problem& p, const Device& device, Visit visit) {
       }
     }
   };
-  for (const auto& [stride, taps] : kWindows) {
-    if (stride != 0 && (p.stride[2] != stride || p.dilation[2] != 1)) continue;
-    if (stride != 0 && (CeilDiv(p.k[2], taps) - 1) * taps >= p.k[2]) continue;
-    for (const int octets : {1, 2}) {
-      if ((octets == 1) != (p.cig() <= 8)) continue;
-      for (int groups = 1; groups <= kWeightGradWarps; groups *= 2) {
-        if (p.groups % groups != 0) continue;
-        if (groups > 1 && p.channels_last && !whole_octets) continue;
-        for (int ci_slots = 1; ci_slots * groups <= kWeightGradWarps; ci_slots *= 2) {
-          if (ci_slots > 1 && ci_slots / 2 * octets * 8 >= p.cig()) continue;
-          if (groups > 1 && ci_slots * octets * 8 < p.cig()) continue;
-          for (int pair_slots = 1; pair_slots * ci_slots * groups <= kWeightGradWarps;
-               pair_slots *= 2) {
-            for (int co_octets = groups > 1 ? octets_of_co : 1;; co_octets *= 2) {
-              co_octets = std::min(co_octets, octets_of_co);
-              try_walks({stride, taps, octets},
-                        {groups, co_octets, ci_slots, pair_slots, 0, 0, 0, 0});
-              if (co_octets >= octets_of_co || co_octets >= 16) break;
-            }
+  for (const WeightGradVariant& v : kVariants) {
+    if (v.stride != 0 && (p.stride[2] != v.stride || p.dilation[2] != 1)) continue;
+    if (v.stride != 0 && (CeilDiv(p.k[2], v.taps) - 1) * v.taps >= p.k[2]) continue;
+    if (v.group && v.taps == 7 && !half) continue;  // not enough registers: products wait in turn
+    if (v.group ? device.compute_capability != 90 || p.cig() <= v.octets * 8 - 16
+                : (v.octets == 1) != (p.cig() <= 8)) {
+      continue;
+    }
+    for (int groups = 1; groups <= (v.group ? 1 : kWeightGradWarps); groups *= 2) {
+      if (p.groups % groups != 0) continue;
+      if (groups > 1 && p.channels_last && !whole_octets) continue;
+      for (int ci_slots = 1; ci_slots * groups <= kWeightGradWarps; ci_slots *= 2) {
+        if (ci_slots > 1 && ci_slots / 2 * v.octets * 8 >= p.cig()) continue;
+        if (groups > 1 && ci_slots * v.octets * 8 < p.cig()) continue;
+        for (int pair_slots = v.group ? 4 : 1; pair_slots * ci_slots * groups <= kWeightGradWarps;
+             pair_slots *= 2) {
+          for (int co_octets = groups > 1 ? octets_of_co : 1;; co_octets *= 2) {
+            co_octets = std::min(co_octets, octets_of_co);
+            try_walks(v, {groups, co_octets, ci_slots, pair_slots, 0, 0, 0, 0});
+            if (co_octets >= octets_of_co || co_octets >= 16) break;
           }
         }
       }
@@ -352,7 +420,9 @@ WeightGradPlan Search(const Problem& p, const Device& device) {
                 best.args = args;
                 best.seconds = seconds;
               });
-  if (best.args.parts > 1) best.workspace = 4 * best.args.parts * p.WElements();
+  best.workspace = Workspace(best.variant, best.args);
+  best.kept_offset = KeptOffset(best.args);
+  best.blocks = Blocks(best.args);
   return best;
 }
 

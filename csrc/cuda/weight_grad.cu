@@ -8,12 +8,11 @@ namespace {
 
 cudaError_t LaunchPlan(const WeightGradPlan& plan, const Problem& p, cudaStream_t stream) {
   const WeightGradArgs& a = plan.args;
-  const int64_t blocks =
-      int64_t{a.parts} * a.group_blocks * a.ci_blocks * a.co_blocks * a.pair_blocks;
   const auto launch = [&](auto in) {
     using In = decltype(in);
-    return p.channels_last ? LaunchWeightGradVariant<In, true>(plan.variant, a, blocks, stream)
-                           : LaunchWeightGradVariant<In, false>(plan.variant, a, blocks, stream);
+    return p.channels_last
+               ? LaunchWeightGradVariant<In, true>(plan.variant, a, plan.blocks, stream)
+               : LaunchWeightGradVariant<In, false>(plan.variant, a, plan.blocks, stream);
   };
   switch (p.in_dtype) {
     case DType::kF32:
@@ -43,11 +42,14 @@ cudaError_t LaunchWeightGrad(const Problem& p, const Operands& ops, const Device
   a.x = ops.x;
   a.y = ops.y;
   a.out = a.parts > 1 ? ops.workspace : ops.out;
+  a.kept = reinterpret_cast<float*>(static_cast<char*>(ops.workspace) + plan.kept_offset);
   a.out_dtype = static_cast<int32_t>(a.parts > 1 ? DType::kF32 : p.out_dtype);
-  if (p.channels_last && a.vector == 16 &&
-      (reinterpret_cast<uintptr_t>(ops.x) | reinterpret_cast<uintptr_t>(ops.y)) % 16 != 0) {
-    a.vector = 4;  // an element of a stack can begin anywhere
-  }
+  // An element of a stack can begin anywhere.
+  const bool x_aligned = reinterpret_cast<uintptr_t>(ops.x) % 16 == 0;
+  const bool y_aligned = reinterpret_cast<uintptr_t>(ops.y) % 16 == 0;
+  if (!x_aligned || !y_aligned) a.vector = 4;
+  a.x_aligned = a.x_aligned && x_aligned;
+  a.y_aligned = a.y_aligned && y_aligned;
   if (const cudaError_t status = LaunchPlan(plan, p, stream);
       status != cudaSuccess || a.parts == 1) {
     return status;

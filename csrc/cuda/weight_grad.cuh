@@ -15,11 +15,14 @@
 
 #include "cuda/dtypes.cuh"
 #include "cuda/weight_grad.h"
+#include "cuda/weight_grad_wgmma.cuh"
 
 namespace jaxconv::cuda::weight_grad {
 
 constexpr int kThreads = 32 * (kWeightGradWarps + kWeightGradCopyWarps);
 constexpr int kCopyThreads = 32 * kWeightGradCopyWarps;
+
+constexpr int Log2(int n) { return n <= 1 ? 0 : 1 + Log2(n / 2); }
 
 __device__ inline uint32_t SharedAddress(const void* p) {
   return static_cast<uint32_t>(__cvta_generic_to_shared(p));
@@ -76,6 +79,13 @@ __device__ inline void WaitCopies() {
   asm volatile("cp.async.wait_group %0;" ::"n"(kPending) : "memory");
 }
 
+// A register of its own, filled here.
+__device__ inline uint32_t Own(uint32_t v) {
+  uint32_t own;
+  asm volatile("mov.b32 %0, %1;" : "=r"(own) : "r"(v));
+  return own;
+}
+
 template <class In>
 __device__ inline void Mma(float (&c)[4], uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3,
                            uint32_t b0, uint32_t b1) {
@@ -97,15 +107,47 @@ __device__ inline void Mma(float (&c)[4], uint32_t a0, uint32_t a1, uint32_t a2,
   }
 }
 
-__device__ inline uint32_t LoadTf32(const char* shared) {
+__device__ inline uint32_t RoundTf32(uint32_t v) {
   uint32_t rounded;
-  const float v = *reinterpret_cast<const float*>(shared);
 #if __CUDA_ARCH__ >= 900  // one instruction there, where cvt.rna takes four
-  asm("cvt.rn.tf32.f32 %0, %1;" : "=r"(rounded) : "f"(v));
+  asm("cvt.rn.tf32.f32 %0, %1;" : "=r"(rounded) : "f"(__uint_as_float(v)));
 #else
-  asm("cvt.rna.tf32.f32 %0, %1;" : "=r"(rounded) : "f"(v));
+  asm("cvt.rna.tf32.f32 %0, %1;" : "=r"(rounded) : "f"(__uint_as_float(v)));
 #endif
   return rounded;
+}
+__device__ inline uint32_t LoadTf32(const char* shared) {
+  return RoundTf32(*reinterpret_cast<const uint32_t*>(shared));
+}
+
+// Words of shared memory, by vectors of 16 bytes.
+template <int kWords>
+__device__ inline void LoadVectors(uint32_t (&to)[kWords], const char* shared) {
+#pragma unroll
+  for (int v = 0; v < (kWords + 3) / 4; ++v) {
+    const uint4 four = reinterpret_cast<const uint4*>(shared)[v];
+    const uint32_t words[4] = {four.x, four.y, four.z, four.w};
+#pragma unroll
+    for (int i = 0; i < 4 && 4 * v + i < kWords; ++i) to[4 * v + i] = words[i];
+  }
+}
+
+// The same from `shift` words (0 ... 3) after `shared`.
+template <int kWords>
+__device__ inline void LoadFrom(uint32_t (&to)[kWords], const char* shared, int shift) {
+  uint32_t word[kWords + 3];
+  LoadVectors(word, shared);
+#pragma unroll
+  for (int i = 0; i < kWords + 2; ++i) word[i] = shift & 1 ? word[i + 1] : word[i];
+#pragma unroll
+  for (int i = 0; i < kWords; ++i) to[i] = shift & 2 ? word[i + 2] : word[i];
+}
+
+// Words of two elements, from pairs of words that begin at an element before (`odd`) or there.
+template <int kWords>
+__device__ inline void Align(uint32_t (&to)[kWords], const uint32_t (&word)[kWords + 1], int odd) {
+#pragma unroll
+  for (int m = 0; m < kWords; ++m) to[m] = __funnelshift_r(word[m], word[m + 1], 16 * odd);
 }
 
 __device__ inline void LoadTransposed(uint32_t (&r)[4], const char* shared) {
@@ -149,20 +191,23 @@ struct Step {
 
 // One staged operand of a block: rows of `pixels` positions of its channels. What a thread copies
 // of a row does not depend on the row, only on the column of the walk.
-template <class In, bool kLast>
+// kLong: with code for long rows by units, for which threads of few registers have no room.
+template <class In, bool kLast, bool kUnits, bool kLong>
 struct Stager {
   static constexpr bool kHalf = sizeof(In) == 2;
+  static constexpr int kSize = sizeof(In), kUnit = 16 / kSize;  // elements of a unit
 
   const In* from;  // the block's first channel
   int channels, pixels, size;
   int64_t channel_stride, pixel_stride;  // in memory
   int channel, pixel, run_pad;           // in shared memory, bytes
-  SmallDivisor by_run;                   // positions of a run; channels last
-  int vector, units;                     // copies of a pixel; channels last
+  int log_run;                           // of the positions of a run; channels last
+  int vector, units;                     // copies of a pixel (kUnits: of a row)
+  bool spread;                           // kUnits: channels 4 ... 7 of eight lie a unit further
   // The warps take rows `row`, `row` + `rows`, ... and share each; of a row the thread takes every
   // `step`-th position (word) from `at` of channels `stripe`, `stripe` + `stripes`, ... or,
   // channels last, of unit `stripe`.
-  int row, rows, at, step, stripe, stripes, count;
+  int row, rows, at, step, log_step, stripe, stripes, count;
   // Bit k, of the thread's k-th position (16 bits: word; for rows at an even and an odd element):
   // copied at all; its first and its last element inside [0, size).
   uint32_t copied, low[1 + kHalf], high[1 + kHalf];
@@ -185,10 +230,13 @@ struct Stager {
       stripe = thread % width;
       at = thread / width;
       step = threads / width;
-      if (stripe >= units) at = pixels;
+      log_step = __ffs(step) - 1;
+      count = stripe < units && at < pixels ? (pixels - at + step - 1) / step : 0;
     } else {
+      // Eight channels (of every row's units four) to a warp, so that a thread's channels all begin
+      // at the same element of a unit.
       const int words = kHalf ? pixels / 2 + 1 : pixels;
-      const int log = words > 16 ? 5 : words > 8 ? 4 : 3;
+      const int log = kUnits ? 2 : words > 16 ? 5 : words > 8 ? 4 : 3;
       step = 1 << log;
       at = thread & (step - 1);
       stripe = thread >> log;
@@ -200,7 +248,7 @@ struct Stager {
   // The rows to come start at position `f`.
   __device__ void Column(int f) {
     first = f;
-    if constexpr (!kLast) {
+    if constexpr (!kLast && !kUnits) {
       copied = 0;
       for (int odd = 0; odd <= kHalf; ++odd) low[odd] = high[odd] = 0;
       const int words = kHalf ? pixels / 2 + 1 : pixels;
@@ -223,23 +271,49 @@ struct Stager {
     }
   }
 
+  __device__ void RowOfUnits(uint32_t to, const char* row, bool inside) const;
+
   // Stages the row at `offset`, zeros outside [0, size), or all zeros.
   __device__ void Row(uint32_t to, int64_t offset, bool inside) const {
-    if constexpr (kLast) {
-      const In* row = from + offset + (first + at) * pixel_stride +
-                      stripe * (vector / static_cast<int>(sizeof(In)));
-      const int64_t hop = step * pixel_stride;
-      to += stripe * vector;
-#pragma unroll 4
-      for (int p = at; p < pixels; p += step, row += hop) {
-        const bool valid = inside && static_cast<unsigned>(first + p) < static_cast<unsigned>(size);
-        const uint32_t dst = to + p * pixel + Divide(p, by_run) * run_pad;
+    if constexpr (kUnits) {
+      RowOfUnits(to, reinterpret_cast<const char*>(from + offset + first), inside);
+    } else if constexpr (kLast) {
+      // Positions at + k * step inside the row are those with low <= k < high.
+      const int begin = first + at, end = inside ? size : first;
+      const int low = min(begin >= 0 ? 0 : (-begin + step - 1) >> log_step, count);
+      const int high = max(min(end > begin ? (end - begin + step - 1) >> log_step : 0, count), low);
+      const In* row =
+          from + offset + begin * pixel_stride + stripe * (vector / static_cast<int>(sizeof(In)));
+      int64_t hop = step * pixel_stride;
+      int hop_shared = step * pixel;
+      asm volatile("" : "+l"(hop), "+r"(hop_shared));  // or it is multiplied out for every copy
+      uint32_t dst = to + stripe * vector + at * pixel;
+      int p = at;
+      const auto next = [&] { p += step, dst += hop_shared, row += hop; };
+      const auto copy16 = [&](int bytes) {
+        CopyAsync16(dst + (p >> log_run) * run_pad, row, bytes);
+      };
+      const auto copy = [&](int bytes) {
         if (vector == 16) {
-          CopyAsync16(dst, row, valid ? 16 : 0);
+          copy16(bytes);
         } else {
-          CopyAsync4(dst, row, valid ? 4 : 0);
+          CopyAsync4(dst + (p >> log_run) * run_pad, row, min(bytes, 4));
         }
+      };
+      int k = 0;
+      if (vector == 16 && high - low < 8) {
+#pragma unroll 4
+        for (; k < count; ++k, next()) copy16(k >= low && k < high ? 16 : 0);
+        return;
       }
+#pragma unroll 1
+      for (; k < low; ++k, next()) copy(0);
+      if (vector == 16) {
+#pragma unroll 4
+        for (; k < high; ++k, next()) copy16(16);
+      }
+#pragma unroll 1
+      for (; k < count; ++k, next()) copy(k < high ? 16 : 0);
     } else {
       const char* row =
           reinterpret_cast<const char*>(from + offset + first + stripe * channel_stride);
@@ -297,6 +371,85 @@ struct Stager {
   }
 };
 
+// The same by units, of which the first holds position `first`. Outside the row nothing is read but
+// what shares a unit with its first element.
+template <class In, bool kLast, bool kUnits, bool kLong>
+__device__ void Stager<In, kLast, kUnits, kLong>::RowOfUnits(uint32_t to, const char* row,
+                                                             bool inside) const {
+  const int end = inside ? size : -kUnit;  // before every unit
+  // The element of its unit that position `first` of the channel at `place` is.
+  const auto shift_of = [](const char* place) {
+    return static_cast<int>(reinterpret_cast<uintptr_t>(place) / kSize) & (kUnit - 1);
+  };
+  const auto channel_at = [&](int c) { return to + c * channel + (spread ? (c & 4) * 4 : 0); };
+  const char* const own = row + stripe * channel_stride * kSize;
+  const int own_shift = shift_of(own);
+  int64_t hop = stripes * channel_stride * kSize;
+  int hop_shared = stripes * channel;
+  asm volatile("" : "+l"(hop), "+r"(hop_shared));  // or it is multiplied out for every copy
+  // A unit that begins before position 0 and ends after it is put together below, unless nobody
+  // reads what is before 0.
+  constexpr int kStep = 4, kBytes = kStep * 16;
+  if (kLong && units >= 4 * kStep) {
+    // The thread's units are at + 4 k; those inside the row have low <= k < high.
+    const int start = first - own_shift + at * kUnit, count = (units - at + kStep - 1) / kStep;
+    const int low = first >= 0 ? 0 : min((-start + kStep * kUnit - 1) / (kStep * kUnit), count);
+    const int high = max(low, min((end - start - kUnit + kStep * kUnit) / (kStep * kUnit), count));
+    const char* source = own + (at * 16 - own_shift * kSize);
+    uint32_t unit = channel_at(stripe) + at * 16;
+#pragma unroll 1
+    for (int c = stripe; c < channels; c += stripes, source += hop, unit += hop_shared) {
+      const char* from_unit = source + low * kBytes;
+      uint32_t to_unit = unit + low * kBytes;
+#pragma unroll 4
+      for (int k = low; k < high; ++k, from_unit += kBytes, to_unit += kBytes) {
+        CopyAsync16(to_unit, from_unit, 16);
+      }
+#pragma unroll 1
+      for (int k = high; k < count; ++k, from_unit += kBytes, to_unit += kBytes) {
+        CopyAsync16(to_unit, from_unit, min(max(end - start - k * kStep * kUnit, 0) * kSize, 16));
+      }
+#pragma unroll 1
+      for (int k = 0; k < low; ++k) {
+        if (start + k * kStep * kUnit > -kUnit) continue;
+        CopyAsync16(unit + k * kBytes, source + k * kBytes, 0);
+      }
+    }
+  } else {
+    for (int u = at; u < units; u += kStep) {
+      const int begin = first - own_shift + u * kUnit;  // the position of the unit's first element
+      const bool whole = begin >= 0 || first >= 0;
+      if (!whole && begin > -kUnit) continue;
+      const int bytes = whole ? min(max(end - begin, 0) * kSize, 16) : 0;
+      const char* source = own + (u * 16 - own_shift * kSize);
+      uint32_t unit = channel_at(stripe) + u * 16;
+#pragma unroll 4
+      for (int c = stripe; c < channels; c += stripes, source += hop, unit += hop_shared) {
+        CopyAsync16(unit, source, bytes);
+      }
+    }
+  }
+  if (first >= 0) return;
+#pragma unroll 4
+  for (int i = stripe * step + at; i < channels * kUnit; i += stripes * step) {
+    const int c = i / kUnit, e = i % kUnit;
+    const char* const start = row + c * channel_stride * kSize;
+    const int shift = shift_of(start), zero = (shift - first) % kUnit;  // where position 0 lies
+    const int u = (shift - first) / kUnit, position = e - zero;
+    if (zero == 0 || u >= units) continue;
+    const bool valid = position >= 0 && position < end;
+    const char* const source = start + (position - first) * kSize;
+    const uint32_t element = channel_at(c) + u * 16 + e * kSize;
+    if constexpr (kHalf) {
+      const unsigned short value =
+          valid ? *reinterpret_cast<const unsigned short*>(source) : static_cast<unsigned short>(0);
+      asm volatile("st.shared.b16 [%0], %1;" ::"r"(element), "h"(value) : "memory");
+    } else {
+      CopyAsync4(element, source, valid ? 4 : 0);
+    }
+  }
+}
+
 template <class Out>
 __device__ inline void Store(void* out, int64_t at, float v) {
   static_cast<Out*>(out)[at] = FromAccumulator<Out>(v);
@@ -313,9 +466,10 @@ __device__ inline void StoreAs(int32_t dtype, void* out, int64_t at, float v) {
   }
 }
 
-template <class In, bool kLast, int kStride, int kTaps, int kOctets>
+template <class In, bool kLast, int kStride, int kTaps, int kOctets, bool kGroup>
 __global__ void __launch_bounds__(kThreads, 1)
     WeightGradKernel(const __grid_constant__ WeightGradArgs a) {
+  if constexpr (kGroup && !kHasGroups) return;
   constexpr bool kHalf = sizeof(In) == 2;
   constexpr int kRun = WeightGradRun(kHalf, kStride);
   constexpr int kPairs = WeightGradPairs(kTaps, kOctets);
@@ -323,10 +477,14 @@ __global__ void __launch_bounds__(kThreads, 1)
   // 16 bits: words of two; channels last they come in twos.
   constexpr int kWords = kHalf ? ((kWindow + 1) / 2 + kLast) / (1 + kLast) * (1 + kLast) : kWindow;
   constexpr int kXWords = kHalf ? kRun / 2 : kRun;
+  constexpr bool kUnits = WeightGradUnits(kLast, kStride);
+  // Offsets of elements count modulo a unit (else, 16 bits: modulo a word).
+  constexpr int kOffsets = (kUnits ? 16 / static_cast<int>(sizeof(In)) : 2) - 1;
   const int stride = kStride == 0 ? a.lattice_stride[2] : kStride;
 
   extern __shared__ __align__(16) char shared[];
-  const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5;
+  // A warp's number is the same in all its lanes, which the compiler has to see.
+  const int lane = threadIdx.x & 31, warp = __shfl_sync(~0u, static_cast<int>(threadIdx.x >> 5), 0);
   const int row8 = lane >> 2, quad = lane & 3;  // the thread's channel of a half and its run
 
   // Which columns of dw, which part of the steps.
@@ -343,7 +501,7 @@ __global__ void __launch_bounds__(kThreads, 1)
   const int64_t step_begin = part * a.steps / a.parts, step_end = (part + 1) * a.steps / a.parts;
 
   const int tap_rows = a.co_rows * a.segments;  // rows of a tap of the two outer axes
-  const int first_depth_tap = pair_block * a.pair_slots * kPairs * 16 / tap_rows / a.k[1];
+  const int first_depth_tap = pair_block * a.pair_slots * a.slot_pairs * 16 / tap_rows / a.k[1];
 
   const uint32_t shared_address = SharedAddress(shared);
   for (int i = threadIdx.x * 16; i < a.shared; i += kThreads * 16) {
@@ -352,7 +510,8 @@ __global__ void __launch_bounds__(kThreads, 1)
   __syncthreads();
 
   if (warp >= kWeightGradWarps) {
-    Stager<In, kLast> stage_x, stage_y;
+    if constexpr (kGroup) MoveRegisters<false>();
+    Stager<In, kLast, kUnits, !kGroup> stage_x, stage_y;
     {
       const int groups = a.groups_per_block;
       stage_x.from = static_cast<const In*>(a.x) + (int64_t{group0} * a.cig + ci0) * a.xs.c;
@@ -373,12 +532,14 @@ __global__ void __launch_bounds__(kThreads, 1)
       stage_y.pixel = a.y_pixel;
       stage_x.run_pad = a.x_run_pad;
       stage_y.run_pad = a.y_run_pad;
-      stage_x.by_run = DivisorOf(kRun);
-      stage_y.by_run = DivisorOf(kRun * stride);
+      stage_x.log_run = Log2(kRun);
+      stage_y.log_run = Log2(kRun * (kStride == 0 ? 1 : kStride));  // any stride: rows without gaps
       const int per = a.vector / static_cast<int>(sizeof(In));
       stage_x.vector = stage_y.vector = a.vector;
-      stage_x.units = stage_x.channels / per;
-      stage_y.units = stage_y.channels / per;
+      stage_x.units = kUnits ? a.x_units : stage_x.channels / per;
+      stage_y.units = kUnits ? a.y_units : stage_y.channels / per;
+      stage_x.spread = false;
+      stage_y.spread = a.y_spread;
       const int id = threadIdx.x - 32 * kWeightGradWarps;
       stage_x.Share(id, a.images * a.depth);
       stage_y.Share(id, a.advance * a.images * a.y_depth);
@@ -439,15 +600,20 @@ __global__ void __launch_bounds__(kThreads, 1)
     return;
   }
 
+  if constexpr (kGroup) MoveRegisters<true>();
+  // A group's four warps differ in their pairs alone.
   int role = warp;
-  const int pixel_slot = role % a.pixel_slots;
-  role /= a.pixel_slots;
-  const int pair_slot = role % a.pair_slots;
-  role /= a.pair_slots;
+  const int inner_slots = kGroup ? a.pair_slots : a.pixel_slots;
+  const int inner_slot = role % inner_slots;
+  role /= inner_slots;
+  const int outer_slots = kGroup ? a.pixel_slots : a.pair_slots, outer_slot = role % outer_slots;
+  role /= outer_slots;
+  const int pixel_slot = kGroup ? outer_slot : inner_slot;
+  const int pair_slot = kGroup ? inner_slot : outer_slot;
   const int ci_slot = role % a.ci_slots, group_slot = role / a.ci_slots;
 
-  const int first_pair = (pair_block * a.pair_slots + pair_slot) * kPairs;
-  const int pairs = min(max((a.rows + 15) / 16 - first_pair, 0), kPairs);
+  const int first_pair = (pair_block * a.pair_slots + pair_slot) * a.slot_pairs;
+  const int pairs = min(max((a.rows + 15) / 16 - first_pair, 0), a.slot_pairs);
   const int first_row = first_pair * 16;
 
   // Lane l keeps the offsets of the warp's half l, or (kList) of its rows l, l + 32, ...: the place
@@ -462,13 +628,15 @@ __global__ void __launch_bounds__(kThreads, 1)
     const int tap = row / tap_rows, t0 = tap / a.k[1] - first_depth_tap, t1 = tap % a.k[1];
     const int shift = segment * kTaps * a.lattice_step[2];
     row_line[i] = t1 * a.lattice_step[1];
-    row_offset[i] = t0 * a.lattice_step[0] * a.y_row + co * a.y_channel + shift * a.y_pixel;
-    // 16 bits, channels first: parities of element offsets, since a staged row begins at an even
-    // one.
+    row_offset[i] =
+        t0 * a.lattice_step[0] * a.y_row + co * a.y_channel + (kUnits ? 0 : shift * a.y_pixel);
+    // Units, and 16 bits channels first: element offsets, since a staged row begins at the unit, or
+    // the word, of its first.
     row_odd[i] =
         static_cast<int>((co * a.ys.c + int64_t{t0} * a.lattice_step[0] * a.gap[0] * a.ys.s[0] +
                           int64_t{t1} * a.lattice_step[1] * a.gap[1] * a.ys.s[1]) &
-                         1);
+                         kOffsets);
+    if (kUnits) row_odd[i] |= shift << 4;
   }
 
   float sums[kPairs][kTaps][kOctets][4] = {};
@@ -476,30 +644,39 @@ __global__ void __launch_bounds__(kThreads, 1)
   // The thread's (channels last, 16 bits: the loading lane's) share of offsets.
   const bool by_matrix = kHalf && kLast;
   const int own_run = by_matrix ? (lane & 7) >> 1 : quad;
-  const int x_own = a.x_base + (group_slot * a.cig + ci_slot * kOctets * 8) * a.x_channel +
+  const int x_own = a.x_base +
+                    (group_slot * a.cig + (kGroup ? 0 : ci_slot * kOctets * 8)) * a.x_channel +
                     (by_matrix ? ((lane & 1) + 2 * (lane >> 3)) * a.x_pixel : row8 * a.x_channel);
   const int y_own =
       group_slot * a.cog * a.y_channel +
       (by_matrix ? ((lane & 1) + 2 * (lane >> 3 & 1)) * a.y_pixel * (kStride == 0 ? stride : 1)
        : kList   ? 0
-                 : row8 * a.y_channel);
-  // Channels first, 16 bits: the parity of the element that the thread's row begins at.
-  const int x_odd_image = a.xs.n & 1, y_odd_image = a.ys.n & 1;
-  const int x_odd_depth = a.xs.s[0] & 1;
-  const int y_odd_depth = a.lattice_stride[0] * a.gap[0] * a.ys.s[0] & 1;
-  const int x_odd_own =
-      static_cast<int>(
-          (reinterpret_cast<uintptr_t>(a.x) >> 1) +
-          ((group0 + group_slot) * int64_t{a.cig} + ci0 + ci_slot * kOctets * 8 + row8) * a.xs.c) &
-      1;
+                 : row8 * a.y_channel + (a.y_spread ? (group_slot * a.cog + row8 & 4) * 4 : 0));
+  // Units, and 16 bits channels first: the element that the thread's row begins at.
+  const auto offset = [&](int64_t elements) { return static_cast<int>(elements & kOffsets); };
+  const int x_odd_image = offset(a.xs.n), y_odd_image = offset(a.ys.n);
+  const int x_odd_depth = offset(a.xs.s[0]);
+  const int y_odd_depth = offset(a.lattice_stride[0] * a.gap[0] * a.ys.s[0]);
+  const int x_odd_own = offset(
+      static_cast<int64_t>(reinterpret_cast<uintptr_t>(a.x) / sizeof(In)) +
+      ((group0 + group_slot) * int64_t{a.cig} + ci0 + ci_slot * kOctets * 8 + row8) * a.xs.c);
   const int y_odd_own =
-      static_cast<int>(
-          (reinterpret_cast<uintptr_t>(a.y) >> 1) +
-          ((group0 + group_slot) * int64_t{a.cog} + co0 + (kList ? 0 : row8)) * a.ys.c +
-          (int64_t{first_depth_tap} * a.lattice_step[0] * a.gap[0] - a.pad[0]) * a.ys.s[0] -
-          a.pad[1] * a.ys.s[1] - a.pad[2]) &
-      1;
+      offset(static_cast<int64_t>(reinterpret_cast<uintptr_t>(a.y) / sizeof(In)) +
+             ((group0 + group_slot) * int64_t{a.cog} + co0 + (kList ? 0 : row8)) * a.ys.c +
+             (int64_t{first_depth_tap} * a.lattice_step[0] * a.gap[0] - a.pad[0]) * a.ys.s[0] -
+             a.pad[1] * a.ys.s[1] - a.pad[2]);
   const int runs_total = a.images * a.depth * a.runs, chunks = (runs_total + 3) / 4;
+
+  // A thread's run of a chunk of four: where it is in shared memory, and the offsets of its rows.
+  struct Run {
+    const char *x, *y;
+    int x_odd, y_odd;
+  };
+  // A group's instruction takes its four words of y from a row of registers, "quad". It depends on
+  // where in the window its first value lies, so taps share quads.
+  constexpr int kGroupApart = kXWords / 2,
+                kWordElements = (kHalf ? 2 : 1) * (kStride ? kStride : 1);
+  constexpr int kQuads = (kGroupApart - 1) * kWordElements + kTaps;
 
   const auto compute = [&](const Step& s, int stage) {
     int kept_offset[kKept];
@@ -513,162 +690,239 @@ __global__ void __launch_bounds__(kThreads, 1)
     const int y_odd_step = y_odd_own + s.n * y_odd_image + s.depth * y_odd_depth +
                            s.row * a.lattice_stride[1] * a.gap[1] * static_cast<int>(a.ys.s[1]) +
                            s.column * a.pixels * stride;
-    for (int chunk = pixel_slot; chunk < chunks; chunk += a.pixel_slots) {
+    const auto run_of = [&](int chunk) {
       const int run = min(chunk * 4 + own_run, runs_total - 1);
       const int line = Divide(run, a.by_runs), along = run - line * a.runs;
       const int image = Divide(line, a.by_depth), d = line - image * a.depth;
-      const char* x_at = shared + stage * a.x_stage + x_own + line * a.x_row +
-                         along * (kRun * a.x_pixel + a.x_run_pad);
-      const char* y_at = shared + y_own + (image * a.y_depth + d * a.lattice_stride[0]) * a.y_row +
-                         along * (kRun * stride * a.y_pixel + a.y_run_pad);
-      const int x_odd = (x_odd_step + image * x_odd_image + d * x_odd_depth) & 1;
-      const int y_odd = (y_odd_step + image * y_odd_image + d * y_odd_depth) & 1;
-
-      uint32_t x[kOctets][kXWords];
-      if constexpr (!kHalf) {
+      return Run{shared + stage * a.x_stage + x_own + line * a.x_row +
+                     along * (kRun * a.x_pixel + a.x_run_pad),
+                 shared + y_own + (image * a.y_depth + d * a.lattice_stride[0]) * a.y_row +
+                     along * (kRun * stride * a.y_pixel + a.y_run_pad),
+                 (x_odd_step + image * x_odd_image + d * x_odd_depth) & kOffsets,
+                 y_odd_step + image * y_odd_image + d * y_odd_depth};
+    };
+    // Eight channels of x: each thread's is that of its row. Zeros after the last run.
+    const auto load_x = [&](const Run& run, int chunk, int octet, uint32_t (&x)[kXWords]) {
+      const char* const at = run.x + octet * 8 * a.x_channel;
+      if (kUnits && a.x_aligned) {
+        LoadVectors(x, at);
+        if constexpr (!kHalf) {
 #pragma unroll
-        for (int b = 0; b < kOctets; ++b) {
+          for (int l = 0; l < kXWords; ++l) x[l] = RoundTf32(x[l]);
+        }
+      } else if constexpr (!kHalf) {
 #pragma unroll
-          for (int l = 0; l < kRun; ++l) {
-            x[b][l] = LoadTf32(x_at + b * 8 * a.x_channel + l * (kLast ? a.x_pixel : 4));
-          }
+        for (int l = 0; l < kXWords; ++l) {
+          x[l] = LoadTf32(at + (kUnits ? 4 * run.x_odd : 0) + l * (kLast ? a.x_pixel : 4));
         }
       } else if constexpr (kLast) {
+        if constexpr (kXWords >= 4) {
 #pragma unroll
-        for (int b = 0; b < kOctets; ++b) {
-          if constexpr (kXWords >= 4) {
-#pragma unroll
-            for (int m = 0; m < kXWords; m += 4) {
-              uint32_t word[4];
-              LoadTransposed(word, x_at + b * 8 * a.x_channel + 2 * m * a.x_pixel);
-#pragma unroll
-              for (int i = 0; i < 4; ++i) x[b][m + i] = word[i];
-            }
-          } else {
-            // Two words: the upper lanes' addresses repeat the lower ones'.
+          for (int m = 0; m < kXWords; m += 4) {
             uint32_t word[4];
-            LoadTransposed(word, x_at + b * 8 * a.x_channel - (lane >= 16 ? 4 * a.x_pixel : 0));
-            x[b][0] = word[0];
-            x[b][1] = word[1];
+            LoadTransposed(word, at + 2 * m * a.x_pixel);
+#pragma unroll
+            for (int i = 0; i < 4; ++i) x[m + i] = word[i];
           }
+        } else {
+          // Two words: the upper lanes' addresses repeat the lower ones'.
+          uint32_t word[4];
+          LoadTransposed(word, at - (lane >= 16 ? 4 * a.x_pixel : 0));
+          x[0] = word[0];
+          x[1] = word[1];
+        }
+      } else {
+        uint32_t word[kXWords + 1];
+#pragma unroll
+        for (int m = 0; m <= kXWords; ++m) {
+          word[m] = *reinterpret_cast<const uint32_t*>(at + (run.x_odd / 2 + m) * 4);
+        }
+        Align(x, word, run.x_odd & 1);
+      }
+      if (chunk * 4 + quad >= runs_total) {
+#pragma unroll
+        for (int m = 0; m < kXWords; ++m) x[m] = 0;
+      }
+    };
+    // The windows of both halves of pair u.
+    const auto load_y = [&](const Run& run, int u, uint32_t (&y)[2][kWords]) {
+      if constexpr (kHalf && kLast) {
+        // A matrix of 8 pixels x 8 channels a register: two words of each half at a time.
+        const char* at = run.y + __shfl_sync(~0u, kept_offset[0], 2 * u + (lane >> 4));
+#pragma unroll
+        for (int m = 0; m < kWords; m += 2) {
+          uint32_t word[4];
+          if constexpr (kStride == 0) {
+            LoadTransposed(word, at + 2 * m * stride * a.y_pixel);
+          } else {
+            LoadTransposed(word, at + 2 * m * a.y_pixel + 2 * m / (kRun * kStride) * a.y_run_pad);
+          }
+          y[0][m] = word[0];
+          y[0][m + 1] = word[1];
+          y[1][m] = word[2];
+          y[1][m + 1] = word[3];
         }
       } else {
 #pragma unroll
-        for (int b = 0; b < kOctets; ++b) {
-          uint32_t word[kXWords + 1];
+        for (int h = 0; h < 2; ++h) {
+          const int kept = kList ? u / 2 : 0;
+          const int keeper = kList ? u % 2 * 16 + h * 8 + row8 : 2 * u + h;
+          const char* at = run.y + __shfl_sync(~0u, kept_offset[kept], keeper);
+          if constexpr (kUnits) {
+            const int row = __shfl_sync(~0u, row_odd[0], keeper);
+            const int element = ((run.y_odd + row) & kOffsets) + (row >> 4);
+            if (a.y_spread) {
 #pragma unroll
-          for (int m = 0; m <= kXWords; ++m) {
-            word[m] = *reinterpret_cast<const uint32_t*>(x_at + b * 8 * a.x_channel + 4 * m);
-          }
-#pragma unroll
-          for (int m = 0; m < kXWords; ++m) {
-            x[b][m] = __funnelshift_r(word[m], word[m + 1], 16 * x_odd);
-          }
-        }
-      }
-      if (chunk * 4 + 4 > runs_total && chunk * 4 + quad >= runs_total) {
-#pragma unroll
-        for (int b = 0; b < kOctets; ++b) {
-#pragma unroll
-          for (int m = 0; m < kXWords; ++m) x[b][m] = 0;
-        }
-      }
-
-#pragma unroll
-      for (int u = 0; u < kPairs; ++u) {
-        if (u >= pairs) break;
-        uint32_t y[2][kWords];
-        if constexpr (kHalf && kLast) {
-          // A matrix of 8 pixels x 8 channels a register: two words of each half at a time.
-          const char* at = y_at + __shfl_sync(~0u, kept_offset[0], 2 * u + (lane >> 4));
-#pragma unroll
-          for (int m = 0; m < kWords; m += 2) {
-            uint32_t word[4];
-            if constexpr (kStride == 0) {
-              LoadTransposed(word, at + 2 * m * stride * a.y_pixel);
+              for (int j = 0; j < kWords; ++j) {
+                y[h][j] = *reinterpret_cast<const uint32_t*>(at + 4 * (element + j));
+              }
+            } else if (a.y_aligned) {
+              LoadVectors(y[h], at);
             } else {
-              LoadTransposed(word, at + 2 * m * a.y_pixel + 2 * m / (kRun * kStride) * a.y_run_pad);
+              const char* const unit = at + (element & ~kOffsets) * static_cast<int>(sizeof(In));
+              const int words = (element & kOffsets) / (1 + kHalf);
+              if constexpr (kHalf) {
+                uint32_t word[kWords + 1];
+                LoadFrom(word, unit, words);
+                Align(y[h], word, element & 1);
+              } else {
+                LoadFrom(y[h], unit, words);
+              }
             }
-            y[0][m] = word[0];
-            y[0][m + 1] = word[1];
-            y[1][m] = word[2];
-            y[1][m + 1] = word[3];
-          }
-        } else {
-#pragma unroll
-          for (int h = 0; h < 2; ++h) {
-            const int kept = kList ? u / 2 : 0;
-            const int keeper = kList ? u % 2 * 16 + h * 8 + row8 : 2 * u + h;
-            const char* at = y_at + __shfl_sync(~0u, kept_offset[kept], keeper);
             if constexpr (!kHalf) {
 #pragma unroll
-              for (int j = 0; j < kWindow; ++j) {
-                if constexpr (kStride == 0) {
-                  y[h][j] = LoadTf32(at + j * stride * a.y_pixel);
-                } else if constexpr (kLast) {
-                  y[h][j] = LoadTf32(at + j * a.y_pixel + j / (kRun * kStride) * a.y_run_pad);
-                } else {
-                  y[h][j] = LoadTf32(at + 4 * j);
-                }
-              }
-            } else {
-              const int odd = (y_odd + __shfl_sync(~0u, row_odd[kept], keeper)) & 1;
+              for (int j = 0; j < kWords; ++j) y[h][j] = RoundTf32(y[h][j]);
+            }
+          } else if constexpr (!kHalf) {
+#pragma unroll
+            for (int j = 0; j < kWindow; ++j) {
               if constexpr (kStride == 0) {
-                const char* first = at + 2 * odd;  // elements one by one
-#pragma unroll
-                for (int m = 0; m < kWords; ++m) {
-                  const uint32_t low =
-                      *reinterpret_cast<const unsigned short*>(first + 4 * m * stride);
-                  const uint32_t high =
-                      *reinterpret_cast<const unsigned short*>(first + (4 * m + 2) * stride);
-                  y[h][m] = low | high << 16;
-                }
+                y[h][j] = LoadTf32(at + j * stride * a.y_pixel);
               } else {
-                // A window that begins at an odd tap is one element further.
-                const int row = min(first_row + 16 * u + 8 * h, a.rows - 8);
-                const int odd_shift = kTaps % 2 == 0 ? 0 : row / a.co_rows % a.segments * kTaps & 1;
-                const char* first = at + (odd & odd_shift ? 2 : odd_shift ? -2 : 0);
-                const int skip = 16 * (odd ^ odd_shift);
-                uint32_t word[kWords + 1];
-#pragma unroll
-                for (int m = 0; m <= kWords; ++m) {
-                  word[m] = *reinterpret_cast<const uint32_t*>(first + 4 * m);
-                }
-#pragma unroll
-                for (int m = 0; m < kWords; ++m) {
-                  y[h][m] = __funnelshift_r(word[m], word[m + 1], skip);
-                }
+                y[h][j] = LoadTf32(at + j * a.y_pixel + j / (kRun * kStride) * a.y_run_pad);
               }
+            }
+          } else {
+            const int odd = (run.y_odd + __shfl_sync(~0u, row_odd[kept], keeper)) & 1;
+            const char* first = at + 2 * odd;  // elements one by one
+#pragma unroll
+            for (int m = 0; m < kWords; ++m) {
+              const uint32_t low = *reinterpret_cast<const unsigned short*>(first + 4 * m * stride);
+              const uint32_t high =
+                  *reinterpret_cast<const unsigned short*>(first + (4 * m + 2) * stride);
+              y[h][m] = low | high << 16;
             }
           }
         }
-        // The word of a half that tap t multiplies with word l of x. The two words that an
-        // instruction takes of each are half a run apart (float32), so that the registers of one
-        // operand seldom belong to another, too.
-        const auto fragment = [&](int h, int l, int t) -> uint32_t {
-          if constexpr (kStride == 0) {
-            return y[h][l];
-          } else if constexpr (!kHalf) {
-            return y[h][l * kStride + t];
-          } else {
-            const int i = 2 * l * kStride + t;
-            if constexpr (kStride == 1) {
-              return i % 2 == 0 ? y[h][i / 2] : __byte_perm(y[h][i / 2], y[h][i / 2 + 1], 0x5432);
-            } else {
-              return __byte_perm(y[h][i / 2], y[h][i / 2 + 1], i % 2 == 0 ? 0x5410 : 0x7632);
-            }
-          }
-        };
-        constexpr int kApart = kHalf ? 1 : kXWords / 2;
+      }
+    };
+    // The pair of values (float32: value) that begins at element i of a half's window.
+    const auto fragment = [&](const uint32_t (&y)[kWords], int i) -> uint32_t {
+      if constexpr (kStride == 0 || !kHalf) {
+        return y[i];
+      } else if constexpr (kStride == 1) {
+        return i % 2 == 0 ? y[i / 2] : __byte_perm(y[i / 2], y[i / 2 + 1], 0x5432);
+      } else {
+        return __byte_perm(y[i / 2], y[i / 2 + 1], i % 2 == 0 ? 0x5410 : 0x7632);
+      }
+    };
+    // Where tap t's begins that word l of x multiplies.
+    const auto element = [](int l, int t) {
+      return kStride == 0 ? l : (kHalf ? 2 : 1) * l * kStride + t;
+    };
+    // The two words that an instruction takes of each operand are half a run apart (float32), so
+    // that the registers of one operand seldom belong to another, too.
+    constexpr int kApart = kHalf ? 1 : kXWords / 2;
+    const auto first_word = [](int i) { return kHalf ? 2 * i : i; };
+
+    if constexpr (kGroup) {
+      // x as the group's second operand: cores of 8 channels x 16 bytes, those of one word of the
+      // four runs beside each other.
+      const int octets = a.ci_slots * kOctets, log_octets = __ffs(octets) - 1;
+      for (int item = warp; item < chunks << log_octets; item += kWeightGradWarps) {
+        const int chunk = item >> log_octets, octet = item & (octets - 1);
+        uint32_t x[kXWords];
+        load_x(run_of(chunk), chunk, octet, x);
+        char* const to = shared + a.b_base + ((chunk * kXWords << log_octets) + octet) * 128;
 #pragma unroll
-        for (int i = 0; i < kXWords / 2; ++i) {
-          const int l = kHalf ? 2 * i : i, m = l + kApart;
+        for (int l = 0; l < kXWords; ++l) {
+          const int place = l % kGroupApart * 2 + l / kGroupApart;
+          reinterpret_cast<uint32_t*>(to + (place << log_octets) * 128)[lane] = x[l];
+        }
+      }
+      ProxyFence();
+      SyncMultipliers();
+
+      // While a pair of one chunk is being multiplied the next one's windows are loaded.
+      constexpr int kBuffers =
+          kPairs > 1 || WeightGradSums({kStride, kTaps, kOctets, true}) + 8 * kQuads > 140 ? 1 : 2;
+      uint32_t quads[kBuffers][kQuads][4];
+      const uint64_t columns =
+          Descriptor(shared_address + a.b_base + ci_slot * kOctets * 128, octets * 128, 128);
+      const auto multiply = [&](const Run& run, int chunk, int u, uint32_t (&quad)[kQuads][4]) {
+        if (kBuffers == 1) GroupWait();
+        uint32_t y[2][kWords];
+        load_y(run, u, y);
+#pragma unroll
+        for (int q = 0; q < kQuads; ++q) {
+#pragma unroll
+          for (int h = 0; h < 2; ++h) {
+            quad[q][h] = Own(fragment(y[h], q));
+            quad[q][2 + h] = Own(fragment(y[h], q + element(kGroupApart, 0)));
+          }
+        }
+        if (kBuffers == 2) GroupWait();
+        GroupFence();
+#pragma unroll
+        for (int l = 0; l < kGroupApart; ++l) {
+          const uint64_t b =
+              columns + static_cast<uint32_t>((chunk * kGroupApart + l) * octets * 16);
 #pragma unroll
           for (int t = 0; t < kTaps; ++t) {
+            const uint32_t (&a4)[4] = quad[element(l, t)];
+            RowMma<In, kOctets>::Run(sums[u][t], a4[0], a4[1], a4[2], a4[3], b);
+          }
+        }
+        GroupCommit();
+      };
+      for (int chunk = pixel_slot; chunk < chunks; chunk += kBuffers * a.pixel_slots) {
 #pragma unroll
-            for (int b = 0; b < kOctets; ++b) {
-              Mma<In>(sums[u][t][b], fragment(0, l, t), fragment(1, l, t), fragment(0, m, t),
-                      fragment(1, m, t), x[b][l], x[b][m]);
+        for (int c = 0; c < kBuffers; ++c) {
+          const int this_chunk = chunk + c * a.pixel_slots;
+          const Run run = run_of(this_chunk);
+#pragma unroll
+          for (int u = 0; u < kPairs; ++u) {
+            if (this_chunk < chunks && u < a.slot_pairs) {
+              multiply(run, this_chunk, u, quads[(c * kPairs + u) % kBuffers]);
+            } else if (kBuffers == 2) {
+              GroupWait();  // the registers of the one before the last are free
+            }
+          }
+        }
+      }
+      GroupWait();
+    } else {
+      for (int chunk = pixel_slot; chunk < chunks; chunk += a.pixel_slots) {
+        const Run run = run_of(chunk);
+        uint32_t x[kOctets][kXWords];
+#pragma unroll
+        for (int b = 0; b < kOctets; ++b) load_x(run, chunk, b, x[b]);
+#pragma unroll
+        for (int u = 0; u < kPairs; ++u) {
+          if (u >= pairs) break;
+          uint32_t y[2][kWords];
+          load_y(run, u, y);
+#pragma unroll
+          for (int i = 0; i < kXWords / 2; ++i) {
+            const int l = first_word(i), m = l + kApart;
+#pragma unroll
+            for (int t = 0; t < kTaps; ++t) {
+#pragma unroll
+              for (int b = 0; b < kOctets; ++b) {
+                Mma<In>(sums[u][t][b], fragment(y[0], element(l, t)), fragment(y[1], element(l, t)),
+                        fragment(y[0], element(m, t)), fragment(y[1], element(m, t)), x[b][l],
+                        x[b][m]);
+              }
             }
           }
         }
@@ -676,21 +930,42 @@ __global__ void __launch_bounds__(kThreads, 1)
     }
   };
 
+  constexpr int kSums = WeightGradSums({kStride, kTaps, kOctets});
+  float* all = &sums[0][0][0][0];
+  const auto kept = [&] {
+    return a.kept + (blockIdx.x * int64_t{kWeightGradWarps} + warp) * (kSums * 32) + lane;
+  };
+
   Step now(a, step_begin);
+  const int count = static_cast<int>(step_end - step_begin);
   int stage = 0;
-  for (int64_t step = step_begin; step < step_end; ++step) {
+  for (int i = 1, flush = a.flush; i <= count; ++i) {
     __syncthreads();  // the step's copies are there
     compute(now, stage);
     now.Advance(a);
     stage = stage == a.ahead ? 0 : stage + 1;
+    if (i == flush) {
+      float* const to = kept();
+      const bool first = flush == a.flush;
+#pragma unroll
+      for (int s = 0; s < kSums; ++s) {
+        to[s * 32] = first ? all[s] : to[s * 32] + all[s];
+        all[s] = 0;
+      }
+      flush += a.flush;
+    }
+  }
+  if (a.flush != 0 && count >= a.flush) {
+    const float* const from = kept();
+#pragma unroll
+    for (int s = 0; s < kSums; ++s) all[s] += from[s * 32];
   }
 
   // Warps that shared the pixels add up in their order.
-  constexpr int kSums = kPairs * kTaps * kOctets * 4;
-  float* all = &sums[0][0][0][0];
+  const int owner = (group_slot * a.ci_slots + ci_slot) * a.pair_slots + pair_slot;
   SyncMultipliers();
   for (int from = 1; from < a.pixel_slots; ++from) {
-    float* place = reinterpret_cast<float*>(shared) + warp / a.pixel_slots * kSums * 32 + lane;
+    float* place = reinterpret_cast<float*>(shared) + owner * kSums * 32 + lane;
     if (pixel_slot == from) {
 #pragma unroll
       for (int i = 0; i < kSums; ++i) place[i * 32] = all[i];
@@ -734,9 +1009,9 @@ __global__ void __launch_bounds__(kThreads, 1)
   }
 }
 
-template <class In, bool kLast, int kStride, int kTaps, int kOctets>
+template <class In, bool kLast, int kStride, int kTaps, int kOctets, bool kGroup>
 cudaError_t Launch(const WeightGradArgs& args, int64_t blocks, cudaStream_t stream) {
-  const auto kernel = WeightGradKernel<In, kLast, kStride, kTaps, kOctets>;
+  const auto kernel = WeightGradKernel<In, kLast, kStride, kTaps, kOctets, kGroup>;
   if (const cudaError_t status =
           cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, args.shared);
       status != cudaSuccess) {
@@ -753,12 +1028,11 @@ namespace jaxconv::cuda {
 template <class In, bool kLast>
 cudaError_t LaunchWeightGradVariant(const WeightGradVariant& v, const WeightGradArgs& args,
                                     int64_t blocks, cudaStream_t stream) {
-#define JAXCONV_CASE(S, T)                                                                \
-  if (v.stride == S && v.taps == T) {                                                     \
-    return v.octets == 1 ? weight_grad::Launch<In, kLast, S, T, 1>(args, blocks, stream)  \
-                         : weight_grad::Launch<In, kLast, S, T, 2>(args, blocks, stream); \
+#define JAXCONV_CASE(S, T, O, G)                                             \
+  if (v.stride == S && v.taps == T && v.octets == O && v.group == G) {       \
+    return weight_grad::Launch<In, kLast, S, T, O, G>(args, blocks, stream); \
   }
-  JAXCONV_WEIGHT_GRAD_WINDOWS(JAXCONV_CASE)
+  JAXCONV_WEIGHT_GRAD_VARIANTS(JAXCONV_CASE)
 #undef JAXCONV_CASE
   return cudaErrorInvalidValue;
 }

@@ -4,8 +4,9 @@
 //
 // The pixels are walked in steps of a few rows; blocks share the steps evenly (parts) and the
 // columns (input channels) x (output channels, taps) of dw. Each block keeps its columns in
-// registers over all its steps and writes them once: to dw if there is one part, else to the
-// workspace, where a second kernel adds the parts in a fixed order.
+// registers over its steps (of many steps, now and then in the workspace) and writes them once: to
+// dw if there is one part, else to the workspace, where a second kernel adds the parts in a fixed
+// order.
 #ifndef JAXCONV_CUDA_WEIGHT_GRAD_H_
 #define JAXCONV_CUDA_WEIGHT_GRAD_H_
 
@@ -20,9 +21,11 @@ namespace jaxconv::cuda {
 void AddWeightGrad(std::vector<Row>& rows);
 
 // A compile-time choice: the stride of the innermost axis (0: any, at run time), taps of that axis
-// that a warp reads with one sliding window (1 if stride is 0), and input channels / 8 of a warp.
+// that a warp reads with one sliding window (1 if stride is 0), input channels / 8 of a warp, and
+// whether four warps multiply as a group (wgmma), with x in shared memory.
 struct WeightGradVariant {
   int stride, taps, octets;
+  bool group;
 };
 
 // Pixels of a run, which one thread loads and slides its window over. It makes the words that
@@ -37,15 +40,36 @@ constexpr bool WeightGradRowList(bool half_words, bool channels_last, int stride
   return stride == 0 && !(half_words && channels_last);
 }
 
+// Whether rows are staged in 16-byte units as they lie in memory, each at its own offset.
+constexpr bool WeightGradUnits(bool channels_last, int stride) {
+  return !channels_last && stride != 0;
+}
+
 // Pairs of 8-row tiles (a window of taps of 8 output channels each) that a warp accumulates.
 constexpr int WeightGradPairs(int taps, int octets) {
-  const int fit = 96 / (4 * taps * octets);  // registers for sums / those of a pair
+  // Registers for sums / those of a pair. Few channels have few pairs to share x among.
+  const int fit = (octets == 1 ? 72 : 96) / (4 * taps * octets);
   return fit < 1 ? 1 : fit > 8 ? 8 : fit;
 }
 
-// The compiled (stride, taps), each with 1 and 2 octets.
-#define JAXCONV_WEIGHT_GRAD_WINDOWS(X) \
-  X(0, 1) X(1, 3) X(1, 5) X(1, 7) X(2, 2) X(2, 3) X(2, 4) X(2, 5) X(2, 7)
+// A thread's sums.
+constexpr int WeightGradSums(const WeightGradVariant& v) {
+  return WeightGradPairs(v.taps, v.octets) * v.taps * v.octets * 4;
+}
+
+// The compiled variants, by window.
+// clang-format off
+#define JAXCONV_WEIGHT_GRAD_VARIANTS(X) \
+  X(0, 1, 1, false) X(0, 1, 2, false) X(0, 1, 4, true) X(0, 1, 8, true) \
+  X(1, 3, 1, false) X(1, 3, 2, false) X(1, 3, 4, true) X(1, 3, 8, true) \
+  X(1, 5, 1, false) X(1, 5, 2, false) X(1, 5, 4, true) \
+  X(1, 7, 1, false) X(1, 7, 2, false) X(1, 7, 4, true) \
+  X(2, 2, 1, false) X(2, 2, 2, false) X(2, 2, 4, true) X(2, 2, 8, true) \
+  X(2, 3, 1, false) X(2, 3, 2, false) X(2, 3, 4, true) X(2, 3, 8, true) \
+  X(2, 4, 1, false) X(2, 4, 2, false) X(2, 4, 4, true) \
+  X(2, 5, 1, false) X(2, 5, 2, false) X(2, 5, 4, true) \
+  X(2, 7, 1, false) X(2, 7, 2, false) X(2, 7, 4, true)
+// clang-format on
 
 // What the kernel is launched with. Axes 0, 1, 2 are depth, rows, and the innermost one. Along
 // depth and rows, y is seen on the lattice u = (o + pad) / g = i * (stride / g) + t * (dilation /
@@ -67,12 +91,15 @@ struct WeightGradArgs {
   int groups_per_block;  // > 1 only if a block holds all channels of its groups
   int co_octets;         // output channels of a block (of each of its groups), in eights
   int ci_slots, pair_slots, pixel_slots;  // warps: groups_per_block x ci x pairs x pixels
+  int slot_pairs;                         // pairs of rows of a warp, at most WeightGradPairs
   int segments;                           // windows of taps along the innermost axis
   int co_rows, rows;  // rows of the product at a window of taps; over all pair blocks
   // The walk: a step is `images` x `depth` rows of `pixels` inputs.
   int images, depth, runs, pixels, parts;
   int image_blocks, depth_blocks, column_blocks;
   int64_t steps;
+  int flush;    // after as many steps a warp's sums are added up in `kept`; 0: never
+  float* kept;  // [block][warp][sum][lane]
   SmallDivisor by_runs, by_depth, by_y_depth, by_planes;  // planes: images x y_depth
   // The staging: y rows go round in a ring, x has one buffer a stage.
   int ahead;                      // steps in flight
@@ -82,17 +109,23 @@ struct WeightGradArgs {
   int y_pixels;                   // outputs of a staged row
   int x_channels, y_channels;     // staged channels of a whole block
   int vector;                     // bytes of a copy, channels last
+  // Channels first, with a window: a staged row begins at the 16-byte unit of memory that holds its
+  // first element. Units of a row; whether rows of y lie so that words do not need vector loads to
+  // be free of bank conflicts; whether every row's first element begins a unit.
+  int x_units, y_units;
+  bool y_spread, x_aligned, y_aligned;
   // Bytes between neighbours in shared memory.
   int x_channel, x_pixel, x_run_pad, x_row, x_stage;
   int y_channel, y_pixel, y_run_pad, y_row, y_slot;
-  int x_base, shared;
+  int x_base, b_base, shared;  // b: x as the group's second operand
 };
 
 struct WeightGradPlan {
   std::string refusal;
   WeightGradVariant variant;
   WeightGradArgs args;
-  int64_t workspace;
+  int64_t blocks;
+  int64_t workspace, kept_offset;  // bytes; where `kept` begins
   double seconds;
 };
 
@@ -100,6 +133,10 @@ struct WeightGradPlan {
 WeightGradPlan PlanWeightGrad(const Problem&, const Device&);
 inline constexpr int kWeightGradWarps = 8;      // that multiply
 inline constexpr int kWeightGradCopyWarps = 4;  // that copy
+
+// The tensor cores cut off what they add to a sum, so one is kept over no more than about this many
+// products before it is added, rounded, to the sum so far.
+inline constexpr int kWeightGradFlush = 1024;
 
 // Launches the variant for one input type (defined in the instantiation files).
 template <class In, bool kLast>

@@ -1,0 +1,652 @@
+#include "cuda/dense.h"
+
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+
+#include <algorithm>
+#include <array>
+#include <cmath>
+#include <limits>
+#include <map>
+#include <memory>
+#include <mutex>
+
+namespace jaxconv::cuda {
+namespace {
+
+constexpr int64_t kIntMax = std::numeric_limits<int32_t>::max();
+constexpr int kSharedMemory = 227 * 1024;            // that a block may have
+constexpr int kQuad = 4;                             // steps
+constexpr int kMaxElementStride = 8, kMaxBox = 256;  // of a bulk tensor copy
+
+constexpr int64_t CeilDiv(int64_t a, int64_t b) { return (a + b - 1) / b; }
+constexpr int64_t RoundUp(int64_t a, int64_t b) { return CeilDiv(a, b) * b; }
+constexpr int PadToQuads(int64_t steps) { return static_cast<int>(RoundUp(steps, kQuad)); }
+
+std::string Refuse(const Problem& p, const Device& device) {
+  if (p.Empty()) return "has nothing to read or write";
+  // Not of later devices either: their tensor cores have other instructions.
+  if (device.compute_capability != 90) return "needs compute capability 9.0";
+  if (p.in_dtype == DType::kF64) return "float64 has no tensor cores here";
+  if (p.in_dtype == DType::kF32 && p.precision == Precision::kHighest) {
+    return "rounds float32 products to TF32";
+  }
+  const bool forward = p.pass == Pass::kForward;
+  const int64_t cg = forward ? p.cig() : p.cog(), jg = forward ? p.cog() : p.cig();
+  const int64_t bytes = cg * SizeOf(p.in_dtype), all_bytes = bytes * p.groups;
+  if (jg % 8 != 0) return "needs a multiple of 8 channels a group in the result";
+  if (p.channels_last && all_bytes % 16 != 0) {
+    return "needs pixels of the input of a multiple of 16 bytes";
+  }
+  // A copy past a group's channels would take the next group's for them.
+  if (p.channels_last && p.groups > 1 && bytes % 32 != 0) {
+    return "needs a multiple of 32 bytes of channels a group in the input";
+  }
+  if (Product(p.k) > DenseArgs::kMaxTaps) {
+    return "takes at most " + std::to_string(DenseArgs::kMaxTaps) + " taps";
+  }
+  for (int a = 0; a < kAxes; ++a) {
+    if (p.stride[a] > kMaxElementStride) {
+      return "takes strides up to " + std::to_string(kMaxElementStride);
+    }
+    const int64_t reach = (p.k[a] - 1) * p.dilation[a] + std::abs(p.pad[a]);
+    if (reach > (1 << 20)) return "takes kernels that reach over less than 2^20 outputs";
+  }
+  if (p.ci * Product(p.isize) > kIntMax || p.co * Product(p.osize) > kIntMax) {
+    return "indexes an image of x or y in 32 bits";
+  }
+  if (p.n > kIntMax) return "counts the batch in 32 bits";
+  if (p.groups * CeilDiv(Product(p.k), 32) > 65535 || CeilDiv(bytes, 32) > 65535) {
+    return "takes fewer groups, taps and channels";
+  }
+  return "";
+}
+
+// Taps of one axis that serve one phase from sources of one residue by the input's stride.
+struct AxisGroup {
+  int phase;
+  int64_t first;  // source for q = 0 of the lowest tap
+  std::vector<int> taps, places;
+};
+
+// The part of a plan that does not depend on the tile.
+struct Shape {
+  bool forward, fused;
+  int element, cg, jg, row_bytes, chunks, chunk_channels, full_steps, last_steps;
+  int phases, columns;
+  Sizes in_size, out_size, q_size;
+  std::array<int, kAxes> si, so, reach;  // reach: places of the farthest tap
+  std::array<std::vector<AxisGroup>, kAxes> groups;
+};
+
+std::vector<AxisGroup> GroupsOf(const Problem& p, int axis, bool forward) {
+  std::vector<AxisGroup> groups;
+  std::map<std::pair<int64_t, int64_t>, size_t> index;
+  const int64_t s = p.stride[axis];
+  std::vector<std::vector<int64_t>> sources;
+  for (int64_t t = 0; t < p.k[axis]; ++t) {
+    // Forward: output q * s + r takes tap t from input i where i * s + shift = q * s + r.
+    const int64_t shift = t * p.dilation[axis] - p.pad[axis], down = FloorDiv(shift, s);
+    const int64_t residue = shift - down * s;
+    const auto [at, added] = index.try_emplace({0, residue}, groups.size());
+    if (added) {
+      groups.push_back({forward ? static_cast<int>(residue) : 0, 0, {}, {}});
+      sources.emplace_back();
+    }
+    groups[at->second].taps.push_back(static_cast<int>(t));
+    sources[at->second].push_back(forward ? -down : shift);
+  }
+  for (size_t g = 0; g < groups.size(); ++g) {
+    groups[g].first = *std::min_element(sources[g].begin(), sources[g].end());
+    for (int64_t source : sources[g]) {
+      groups[g].places.push_back(static_cast<int>((source - groups[g].first) / (forward ? 1 : s)));
+    }
+  }
+  return groups;
+}
+
+Shape ShapeOf(const Problem& p, int row_bytes) {
+  Shape s;
+  s.forward = p.pass == Pass::kForward;
+  s.element = static_cast<int>(SizeOf(p.in_dtype));
+  s.cg = static_cast<int>(s.forward ? p.cig() : p.cog());
+  s.jg = static_cast<int>(s.forward ? p.cog() : p.cig());
+  const int bytes = s.cg * s.element;
+  s.row_bytes = row_bytes;
+  s.chunks = static_cast<int>(CeilDiv(bytes, row_bytes));
+  s.chunk_channels = row_bytes / s.element;
+  s.full_steps = row_bytes / 32;
+  s.last_steps = static_cast<int>(CeilDiv(bytes - (s.chunks - 1) * row_bytes, 32));
+  s.in_size = s.forward ? p.isize : p.osize;
+  s.out_size = s.forward ? p.osize : p.isize;
+  s.phases = 1;
+  s.fused = true;
+  for (int a = 0; a < kAxes; ++a) {
+    s.si[a] = static_cast<int>(s.forward ? 1 : p.stride[a]);
+    s.so[a] = static_cast<int>(s.forward ? p.stride[a] : 1);
+    s.q_size[a] = CeilDiv(s.out_size[a], s.so[a]);
+    s.phases *= s.so[a];
+    s.groups[a] = GroupsOf(p, a, s.forward);
+    s.reach[a] = 0;
+    for (const AxisGroup& g : s.groups[a]) {
+      for (int place : g.places) s.reach[a] = std::max(s.reach[a], place);
+      s.fused = s.fused && g.first == s.groups[a][0].first && g.places == s.groups[a][0].places;
+    }
+    s.fused = s.fused && static_cast<int>(s.groups[a].size()) == s.so[a];
+    s.fused = s.fused && s.out_size[a] >= s.so[a];
+  }
+  s.fused = s.fused && s.phases > 1;
+  s.columns = s.jg * (s.fused ? s.phases : 1);
+  return s;
+}
+
+Sizes PhaseOf(const Shape& s, int phase) {
+  return {phase / s.so[2] / s.so[1], phase / s.so[2] % s.so[1], phase % s.so[2]};
+}
+bool HasOutputs(const Shape& s, const Sizes& phase) {
+  return phase[0] < s.out_size[0] && phase[1] < s.out_size[1] && phase[2] < s.out_size[2];
+}
+
+// Lists programs, segments and shifts; a sentence's end where they are too many.
+std::string ListPrograms(const Shape& s, const Problem& p, DenseArgs& a, DensePack& k) {
+  int shifts = 0, entries = 0, segments = 0;
+  std::fill(std::begin(k.tap_segment), std::end(k.tap_segment), DensePack::kUnused);
+  a.total_steps = 0;
+  a.programs = 0;
+  const int64_t programs = s.fused ? 1 : s.phases;
+  if (s.phases > DenseArgs::kMaxPhases) {
+    return "takes at most " + std::to_string(DenseArgs::kMaxPhases) + " phases";
+  }
+  const auto of_phase = [&](int axis, int64_t phase) {
+    std::vector<const AxisGroup*> mine;
+    for (const AxisGroup& g : s.groups[axis]) {
+      if (g.phase == phase || s.fused) mine.push_back(&g);
+      if (s.fused) break;
+    }
+    return mine;
+  };
+  for (int program = 0; program < programs; ++program) {
+    const Sizes phase = PhaseOf(s, program);
+    if (!HasOutputs(s, phase)) continue;
+    DenseProgram& mine = a.program[a.programs++];
+    mine.phase = static_cast<int16_t>(program);
+    mine.first_segment = static_cast<int16_t>(segments);
+    mine.steps = a.total_steps;
+    for (const AxisGroup* d : of_phase(0, phase[0])) {
+      for (const AxisGroup* h : of_phase(1, phase[1])) {
+        for (const AxisGroup* w : of_phase(2, phase[2])) {
+          if (segments == DenseArgs::kMaxSegments) {
+            return "takes at most " + std::to_string(DenseArgs::kMaxSegments) +
+                   " residues of the sources by the stride";
+          }
+          DenseSegment& segment = a.segment[segments];
+          segment.first[0] = static_cast<int>(d->first);
+          segment.first[1] = static_cast<int>(h->first);
+          segment.first[2] = static_cast<int>(w->first);
+          segment.first_shift = static_cast<int16_t>(shifts);
+          segment.taps = static_cast<int16_t>(d->taps.size() * h->taps.size() * w->taps.size());
+          segment.entries = entries / kQuad;
+          for (size_t td = 0; td < d->taps.size(); ++td) {
+            for (size_t th = 0; th < h->taps.size(); ++th) {
+              for (size_t tw = 0; tw < w->taps.size(); ++tw, ++shifts) {
+                a.shift[shifts] = static_cast<uint16_t>(
+                    (d->places[td] * a.axis[1].length + h->places[th]) * a.axis[2].length +
+                    w->places[tw]);
+                const int64_t tap = (d->taps[td] * p.k[1] + h->taps[th]) * p.k[2] + w->taps[tw];
+                k.tap_segment[tap] = static_cast<uint8_t>(segments);
+                k.tap_phase[tap] = 0;
+                k.tap_position[tap] = static_cast<uint16_t>(shifts - segment.first_shift);
+              }
+            }
+          }
+          k.steps[segments] = a.total_steps;
+          k.segment_taps[segments] = segment.taps;
+          const int full = PadToQuads(int64_t{segment.taps} * s.full_steps);
+          const int last = PadToQuads(int64_t{segment.taps} * s.last_steps);
+          entries += full + last;
+          a.total_steps += full * (s.chunks - 1) + last;
+          ++segments;
+        }
+      }
+    }
+    mine.segments = static_cast<int16_t>(segments - mine.first_segment);
+    mine.quads = (a.total_steps - mine.steps) / kQuad;
+  }
+  if (s.fused) {
+    // Every phase has the taps of phase 0 in the same order.
+    for (size_t d = 0; d < s.groups[0].size(); ++d) {
+      for (size_t h = 0; h < s.groups[1].size(); ++h) {
+        for (size_t w = 0; w < s.groups[2].size(); ++w) {
+          const AxisGroup &gd = s.groups[0][d], &gh = s.groups[1][h], &gw = s.groups[2][w];
+          const int phase = (gd.phase * s.so[1] + gh.phase) * s.so[2] + gw.phase;
+          int position = 0;
+          for (int td : gd.taps) {
+            for (int th : gh.taps) {
+              for (int tw : gw.taps) {
+                const int64_t tap = (td * p.k[1] + th) * p.k[2] + tw;
+                k.tap_segment[tap] = 0;
+                k.tap_phase[tap] = static_cast<uint8_t>(phase);
+                k.tap_position[tap] = static_cast<uint16_t>(position++);
+              }
+            }
+          }
+        }
+      }
+    }
+  }
+  a.segments = segments;
+  return "";
+}
+
+struct TileShape {
+  int mt, columns;
+};
+constexpr TileShape kTileShapes[] = {{2, 32}, {4, 32}, {2, 48},  {2, 64},
+                                     {4, 64}, {2, 96}, {1, 128}, {2, 128}};
+
+constexpr double kClock = 1.75e9, kBandwidth = 4.0e12, kL2Bandwidth = 4.5e12;
+constexpr double kPackBandwidth = 0.8e12;  // at which the weights are packed
+
+struct Candidate {
+  TileShape shape;
+  int buffers, store_bytes, split;  // split: the axis of `part` along which there are two
+  int patch_w, patch_axis;
+  std::array<int, 4> part;  // n, d, h, w
+};
+
+// Fills what depends on the tile; false where it does not fit.
+bool Fill(const Problem& p, const Device& device, const Shape& s, const Candidate& c,
+          DensePlan& plan) {
+  DenseArgs& a = plan.args;
+  const Strides in = s.forward ? p.XStrides() : p.YStrides();
+  const Strides out = s.forward ? p.YStrides() : p.XStrides();
+  a.patch_w = c.patch_w;
+  a.patch_axis = c.patch_axis;
+  a.part_n = c.part[0];
+  a.box_n = c.part[0] * (c.split == 0 ? 2 : 1);
+  int64_t pixels = a.box_n, tiles = CeilDiv(p.n, a.box_n);
+  for (int i = 0; i < kAxes; ++i) {
+    DenseAxis& x = a.axis[i];
+    x.part = c.part[i + 1];
+    x.box = x.part * (c.split == i + 1 ? 2 : 1);
+    x.q_tiles = static_cast<int>(CeilDiv(s.q_size[i], x.box));
+    x.length = x.box + s.reach[i];
+    x.si = s.si[i];
+    x.so = s.so[i];
+    x.in_size = static_cast<int>(s.in_size[i]);
+    x.out_size = static_cast<int>(s.out_size[i]);
+    x.in_step = in.s[i];
+    x.out_step = out.s[i];
+    if (i == 0 && x.length > 63) return false;  // what the kernel packs into words
+    if (i == 2) {
+      // A row too long for one copy is made of several, if the box is but a row.
+      const int unit = 1024 / s.row_bytes, most = kMaxBox / x.si / unit * unit;
+      a.pieces = x.length * x.si <= kMaxBox ? 1 : static_cast<int>(CeilDiv(x.length, most));
+      if (a.pieces > 1) {
+        if (pixels > 1) return false;
+        x.length = static_cast<int>(RoundUp(CeilDiv(x.length, a.pieces), unit)) * a.pieces;
+      }
+      a.piece_length = x.length / a.pieces;
+    } else if (x.length * x.si > kMaxBox) {
+      return false;
+    }
+    if (x.length > 511) return false;
+    pixels *= x.length;
+    tiles *= x.q_tiles;
+  }
+  a.rows = !p.channels_last;
+  a.pixels = static_cast<int>(pixels);
+  a.row_bytes = s.row_bytes;
+  a.swizzle = s.row_bytes - 16;
+  a.stage_bytes = static_cast<int>(RoundUp(pixels * s.row_bytes, 1024));
+  a.buffers = c.buffers;
+  a.column_tiles = static_cast<int>(CeilDiv(s.columns, c.shape.columns));
+  a.columns = s.columns;
+
+  const int out_element = static_cast<int>(SizeOf(p.out_dtype));
+  a.store_columns = c.store_bytes / out_element;
+  if (a.store_columns < 8) return false;
+  if (s.jg % a.store_columns != 0 || c.shape.columns % a.store_columns != 0) return false;
+  a.store_bytes = c.store_bytes;
+  a.store_swizzle = c.store_bytes > 16 ? c.store_bytes - 16 : 0;
+  const int64_t part_rows = int64_t{c.shape.mt} * 64;
+  a.store_pitch = static_cast<int>(RoundUp(
+      a.rows ? a.store_columns * (part_rows * out_element + 16) : part_rows * c.store_bytes, 1024));
+
+  const int quad_bytes = kQuad * c.shape.columns * 32;
+  int64_t entries = 0, segments = 1;
+  for (int i = 0; i < kAxes; ++i) segments *= static_cast<int64_t>(s.groups[i].size());
+  entries = 16 * (Product(p.k) * (s.full_steps + s.last_steps) + 2 * kQuad * segments) / 4;
+  int64_t smem = 8 * (3 * DenseArgs::kMaxBuffers + 2 * DenseArgs::kMaxRing);
+  const auto place = [&](int& at, int64_t bytes, int64_t alignment) {
+    smem = RoundUp(smem, alignment);
+    at = static_cast<int>(smem);
+    smem += bytes;
+    return smem <= kSharedMemory;
+  };
+  if (pixels > 65535 || !place(a.smem_pixels, a.rows ? int64_t{c.shape.mt} * 128 * 4 : 0, 16) ||
+      !place(a.smem_sources, a.rows ? pixels * 4 : 0, 16) ||
+      !place(a.smem_entries, entries + 16, 16) ||
+      !place(a.smem_in, int64_t{a.buffers} * a.stage_bytes, 1024) ||
+      !place(a.smem_out, int64_t{4} * a.store_pitch, 1024) ||
+      !place(a.smem_ring, 2 * quad_bytes, 128)) {
+    return false;
+  }
+  a.ring = static_cast<int>(
+      std::min<int64_t>((kSharedMemory - a.smem_ring) / quad_bytes, DenseArgs::kMaxRing));
+  a.resident = false;
+  const int64_t items = tiles * p.groups * (s.fused ? 1 : s.phases) * a.column_tiles;
+  if (items > kIntMax / 2) return false;  // a block's next item is counted in 32 bits, too
+  a.items = static_cast<int>(items);
+  a.groups = static_cast<int>(p.groups);
+  a.n = static_cast<int>(p.n);
+  plan.mt = c.shape.mt;
+  plan.columns = c.shape.columns;
+  plan.grid = static_cast<int>(std::min<int64_t>(items, device.multiprocessors));
+
+  // The model counts cycles of a tile: of the tensor cores, of shared memory, of stages that arrive
+  // late, of stores, and of copies from the L2 cache; against the bytes of device memory. Its
+  // factors are fitted to times on an H200.
+  const int groups_m = 2 * c.shape.mt;
+  double steps = 0, stages = 0;  // over all programs
+  for (const AxisGroup& d : s.groups[0]) {
+    for (const AxisGroup& h : s.groups[1]) {
+      for (const AxisGroup& w : s.groups[2]) {
+        const auto taps = static_cast<int64_t>(d.taps.size() * h.taps.size() * w.taps.size());
+        steps += (s.chunks - 1) * PadToQuads(taps * s.full_steps) + PadToQuads(taps * s.last_steps);
+        stages += s.chunks;
+      }
+    }
+  }
+  const double programs = s.fused ? 1 : s.phases;
+  if (s.fused) {
+    steps /= s.phases;
+    stages /= s.phases;
+  }
+  const double weights = steps / kQuad * quad_bytes;
+  a.resident = programs * static_cast<double>(p.groups) * a.column_tiles == 1 &&
+               weights <= static_cast<double>(a.ring) * quad_bytes;
+  if (a.ring < 4 && !a.resident) return false;  // copies would not hide their latency
+  const double stage_bytes = static_cast<double>(pixels) * s.row_bytes;
+  const double copied = stages * stage_bytes + (a.resident ? 0 : weights);
+  const double tensor = steps * groups_m * c.shape.columns / 2;
+  const double shared = steps * groups_m * (16 + c.shape.columns / 4.0) + copied / 128;
+  const double multiply = 1.1 * std::max(tensor, shared);
+  // Rows (channels first) are loaded and stored pixel by pixel: so many lines of 128 bytes a warp.
+  const auto lines = [](double run, double stride) {
+    return std::min(32.0, 32 / std::min(32.0, run) * stride + 1);
+  };
+  const double loads = stage_bytes / s.element / 32 * (4 + 4 * lines(a.axis[2].length, s.si[2]));
+  const double rounding = s.element == 4 ? stage_bytes / 16 / 192 * 12 : 0;
+  const double late = 2000 + (a.rows ? loads : stage_bytes / 20 + rounding);
+  const double each = stages > 0 ? multiply / stages : 0;  // of a stage
+  const double staged =
+      stages * std::max({each, (late + each) / c.buffers, a.rows ? loads : rounding});
+  const double results = groups_m * 64.0 * c.shape.columns;
+  const double stores = a.rows ? results / 32 * (4 + 7 * lines(a.axis[2].part, s.so[2]))
+                               : results / 10 + 700.0 * c.shape.columns / a.store_columns;
+  const double l2 = copied / (kL2Bandwidth / kClock / device.multiprocessors);
+  const double mean = std::max((staged + programs * (stores + 1500)), l2) / programs;
+  const double turns = std::ceil(static_cast<double>(items) / plan.grid);
+  const double compute = turns * mean / kClock;
+  const double out_bytes = static_cast<double>(s.forward ? p.YElements() : p.XElements()) *
+                           static_cast<double>(SizeOf(p.out_dtype));
+  const double in_bytes =
+      static_cast<double>(s.forward ? p.XElements() : p.YElements()) * s.element;
+  plan.weights_bytes = p.groups * int64_t{a.column_tiles} * a.total_steps * c.shape.columns * 32;
+  const auto packed = static_cast<double>(plan.weights_bytes);
+  const double memory = (in_bytes + out_bytes + packed) / kBandwidth;
+  plan.seconds =
+      8e-6 + packed / kPackBandwidth + std::max(compute, memory) + 0.2 * std::min(compute, memory);
+  return true;
+}
+
+// What the maps of the input and of the output have in common.
+DenseMap MapOf(const Problem& p, const Strides& step, const Sizes& size, int row_bytes,
+               int element) {
+  DenseMap m{};
+  m.row_bytes = row_bytes;
+  m.box[0] = static_cast<uint32_t>(row_bytes / element);
+  m.size[4] = static_cast<uint64_t>(p.n);
+  m.stride[3] = static_cast<uint64_t>(step.n * element);
+  for (int i = 0; i < kAxes; ++i) {
+    m.size[3 - i] = static_cast<uint64_t>(size[i]);
+    m.stride[2 - i] = static_cast<uint64_t>(step.s[i] * element);
+  }
+  std::fill(std::begin(m.step), std::end(m.step), 1);
+  return m;
+}
+
+// Fills what the choice of the tile does not need.
+void Complete(const Problem& p, const Shape& s, DensePlan& plan) {
+  DenseArgs& a = plan.args;
+  DensePack& k = plan.pack;
+  ListPrograms(s, p, a, k);
+  const Strides in = s.forward ? p.XStrides() : p.YStrides();
+  const Strides out = s.forward ? p.YStrides() : p.XStrides();
+  a.in_n_step = in.n;
+  a.out_n_step = out.n;
+  a.in_c_step = in.c;
+  a.out_c_step = out.c;
+  a.cg = s.cg;
+  a.jg = s.jg;
+  a.chunks = s.chunks;
+  a.chunk_channels = s.chunk_channels;
+  a.full_steps = s.full_steps;
+  a.last_steps = s.last_steps;
+  a.fused = s.fused;
+  a.out_f32 = p.out_dtype == DType::kF32;
+  plan.smem = a.smem_ring + a.ring * kQuad * plan.columns * 32;
+  const int64_t taps = Product(p.k), co_step = p.cog() * taps;
+  k.w_g_step = p.cig() * co_step;
+  k.w_c_step = s.forward ? co_step : taps;
+  k.w_j_step = s.forward ? taps : co_step;
+  k.taps = static_cast<int>(taps);
+  k.groups = a.groups;
+  k.cg = s.cg;
+  k.jg = s.jg;
+  k.column_tiles = a.column_tiles;
+  k.tiles = plan.columns / 8;
+  k.chunks = s.chunks;
+  k.chunk_channels = s.chunk_channels;
+  k.full_steps = s.full_steps;
+  k.last_steps = s.last_steps;
+  k.total_steps = a.total_steps;
+  k.phases = s.phases;
+  k.fused = s.fused;
+  if (!a.rows) {
+    plan.in = MapOf(p, in, s.in_size, s.row_bytes, s.element);
+    for (int i = 0; i < kAxes; ++i) {
+      plan.in.box[3 - i] = static_cast<uint32_t>(a.axis[i].length * a.axis[i].si);
+      plan.in.step[3 - i] = static_cast<uint32_t>(a.axis[i].si);
+    }
+    plan.in.box[1] = static_cast<uint32_t>(a.piece_length * a.axis[2].si);
+    plan.in.box[4] = static_cast<uint32_t>(a.box_n);
+    plan.in.size[0] = static_cast<uint64_t>(s.forward ? p.ci : p.co);
+    for (int phase = 0; phase < s.phases; ++phase) {
+      const Sizes r = PhaseOf(s, phase);
+      if (!HasOutputs(s, r)) continue;
+      const int element = static_cast<int>(SizeOf(p.out_dtype));
+      Strides step = out;
+      Sizes size;
+      int64_t offset = 0;
+      for (int i = 0; i < kAxes; ++i) {
+        offset += r[i] * out.s[i] * element;
+        step.s[i] *= s.so[i];
+        size[i] = CeilDiv(s.out_size[i] - r[i], s.so[i]);
+      }
+      DenseMap m = MapOf(p, step, size, a.store_bytes, element);
+      m.offset = offset;
+      for (int i = 0; i < kAxes; ++i) m.box[3 - i] = static_cast<uint32_t>(a.axis[i].part);
+      m.box[4] = static_cast<uint32_t>(a.part_n);
+      m.size[0] = static_cast<uint64_t>(s.forward ? p.co : p.ci);
+      plan.out.push_back(m);
+    }
+  }
+}
+
+// Takes the fastest tile of a shape into `best`, if it beats what is there.
+void SearchTiles(const Problem& p, const Device& device, const Shape& s, const DenseTile& forced,
+                 DensePlan& best) {
+  DensePlan plan{};
+  // The lists do not depend on the tile, but for the shifts.
+  best.refusal = ListPrograms(s, p, plan.args, plan.pack);
+  if (!best.refusal.empty()) return;
+  bool better = false;
+  const auto allowed = [](int want, int64_t have) { return want == 0 || want == have; };
+  for (const TileShape& shape : kTileShapes) {
+    if (!allowed(forced.mt, shape.mt) || !allowed(forced.columns, shape.columns)) continue;
+    // Doublings of a patch: to `mt` patches, and once more, to the parts of both groups of warps.
+    const int doublings = shape.mt == 4 ? 3 : shape.mt == 2 ? 2 : 1;
+    for (int axis = 0; axis < 4; ++axis) {  // 3: 64 pixels along the last axis
+      std::array<int, 4> patch{1, 1, 1, axis == 3 ? 64 : 8};
+      if (axis < 3) patch[axis] = 8;
+      for (int code = 0; code < 1 << 2 * doublings; ++code) {
+        std::array<int, 4> part = patch;
+        for (int i = 1; i < doublings; ++i) part[code >> 2 * i & 3] *= 2;
+        const int split = code & 3;
+        std::array<int, 4> box = part;
+        box[split] *= 2;
+        if (!allowed(forced.box[0], box[1]) || !allowed(forced.box[1], box[2]) ||
+            !allowed(forced.box[2], box[3])) {
+          continue;
+        }
+        for (int buffers = 2; buffers <= DenseArgs::kMaxBuffers; ++buffers) {
+          if (!allowed(forced.buffers, buffers)) continue;
+          for (int store_bytes : {128, 64, 32, 16}) {
+            const Candidate c{shape, buffers, store_bytes, split, axis == 3 ? 64 : 8, axis, part};
+            if (!Fill(p, device, s, c, plan)) continue;
+            if (plan.seconds < best.seconds) {
+              best = plan;
+              better = true;
+            }
+            break;
+          }
+        }
+      }
+    }
+  }
+  if (better) Complete(p, s, best);
+}
+
+DensePlan MakePlan(const Problem& p, const Device& device, const DenseTile& forced) {
+  DensePlan best{};
+  best.refusal = Refuse(p, device);
+  if (!best.refusal.empty()) return best;
+  best.seconds = std::numeric_limits<double>::infinity();
+  const int64_t bytes = (p.pass == Pass::kForward ? p.cig() : p.cog()) * SizeOf(p.in_dtype);
+  const int row_bytes = bytes > 64 ? 128 : bytes > 32 ? 64 : 32;
+  // Shorter rows make more but smaller stages.
+  for (int rows = row_bytes; rows >= std::max(32, row_bytes / 2); rows /= 2) {
+    SearchTiles(p, device, ShapeOf(p, rows), forced, best);
+    if (!best.refusal.empty()) return best;
+  }
+  if (best.seconds == std::numeric_limits<double>::infinity()) {
+    best.refusal = "finds no tile whose inputs fit into shared memory";
+  }
+  return best;
+}
+// Plans cost more than a launch, and a layer asks for the same one at every call.
+const DensePlan& PlanOf(const Problem& p, const Device& d) {
+  using Key = std::array<int64_t, 30>;
+  Key key{};
+  size_t at = 0;
+  const auto add = [&](int64_t v) { key.at(at++) = v; };
+  for (int64_t v : {static_cast<int64_t>(p.pass), static_cast<int64_t>(p.in_dtype),
+                    static_cast<int64_t>(p.out_dtype), static_cast<int64_t>(p.precision),
+                    int64_t{p.channels_last}, int64_t{p.bias}, p.n, p.ci, p.co, p.groups,
+                    int64_t{d.compute_capability}, int64_t{d.multiprocessors}}) {
+    add(v);
+  }
+  for (const Sizes* sizes : {&p.isize, &p.osize, &p.k, &p.stride, &p.dilation, &p.pad}) {
+    for (int64_t v : *sizes) add(v);
+  }
+  static std::mutex mutex;
+  static std::map<Key, std::unique_ptr<const DensePlan>> plans;
+  const std::lock_guard<std::mutex> lock(mutex);
+  auto& plan = plans[key];
+  if (plan == nullptr) plan = std::make_unique<const DensePlan>(MakePlan(p, d, {}));
+  return *plan;
+}
+
+std::string RefuseRow(const Problem& p, const Device& d) { return PlanOf(p, d).refusal; }
+
+int64_t Workspace(const Problem& p, const Device& d) { return PlanOf(p, d).weights_bytes; }
+
+double Seconds(const Problem& p, const Device& d) { return PlanOf(p, d).seconds; }
+
+cudaError_t LaunchRow(const Problem& p, const Operands& ops, const Device& d, cudaStream_t stream) {
+  return LaunchDense(p, ops, PlanOf(p, d), stream);
+}
+
+// Describes a tensor to the copy units. The driver's function is asked for at run time, since the
+// driver is not linked.
+cudaError_t EncodeMap(DType dtype, const DenseMap& m, const void* data, CUtensorMap& map) {
+  using Encode = decltype(&cuTensorMapEncodeTiled);
+  static const Encode encode = [] {
+    void* function = nullptr;
+    cudaDriverEntryPointQueryResult found;
+    const cudaError_t status = cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &function,
+                                                                12000, cudaEnableDefault, &found);
+    const bool usable = status == cudaSuccess && found == cudaDriverEntryPointSuccess;
+    return usable ? reinterpret_cast<Encode>(function) : nullptr;
+  }();
+  if (encode == nullptr) return cudaErrorNotSupported;
+  const CUtensorMapDataType type = dtype == DType::kF32    ? CU_TENSOR_MAP_DATA_TYPE_FLOAT32
+                                   : dtype == DType::kBF16 ? CU_TENSOR_MAP_DATA_TYPE_BFLOAT16
+                                                           : CU_TENSOR_MAP_DATA_TYPE_FLOAT16;
+  const CUtensorMapSwizzle swizzle = m.row_bytes == 128  ? CU_TENSOR_MAP_SWIZZLE_128B
+                                     : m.row_bytes == 64 ? CU_TENSOR_MAP_SWIZZLE_64B
+                                     : m.row_bytes == 32 ? CU_TENSOR_MAP_SWIZZLE_32B
+                                                         : CU_TENSOR_MAP_SWIZZLE_NONE;
+  void* first = const_cast<char*>(static_cast<const char*>(data) + m.offset);
+  const CUresult result =
+      encode(&map, type, 5, first, m.size, m.stride, m.box, m.step, CU_TENSOR_MAP_INTERLEAVE_NONE,
+             swizzle, CU_TENSOR_MAP_L2_PROMOTION_L2_128B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+  return result == CUDA_SUCCESS ? cudaSuccess : cudaErrorInvalidValue;
+}
+
+}  // namespace
+
+DensePlan PlanDense(const Problem& p, const Device& device, const DenseTile& tile) {
+  return MakePlan(p, device, tile);
+}
+
+cudaError_t LaunchDense(const Problem& p, const Operands& ops, const DensePlan& plan,
+                        cudaStream_t stream) {
+  const bool forward = p.pass == Pass::kForward;
+  DenseArgs args = plan.args;
+  DensePack pack = plan.pack;
+  args.in = forward ? ops.x : ops.y;
+  args.out = ops.out;
+  args.bias = forward ? ops.bias : nullptr;
+  args.weights = static_cast<const char*>(ops.workspace);
+  pack.w = ops.w;
+  pack.weights = static_cast<char*>(ops.workspace);
+  DenseMaps maps{};
+  cudaError_t status = cudaSuccess;
+  if (!args.rows) status = EncodeMap(p.in_dtype, plan.in, args.in, maps.in);
+  for (size_t i = 0; i < plan.out.size() && status == cudaSuccess; ++i) {
+    status = EncodeMap(p.out_dtype, plan.out[i], args.out, maps.out[i]);
+  }
+  if (status != cudaSuccess) return status;
+  switch (p.in_dtype) {
+    case DType::kF32:
+      return EnqueueDense<float>(plan, pack, args, maps, stream);
+    case DType::kBF16:
+      return EnqueueDense<__nv_bfloat16>(plan, pack, args, maps, stream);
+    case DType::kF16:
+      return EnqueueDense<__half>(plan, pack, args, maps, stream);
+    case DType::kF64:
+      break;
+  }
+  return cudaErrorInvalidValue;
+}
+
+void AddDense(std::vector<Row>& rows) {
+  for (Pass pass : {Pass::kForward, Pass::kInputGrad}) {
+    rows.push_back({"dense", pass, RefuseRow, Workspace, Seconds, LaunchRow});
+  }
+}
+
+}  // namespace jaxconv::cuda

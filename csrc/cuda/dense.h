@@ -1,0 +1,131 @@
+// "dense": the forward and the input gradient of layers with many channels on Hopper. The
+// correlation is that of correlate.h; here bulk tensor copies stage boxes of the input, groups of
+// four warps multiply (wgmma), and warps of their own keep the copies going. docs/gpu_kernels.md
+// explains the kernel.
+#ifndef JAXCONV_CUDA_DENSE_H_
+#define JAXCONV_CUDA_DENSE_H_
+
+#include <cuda.h>  // types alone: the driver is not linked
+
+#include <cstdint>
+#include <string>
+#include <vector>
+
+#include "cuda/table.h"
+
+namespace jaxconv::cuda {
+
+void AddDense(std::vector<Row>& rows);
+
+// A box of sources of the input, all of one residue by the input's stride, and the taps that read
+// it. Its sources are (tile * box) * si + first[axis] + si * v for v < length[axis].
+struct DenseSegment {
+  int first[kAxes];
+  int16_t taps, first_shift;  // of `shift`
+  int entries;                // where its lists of steps begin: of a full chunk, and of the last
+};
+
+// What one output phase needs (or all of them, where they share their sources).
+struct DenseProgram {
+  int16_t phase, first_segment, segments;
+  int steps, quads;  // where its weights begin, and how many groups of four steps it takes
+};
+
+struct DenseAxis {
+  int q_tiles, box, length;  // tiles; outputs of a tile and sources that they need
+  int part;                  // outputs of one of the two groups of warps
+  int si, so;
+  int in_size, out_size;
+  int64_t in_step, out_step;  // elements between neighbours
+};
+
+// What the main kernel needs to know. A step is 32 bytes of contracted channels of one tap, a quad
+// is four steps, a stage is one box and one chunk of channels.
+struct DenseArgs {
+  static constexpr int kMaxTaps = 256, kMaxSegments = 64, kMaxPhases = 32;
+  static constexpr int kMaxBuffers = 4, kMaxRing = 32;
+  const char* weights;  // [groups][column_tiles][steps][N / 8][2][8 rows of 16 bytes]
+  void* out;
+  const void* in;
+  const void* bias;  // [groups * jg], or null
+  DenseAxis axis[kAxes];
+  int64_t in_n_step, out_n_step, in_c_step, out_c_step;
+  int n, box_n, part_n;
+  int patch_w, patch_axis;   // see DensePatch
+  int pieces, piece_length;  // copies of a box, side by side along the last axis
+  int groups, cg, jg, programs, column_tiles, items;
+  int columns;                 // of a group: jg, times the phases where `fused`
+  int row_bytes, swizzle;      // of a staged pixel; which address bits are swizzled
+  int chunks, chunk_channels;  // the last chunk may have fewer steps than the others
+  int full_steps, last_steps;  // of a tap
+  int total_steps;             // of all programs
+  int pixels, stage_bytes;     // of a stage
+  int buffers, ring;           // stages and quads of weights in flight
+  int segments;
+  int store_columns, store_bytes, store_swizzle, store_pitch;  // of results on their way out
+  int smem_pixels, smem_sources, smem_entries, smem_in, smem_out, smem_ring;  // byte offsets
+  bool fused, resident, rows, out_f32;
+  DenseProgram program[kMaxPhases];
+  DenseSegment segment[kMaxSegments];
+  uint16_t shift[kMaxTaps];  // of the taps, in pixels of the staged box, segment by segment
+};
+
+// What the kernel that packs the weights needs to know beyond that.
+struct DensePack {
+  static constexpr uint8_t kUnused = 255;
+  const void* w;
+  char* weights;
+  int64_t w_g_step, w_c_step, w_j_step;
+  int taps, groups, cg, jg, column_tiles, tiles;  // tiles of eight columns in a column tile
+  int chunks, chunk_channels, full_steps, last_steps, total_steps, phases;
+  bool fused;
+  int steps[DenseArgs::kMaxSegments];
+  int16_t segment_taps[DenseArgs::kMaxSegments];
+  uint8_t tap_segment[DenseArgs::kMaxTaps];  // or kUnused: of a phase without outputs
+  uint8_t tap_phase[DenseArgs::kMaxTaps];
+  uint16_t tap_position[DenseArgs::kMaxTaps];  // within its segment
+};
+
+// The bulk tensor copies: of the input, and of each phase of the output (of channels last alone).
+struct DenseMaps {
+  CUtensorMap in, out[DenseArgs::kMaxPhases];
+};
+
+// The geometry of one of them.
+struct DenseMap {
+  uint64_t size[5], stride[4];  // stride in bytes
+  uint32_t box[5], step[5];
+  int64_t offset;  // of the first element, in bytes
+  int row_bytes;   // of the box
+};
+
+// What a launch is made of, but for the pointers.
+struct DensePlan {
+  std::string refusal;  // the sentence's end; empty: the rest is meant
+  int mt, columns;      // a group of warps multiplies mt * 64 pixels by this many columns
+  int grid, smem;
+  int64_t weights_bytes;
+  double seconds;
+  DenseArgs args;
+  DensePack pack;
+  DenseMap in;
+  std::vector<DenseMap> out;
+};
+
+// A tile: 0 means that the cost model chooses.
+struct DenseTile {
+  int mt = 0, columns = 0, buffers = 0;
+  int box[kAxes] = {0, 0, 0};
+};
+DensePlan PlanDense(const Problem&, const Device&, const DenseTile& = {});
+
+cudaError_t LaunchDense(const Problem&, const Operands&, const DensePlan&, cudaStream_t);
+
+// Defined in one small file a dtype, so that they compile in parallel.
+template <class T>
+cudaError_t EnqueueDense(const DensePlan&, const DensePack&, const DenseArgs&, const DenseMaps&,
+                         cudaStream_t);
+
+}  // namespace jaxconv::cuda
+
+#endif  // JAXCONV_CUDA_DENSE_H_

@@ -1,0 +1,8 @@
+#include "cuda/dense.cuh"
+
+namespace jaxconv::cuda {
+
+template cudaError_t EnqueueDense<__half>(const DensePlan&, const DensePack&, const DenseArgs&,
+                                          const DenseMaps&, cudaStream_t);
+
+}  // namespace jaxconv::cuda
