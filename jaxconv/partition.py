@@ -278,7 +278,7 @@ def _with_scattered(spec: PartitionSpec, scattered: Sequence[Axes]) -> Partition
 
 def like(value: jax.Array, aval: Any) -> jax.Array:
     """A cotangent, sharded as the type that it belongs to says."""
-    if aval.sharding.mesh.empty or jax.typeof(value).sharding == aval.sharding:
+    if not aval.sharding.mesh.explicit_axes or jax.typeof(value).sharding == aval.sharding:
         return value
     return jax.sharding.reshard(value, aval.sharding)
 
