@@ -567,19 +567,19 @@ __global__ void __launch_bounds__(kDenseThreads, 1)
     ProxyFence();
   }
   constexpr int kPixels = MT * 64;  // of a group of warps
-  for (int p = thread; p < kDenseGroups * kPixels; p += kDenseThreads) {
-    const int group = p / kPixels;
-    const DenseAxis &d = a.axis[0], &h = a.axis[1], &w = a.axis[2];
-    int rest = p % kPixels;
-    const auto take = [&](int part, int box) {
-      const int mine = rest % part + PartStart(part, box, group);
-      rest /= part;
-      return mine;
-    };
-    const int pw = take(w.part, w.box), ph = take(h.part, h.box), pd = take(d.part, d.box);
-    pixels[p] = PackCoordinates(take(a.part_n, a.box_n), pd, ph, pw);
-  }
   if (a.rows) {
+    for (int p = thread; p < kDenseGroups * kPixels; p += kDenseThreads) {
+      const int group = p / kPixels;
+      const DenseAxis &d = a.axis[0], &h = a.axis[1], &w = a.axis[2];
+      int rest = p % kPixels;
+      const auto take = [&](int part, int box) {
+        const int mine = rest % part + PartStart(part, box, group);
+        rest /= part;
+        return mine;
+      };
+      const int pw = take(w.part, w.box), ph = take(h.part, h.box), pd = take(d.part, d.box);
+      pixels[p] = PackCoordinates(take(a.part_n, a.box_n), pd, ph, pw);
+    }
     const int d = a.axis[0].length, h = a.axis[1].length, w = a.axis[2].length;
     for (int p = thread; p < a.pixels; p += kDenseThreads) {
       sources[p] = PackCoordinates(p / w / h / d, p / w / h % d, p / w % h, p % w);
