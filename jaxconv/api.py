@@ -119,7 +119,8 @@ def _check_implementation(op: str, implementation: Any) -> None:
         )
 
 
-def _conv_transpose(
+def prepare(
+    op: str,
     rank: int,
     x: ArrayLike,
     weight: ArrayLike,
@@ -134,13 +135,18 @@ def _conv_transpose(
     precision: lax.PrecisionLike,
     preferred_element_type: DTypeLike | None,
     implementation: str | None,
-) -> jax.Array:
-    op = f"conv_transpose{rank}d"
+    whole: tuple[int, int] | None = None,
+) -> tuple[jax.Array, jax.Array, jax.Array | None, ConvSpec]:
+    """The operands as arrays, and the problem's spec. With `whole` x is a part of the input along
+    one spatial axis: `whole` is that axis, and the size of all parts together."""
     x, w = jnp.asarray(x), jnp.asarray(weight)
     _check_dtypes(op, x, w, ("x", "weight"))
     _check_implementation(op, implementation)
     last = specs.channels_last(op, data_format, rank)
     batch, ci, in_size = specs.split_shape(op, "x", x.shape, rank, last)
+    if whole is not None:
+        axis, size = whole
+        in_size = (*in_size[:axis], size, *in_size[axis + 1 :])
     if w.ndim != rank + 2:
         raise error(
             op, f"weight must have {rank + 2} axes (C_in, C_out/groups, *kernel), got {w.shape}"
@@ -183,6 +189,12 @@ def _conv_transpose(
                 f"groups={groups}, got shape {bias.shape}",
             )
         bias = lax.convert_element_type(bias, result)
+    return x, w, bias, spec
+
+
+def _conv_transpose(rank: int, *arguments: Any) -> jax.Array:
+    op = f"conv_transpose{rank}d"
+    x, w, bias, spec = prepare(op, rank, *arguments)
     with jax.named_scope(f"jaxconv.{op}"):
         return primitive.forward(x, w, bias, spec)
 

@@ -12,6 +12,7 @@ from types import ModuleType
 from typing import Any
 
 import jax
+import jax.export
 import jax.numpy as jnp
 import jaxlib.version
 import numpy as np
@@ -61,6 +62,13 @@ def _check_version(module: ModuleType) -> None:
 
 def _target(result: Role) -> str:
     return f"jaxconv_{PASS_NAME[result]}"
+
+
+EXPORT_DISABLED_CHECKS = tuple(
+    jax.export.DisabledSafetyCheck.custom_call(_target(result)) for result in PASS_NAME
+)
+"""What jax.export.export wants as `disabled_checks`, since custom calls are trusted by name alone:
+jaxconv keeps the meaning of its calls from release to release."""
 
 
 def _load(platform: str) -> ModuleType | None:

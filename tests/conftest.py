@@ -5,9 +5,9 @@ from typing import Any
 
 # Before jaxconv is loaded: kernels get outputs and workspaces full of NaN.
 os.environ["JAXCONV_POISON"] = "1"
-# Four devices to share work among, on any machine.
+# Eight devices to share work among, on any machine.
 os.environ["XLA_FLAGS"] = (
-    os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=4"
+    os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
 )
 
 import hypothesis
