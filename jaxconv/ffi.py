@@ -3,6 +3,7 @@
 import functools
 import importlib
 import importlib.util
+import math
 import os
 import pathlib
 import re
@@ -17,6 +18,7 @@ import jax.numpy as jnp
 import jaxlib.version
 import numpy as np
 
+from jaxconv import xla_model
 from jaxconv.spec import MAX_AXES, ConvSpec, Role
 from jaxconv.version import __version__
 
@@ -206,7 +208,8 @@ def choose(
     """The kernel that runs the problem and the workspace it wants, in bytes.
 
     Where the batch is symbolic the name is empty: a kernel is chosen at each call, among those that
-    need no workspace.
+    need no workspace. "xla" is XLA's own convolution: chosen on a GPU, if nothing is forced, where
+    only "direct" takes the problem and XLA is expected to be faster.
     """
     batch = x.shape[spec.stack : x.ndim - 1 - spec.rank]
     if not all(isinstance(d, int) for d in (*batch, *x.shape[: spec.stack])):
@@ -216,6 +219,13 @@ def choose(
     name = "" if forced is None or forced in PLATFORM_IMPLEMENTATIONS else forced
     chosen = module(platform).choose(problem, _device(platform), name)
     rows = module(platform).verdicts(problem, _device(platform))
+    if forced is None and platform == "cuda" and chosen == "direct":
+        operand = y if result == "x" else x
+        expected = xla_model.seconds(result, x.shape, w.shape, operand.dtype.name, spec)
+        if expected < math.inf:
+            rows = [*rows, ("xla", "", expected, 0)]
+        if expected < min(seconds for name, _, seconds, _ in rows if name == "direct"):
+            chosen = "xla"
     if os.environ.get("JAXCONV_EXPLAIN") == "1":
         _explain(platform, result, x.shape, w.shape, y.shape, out.dtype.name, spec, chosen, rows)
     if not chosen:

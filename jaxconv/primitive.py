@@ -271,6 +271,8 @@ def _lower(
         arrays = {first: ctx.avals_in[0], second: ctx.avals_in[1], result: out}
         bias = len(operands) == 3
         kernel, workspace = ffi.choose(platform, result, out=out, bias=bias, spec=spec, **arrays)
+        if kernel == "xla":
+            return lower(reference.operation(result, spec))
         return lower(ffi.call(result, out, spec, kernel, workspace))
     if forced is not None:
         raise ValueError(

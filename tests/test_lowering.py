@@ -14,6 +14,7 @@ from jax.interpreters import ad
 import cases
 import jaxconv
 from jaxconv import ffi, primitive
+from workloads import select
 
 X = jax.ShapeDtypeStruct((2, 8, 6, 7), jnp.float32)
 W = jax.ShapeDtypeStruct((8, 3, 3, 3), jnp.float32)
@@ -59,6 +60,25 @@ def test_other_platforms_and_dtypes_lower_to_lax(built):
 
 def test_xla_can_be_forced(built):
     assert "custom_call @jaxconv" not in lowered(built, implementation="xla")
+
+
+def test_xla_runs_what_only_the_slow_kernel_takes(cuda_missing):
+    if "cuda" not in ffi.built_platforms():
+        cuda_missing("jaxconv was built without its CUDA kernels")
+    (workload,) = select(["gan3d_64_1"])
+    x, w = (jax.ShapeDtypeStruct(workload.shape(role), jnp.float32) for role in ("x", "w"))
+
+    def text(**arguments: Any) -> str:
+        def run(x, w):
+            return jaxconv.conv_transpose3d(x, w, **workload.arguments(), **arguments)
+
+        return jax.jit(run).trace(x, w).lower(lowering_platforms=("cuda",)).as_text()
+
+    assert "stablehlo.convolution" in text()
+    assert 'kernel = "direct"' in text(implementation="cuda")
+    # A small problem takes less than XLA's launches.
+    x = jax.ShapeDtypeStruct((1, *x.shape[1:2], 2, 2, 2), jnp.float32)
+    assert 'kernel = "direct"' in text()
 
 
 def test_a_name_forces_a_kernel(built):
