@@ -113,4 +113,6 @@ def test_sums_over_millions_of_pixels_stay_exact(dtype, channels_last, cuda_miss
         return primitive.weight_grad(x.astype(dtype), y.astype(dtype), spec)
 
     actual = np.asarray(run(jax.device_put(x, device), jax.device_put(y, device)), np.float64)
-    assert np.abs(actual / wanted - 1).max() < 2e-4
+    # Between two flushes 1024 products are added, each of which may lose a unit in the last place
+    # of the sum, 2**-23; sums of flushes and parts are rounded, which is less than a half more.
+    assert np.abs(actual / wanted - 1).max() < 1.5 * 1024 * 2**-23

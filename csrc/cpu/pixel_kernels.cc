@@ -155,97 +155,34 @@ constexpr int64_t kNear = 128, kNearDepthwise = 512;
 // Far enough outside for every tap.
 constexpr int64_t kNowhere = -(int64_t{1} << 60);
 
+// The positions of a tile that a phase has, in blocks of kPositions, and what each block hears.
 template <class T>
-void CorrelateOf(const PixelPlan& p, const PixelOperands& ops, int64_t task, void* memory) {
-  constexpr int lanes = kLanes<T>;
-  const int64_t split_m = task % p.block_splits, split_r = task / p.block_splits % p.phase_splits;
-  const int64_t tile = task / p.block_splits / p.phase_splits % p.tiles;
-  const int64_t n = task / p.block_splits / p.phase_splits / p.tiles;
-  const int64_t q_begin = tile * p.tile,
-                q_end = Min(q_begin + p.tile, p.grid[0] * p.grid[1] * p.grid[2]);
+struct PixelTile {
+  const PixelPlan& p;
+  const T* src;    // the image
+  const T* zeros;  // a pixel of them
+  // A task's memory.
+  int64_t (*at)[3];  // of a position: the source's coordinates but for a tap's offset
+  int64_t* to;       // and its pixel of the destination
+  int64_t* first;    // of a block: where it begins in `heard`
+  Heard<T>* heard;
 
-  auto* zeros = static_cast<T*>(memory);
-  T* sums = zeros + p.zeros;
-  auto* to = reinterpret_cast<int64_t*>(sums + p.tile * p.mr);
-  int64_t* first = to + p.tile;
-  auto* heard = reinterpret_cast<Heard<T>*>(first + 2 * (p.tile / kPositions + 1));
-  for (int64_t i = 0; i < p.zeros; i += lanes) Store<T>(zeros + i, Vec<T>{});
+  const AxisTap* taps[3];
+  int64_t ntaps[3], newest[3], near;
+  int64_t positions, blocks;
 
-  const T* src = static_cast<const T*>(ops.src) + n * p.src_n;
-  const int64_t units = p.groups * p.nblocks;
-  for (int64_t r = p.phases * split_r / p.phase_splits;
-       r < p.phases * (split_r + 1) / p.phase_splits; ++r) {
-    const int64_t phase[3] = {r / p.dst_step[2] / p.dst_step[1], r / p.dst_step[2] % p.dst_step[1],
-                              r % p.dst_step[2]};
-    const AxisTap* taps[3];
-    int64_t ntaps[3];
+  void Begin(const int64_t* phase, int64_t q_begin, int64_t q_end) {
     for (int a = 0; a < 3; ++a) {
       taps[a] = p.axis_taps[a] + p.phase_begin[a][phase[a]];
       ntaps[a] = p.phase_begin[a][phase[a] + 1] - p.phase_begin[a][phase[a]];
-    }
-    // The positions of the tile that the phase has, and what they hear.
-    int64_t positions = 0, entries = 0;
-    // The processor does not foresee where rows of the source begin. Rows and columns from `newest`
-    // on are heard for the first time: their channels are asked for now, as far as they are few.
-    const int64_t near = Min(p.zeros, p.depthwise != 0 ? kNearDepthwise : kNear);
-    int64_t newest[3] = {};
-    for (int a = 0; a < 3; ++a) {
-      for (int64_t t = 0; t < ntaps[a]; ++t)
+      newest[a] = 0;
+      for (int64_t t = 0; t < ntaps[a]; ++t) {
         newest[a] = t == 0 ? taps[a][t].e : Max(newest[a], taps[a][t].e);
+      }
       newest[a] -= p.src_step[a] - 1;
     }
-    int64_t at[kPositions][3];
-    const auto list = [&](int64_t count) {
-      for (int64_t i = count; i < kPositions; ++i) at[i][0] = at[i][1] = at[i][2] = kNowhere;
-      first[(positions - 1) / kPositions] = entries;
-      // Neighbours in a row hear neighbours in a row.
-      const int64_t last = at[0][2] + (kPositions - 1) * p.src_step[2];
-      const bool in_row = count == kPositions && at[0][0] == at[kPositions - 1][0] &&
-                          at[0][1] == at[kPositions - 1][1] && at[kPositions - 1][2] == last;
-      const int64_t pitch = p.src_step[2] * p.src_s[2];
-      int64_t index = 0;
-      for (int64_t t0 = 0; t0 < ntaps[0]; ++t0) {
-        for (int64_t t1 = 0; t1 < ntaps[1]; ++t1) {
-          const T* rows[kPositions];
-          bool any = false;
-          for (int i = 0; i < kPositions; ++i) {
-            const int64_t i0 = at[i][0] + taps[0][t0].e, i1 = at[i][1] + taps[1][t1].e;
-            const bool in = i0 >= 0 && i0 < p.src_size[0] && i1 >= 0 && i1 < p.src_size[1];
-            rows[i] = in ? src + i0 * p.src_s[0] + i1 * p.src_s[1] : nullptr;
-            any |= in;
-          }
-          if (!any) {
-            index += ntaps[2];
-            continue;
-          }
-          const bool ask = taps[1][t1].e >= newest[1];
-          for (int64_t t2 = 0; t2 < ntaps[2]; ++t2, ++index) {
-            Heard<T>& h = heard[entries];
-            h.tap = index;
-            const int64_t e = taps[2][t2].e;
-            bool some = false;
-            if (in_row && at[0][2] + e >= 0 && last + e < p.src_size[2]) {
-              const T* from = rows[0] + (at[0][2] + e) * p.src_s[2];
-              for (int i = 0; i < kPositions; ++i) h.from[i] = from + i * pitch;
-              some = true;
-            } else {
-              for (int i = 0; i < kPositions; ++i) {
-                const int64_t i2 = at[i][2] + e;
-                const bool in = rows[i] != nullptr && i2 >= 0 && i2 < p.src_size[2];
-                h.from[i] = in ? rows[i] + i2 * p.src_s[2] : zeros;
-                some |= in;
-              }
-            }
-            if (!some) continue;
-            ++entries;
-            if (!ask || e < newest[2]) continue;
-            for (int i = 0; i < kPositions; ++i) {
-              for (int64_t k = 0; k < near; k += lanes) __builtin_prefetch(h.from[i] + k);
-            }
-          }
-        }
-      }
-    };
+    near = Min(p.zeros, p.depthwise != 0 ? kNearDepthwise : kNear);
+    positions = 0;
     int64_t q[3] = {q_begin / p.grid[2] / p.grid[1], q_begin / p.grid[2] % p.grid[1],
                     q_begin % p.grid[2]};
     for (int64_t i = q_begin; i < q_end; ++i) {
@@ -256,32 +193,122 @@ void CorrelateOf(const PixelPlan& p, const PixelOperands& ops, int64_t task, voi
         has = has && o[a] < p.dst_size[a];
       }
       if (has) {
-        const int64_t of = positions % kPositions;
-        for (int a = 0; a < 3; ++a) at[of][a] = q[a] * p.src_step[a];
+        for (int a = 0; a < 3; ++a) at[positions][a] = q[a] * p.src_step[a];
         to[positions++] = o[0] * p.dst_s[0] + o[1] * p.dst_s[1] + o[2] * p.dst_s[2];
-        if (of == kPositions - 1) list(kPositions);
       }
       if (++q[2] == p.grid[2]) {
         q[2] = 0;
         if (++q[1] == p.grid[1]) q[1] = 0, ++q[0];
       }
     }
-    if (positions % kPositions != 0) list(positions % kPositions);
-    const int64_t blocks = (positions + kPositions - 1) / kPositions;
-    first[blocks] = entries;
-    int64_t* next = first + blocks + 1;
+    blocks = (positions + kPositions - 1) / kPositions;
+    for (int64_t i = positions; i < blocks * kPositions; ++i) {
+      at[i][0] = at[i][1] = at[i][2] = kNowhere;
+    }
+    first[0] = 0;
+  }
 
-    const int64_t phase_taps = ntaps[0] * ntaps[1] * ntaps[2];
-    for (int64_t u = units * split_m / p.block_splits; u < units * (split_m + 1) / p.block_splits;
-         ++u) {
+  // Lists what a block hears; blocks come in order. The processor does not foresee where rows of
+  // the source begin: rows and columns from `newest` on are heard for the first time, and their
+  // channels are asked for now, as far as they are few.
+  void List(int64_t block) {
+    const int64_t (*const q)[3] = at + block * kPositions;
+    int64_t entries = first[block];
+    // Neighbours in a row hear neighbours in a row.
+    const int64_t last = q[0][2] + (kPositions - 1) * p.src_step[2];
+    const bool in_row = q[0][0] == q[kPositions - 1][0] && q[0][1] == q[kPositions - 1][1] &&
+                        q[kPositions - 1][2] == last;
+    const int64_t pitch = p.src_step[2] * p.src_s[2];
+    int64_t index = 0;
+    for (int64_t t0 = 0; t0 < ntaps[0]; ++t0) {
+      for (int64_t t1 = 0; t1 < ntaps[1]; ++t1) {
+        const T* rows[kPositions];
+        bool any = false;
+        for (int i = 0; i < kPositions; ++i) {
+          const int64_t i0 = q[i][0] + taps[0][t0].e, i1 = q[i][1] + taps[1][t1].e;
+          const bool in = i0 >= 0 && i0 < p.src_size[0] && i1 >= 0 && i1 < p.src_size[1];
+          rows[i] = in ? src + i0 * p.src_s[0] + i1 * p.src_s[1] : nullptr;
+          any |= in;
+        }
+        if (!any) {
+          index += ntaps[2];
+          continue;
+        }
+        const bool ask = taps[1][t1].e >= newest[1];
+        for (int64_t t2 = 0; t2 < ntaps[2]; ++t2, ++index) {
+          Heard<T>& h = heard[entries];
+          h.tap = index;
+          const int64_t e = taps[2][t2].e;
+          bool some = false;
+          if (in_row && q[0][2] + e >= 0 && last + e < p.src_size[2]) {
+            const T* from = rows[0] + (q[0][2] + e) * p.src_s[2];
+            for (int i = 0; i < kPositions; ++i) h.from[i] = from + i * pitch;
+            some = true;
+          } else {
+            for (int i = 0; i < kPositions; ++i) {
+              const int64_t i2 = q[i][2] + e;
+              const bool in = rows[i] != nullptr && i2 >= 0 && i2 < p.src_size[2];
+              h.from[i] = in ? rows[i] + i2 * p.src_s[2] : zeros;
+              some |= in;
+            }
+          }
+          if (!some) continue;
+          ++entries;
+          if (!ask || e < newest[2]) continue;
+          for (int i = 0; i < kPositions; ++i) {
+            for (int64_t k = 0; k < near; k += kLanes<T>) __builtin_prefetch(h.from[i] + k);
+          }
+        }
+      }
+    }
+    first[block + 1] = entries;
+  }
+};
+
+template <class T>
+void CorrelateOf(const PixelPlan& p, const PixelOperands& ops, int64_t task, void* memory) {
+  constexpr int lanes = kLanes<T>;
+  const int64_t split_m = task % p.block_splits, split_r = task / p.block_splits % p.phase_splits;
+  const int64_t tile_index = task / p.block_splits / p.phase_splits % p.tiles;
+  const int64_t n = task / p.block_splits / p.phase_splits / p.tiles;
+  const int64_t q_begin = tile_index * p.tile,
+                q_end = Min(q_begin + p.tile, p.grid[0] * p.grid[1] * p.grid[2]);
+
+  auto* zeros = static_cast<T*>(memory);
+  T* sums = zeros + p.zeros;
+  auto* at = reinterpret_cast<int64_t (*)[3]>(sums + p.tile * p.mr);
+  int64_t* to = at[p.tile];
+  int64_t* first = to + p.tile;
+  int64_t* next = first + p.tile / kPositions + 1;  // where a block stands in `heard`
+  auto* heard = reinterpret_cast<Heard<T>*>(next + p.tile / kPositions);
+  for (int64_t i = 0; i < p.zeros; i += lanes) Store<T>(zeros + i, Vec<T>{});
+
+  const T* src = static_cast<const T*>(ops.src) + n * p.src_n;
+  PixelTile<T> tile{p, src, zeros, at, to, first, heard, {}, {}, {}, 0, 0, 0};
+  const int64_t units = p.groups * p.nblocks;
+  const int64_t u_begin = units * split_m / p.block_splits,
+                u_end = units * (split_m + 1) / p.block_splits;
+  for (int64_t r = p.phases * split_r / p.phase_splits;
+       r < p.phases * (split_r + 1) / p.phase_splits; ++r) {
+    const int64_t phase[3] = {r / p.dst_step[2] / p.dst_step[1], r / p.dst_step[2] % p.dst_step[1],
+                              r % p.dst_step[2]};
+    tile.Begin(phase, q_begin, q_end);
+    const int64_t positions = tile.positions, blocks = tile.blocks;
+    if (blocks == 0) continue;
+    tile.List(0);
+
+    const int64_t phase_taps = tile.ntaps[0] * tile.ntaps[1] * tile.ntaps[2];
+    for (int64_t u = u_begin; u < u_end; ++u) {
       const int64_t g = u / p.nblocks, block = u % p.nblocks, m0 = g * p.m + block * p.mr;
       const T* weight =
           static_cast<const T*>(ops.weight) +
           (g * p.ntaps * p.nblocks + p.phase_first[r] * p.nblocks + block * phase_taps) * p.k *
               p.mr;
-      for (int64_t b = 0; b < blocks; ++b) next[b] = first[b];
       for (int64_t t = 0; t == 0 || t < phase_taps; t += p.tap_chunk) {
         for (int64_t b = 0; b < blocks; ++b) {
+          // One block ahead, so that what it asks for comes while this one is multiplied.
+          if (u == u_begin && t == 0 && b + 1 < blocks) tile.List(b + 1);
+          if (t == 0) next[b] = first[b];
           int64_t end = next[b];
           while (end < first[b + 1] && heard[end].tap < t + p.tap_chunk) ++end;
           WithConstant<kMaxVectors>(p.mr / lanes, [&](auto constant) {

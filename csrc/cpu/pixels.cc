@@ -109,7 +109,7 @@ void SetTasks(Plan& plan, const PixelKernels& kernels, int64_t size) {
   while (plan.Tasks() < kTasks && p.tile > 4 * together) set(RoundUp(p.tile / 2, together));
   p.tap_chunk = std::max<int64_t>(kWeightBytes / (p.k * p.mr * size), 1);
   const int64_t blocks = p.tile / together;
-  p.scratch = (p.zeros + p.tile * p.mr) * size + (p.tile + 2 * (blocks + 1)) * 8 +
+  p.scratch = (p.zeros + p.tile * p.mr) * size + (4 * p.tile + 2 * blocks + 1) * 8 +
               (blocks * plan.most_taps + 1) * entry;
 }
 
