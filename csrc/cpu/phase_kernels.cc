@@ -35,17 +35,6 @@ int64_t SpanOf(const PhasePlan& p, const Tile& tile) {
 // ---------------------------------------------------------------------------------------------
 // Packing: from an operand to planes
 
-// Positions c of `count` at which c * step + at lies in [0, size).
-struct Valid {
-  int64_t begin, end;
-};
-Valid ValidOf(int64_t at, int64_t step, int64_t size, int64_t count) {
-  const int64_t begin = at >= 0 ? 0 : (-at + step - 1) / step;
-  const int64_t end = at >= size ? 0 : (size - at + step - 1) / step;
-  const int64_t b = Min(begin, count);
-  return {b, Max(b, Min(end, count))};
-}
-
 // Rows of an operand and the grid positions wanted of each: position c of phase r2 is element
 // first + c * step + r2, where 0 <= element < size, and zero elsewhere. The size is cut so that
 // positions from `count` on are zero.

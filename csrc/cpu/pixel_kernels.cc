@@ -24,17 +24,6 @@ JAXCONV_INLINE void WithConstant(int64_t n, Body body) {
   body(std::integral_constant<int, most>{});
 }
 
-// The positions [begin, end) of `count` at which q * step + e lies in [0, size).
-struct Valid {
-  int64_t begin, end;
-};
-Valid ValidOf(int64_t e, int64_t step, int64_t size, int64_t count) {
-  const int64_t begin = e >= 0 ? 0 : (-e + step - 1) / step;
-  const int64_t end = e >= size ? 0 : (size - e + step - 1) / step;
-  const int64_t b = Min(begin, count);
-  return {b, Max(b, Min(end, count))};
-}
-
 // ---------------------------------------------------------------------------------------------
 // The weight
 

@@ -24,6 +24,17 @@ constexpr int kBytes = JAXCONV_VECTOR_BYTES;
 JAXCONV_INLINE int64_t Min(int64_t a, int64_t b) { return a < b ? a : b; }
 JAXCONV_INLINE int64_t Max(int64_t a, int64_t b) { return a > b ? a : b; }
 
+// The positions [begin, end) of `count` at which q * step + e lies in [0, size).
+struct Valid {
+  int64_t begin, end;
+};
+inline Valid ValidOf(int64_t e, int64_t step, int64_t size, int64_t count) {
+  const int64_t begin = e >= 0 ? 0 : (-e + step - 1) / step;
+  const int64_t end = e >= size ? 0 : (size - e + step - 1) / step;
+  const int64_t b = Min(begin, count);
+  return {b, Max(b, Min(end, count))};
+}
+
 template <class T>
 struct VecOf;
 template <>
