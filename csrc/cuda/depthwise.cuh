@@ -1,0 +1,627 @@
+// The kernels of "depthwise"; see depthwise.h. Instantiated by depthwise_*.cu.
+#ifndef JAXCONV_CUDA_DEPTHWISE_CUH_
+#define JAXCONV_CUDA_DEPTHWISE_CUH_
+
+#include <type_traits>
+
+#include "cuda/depthwise.h"
+#include "cuda/dtypes.cuh"
+
+namespace jaxconv::cuda {
+namespace {
+
+constexpr int kThreads = kDepthwiseThreads;
+
+// V neighbours in memory, as floats; zeros where they are not inside.
+template <int V, class In>
+__device__ inline void Load(float (&to)[V], const In* from, bool inside) {
+  static_assert(V <= 2);
+  if constexpr (V == 1) {
+    to[0] = inside ? ToAccumulator(__ldg(from)) : 0;
+  } else if constexpr (std::is_same_v<In, float>) {
+    const float2 v = inside ? __ldg(reinterpret_cast<const float2*>(from)) : float2{0, 0};
+    to[0] = v.x;
+    to[1] = v.y;
+  } else {
+    const unsigned bits = inside ? __ldg(reinterpret_cast<const unsigned*>(from)) : 0;
+    if constexpr (std::is_same_v<In, __half>) {
+      const float2 v = __half22float2(*reinterpret_cast<const __half2*>(&bits));
+      to[0] = v.x;
+      to[1] = v.y;
+    } else {
+      to[0] = __uint_as_float(bits << 16);
+      to[1] = __uint_as_float(bits & 0xffff0000u);
+    }
+  }
+}
+
+template <int V, class Out>
+__device__ inline void Store(Out* to, const float (&v)[V]) {
+  static_assert(V <= 2);
+  if constexpr (V == 1) {
+    *to = FromAccumulator<Out>(v[0]);
+  } else if constexpr (std::is_same_v<Out, float>) {
+    *reinterpret_cast<float2*>(to) = float2{v[0], v[1]};
+  } else if constexpr (std::is_same_v<Out, __half>) {
+    *reinterpret_cast<__half2*>(to) = __floats2half2_rn(v[0], v[1]);
+  } else {
+    *reinterpret_cast<__nv_bfloat162*>(to) = __floats2bfloat162_rn(v[0], v[1]);
+  }
+}
+
+// Element `at` of the result, of In or, of 16-bit inputs, of float.
+template <class In, int V>
+__device__ inline void StoreAt(const DepthwiseArgs& a, int64_t at, const float (&v)[V]) {
+  if (std::is_same_v<In, float> || a.wide) {
+    Store(static_cast<float*>(a.out) + at, v);
+  } else {
+    Store(static_cast<In*>(a.out) + at, v);
+  }
+}
+
+// What a thread keeps all the time: its place among the positions of a tile, and its channels.
+struct Lane {
+  int c, at2, at0;
+  bool busy;
+};
+
+template <int V>
+__device__ inline Lane LaneOf(const DepthwiseArgs& a) {
+  int t = threadIdx.x;
+  Lane lane;
+  if (a.channels_last) {
+    lane.c = t % a.tile_c;
+    t /= a.tile_c;
+    lane.at2 = t % a.tile2;
+    lane.at0 = t / a.tile2;
+  } else {
+    lane.at2 = t % a.tile2;
+    t /= a.tile2;
+    lane.at0 = t % a.tile0;
+    lane.c = t / a.tile0;
+  }
+  lane.busy = lane.at0 < a.tile0 && lane.c < a.tile_c;
+  lane.c = (static_cast<int>(blockIdx.x) % a.channel_blocks * a.tile_c + lane.c) * V;
+  lane.busy = lane.busy && lane.c < a.c;
+  return lane;
+}
+
+// A thread's positions of axes 0 and 2, and its march, begin <= position < end, along axis 1.
+struct Tile {
+  int n, at0, at2, begin, end;
+  bool inside;
+};
+
+__device__ inline Tile TileOf(const DepthwiseArgs& a, const Lane& lane, int index) {
+  Tile tile;
+  tile.at2 = a.origin[2] + index % a.tiles2 * a.tile2 + lane.at2;
+  index /= a.tiles2;
+  tile.at0 = a.origin[0] + index % a.tiles0 * a.tile0 + lane.at0;
+  index /= a.tiles0;
+  tile.begin = a.origin[1] + index % a.segments * a.steps;
+  tile.end = min(tile.begin + a.steps, a.end[1]);
+  tile.n = index / a.segments;
+  tile.inside = lane.busy && tile.at0 < a.end[0] && tile.at2 < a.end[2];
+  return tile;
+}
+
+__device__ inline bool Inside(int position, int size) {
+  return static_cast<unsigned>(position) < static_cast<unsigned>(size);
+}
+
+constexpr int Max(int a, int b) { return a > b ? a : b; }
+
+// y. Positions: u of axis 0 (from a multiple of its stride), q of axes 1 and 2. The sums of the K1 rows that an input row reaches
+// go round in registers. J0: taps of axis 0 for a residue. kShift: what u of axis 2 is more than
+// a multiple of S2 at a position's first output: then pairs of outputs are aligned in memory.
+template <class In, class Out, int V, bool kPairs, int kShift, int J0, int S1, int K1, int S2, int K2>
+__global__ void __launch_bounds__(kThreads, 2) Forward(const __grid_constant__ DepthwiseArgs a) {
+  constexpr int kJ1 = (K1 + S1 - 1) / S1, kJ2 = (K2 + S2 - 1) / S2;
+  constexpr int kSources = kJ2 + (S2 - 1 + kShift) / S2, kRows = Max(K1, S1);
+  const Lane lane = LaneOf<V>(a);
+  if (!lane.busy) return;
+  const int stride0 = a.stride[0], r0 = lane.at0 % stride0, taps = a.k[0] * K1 * K2;
+  const In* const w_c = static_cast<const In*>(a.w) + int64_t{lane.c} * taps;
+  float w[J0][K1][K2][V], bias[V] = {};
+#pragma unroll
+  for (int v = 0; v < V; ++v) {
+#pragma unroll
+    for (int j0 = 0; j0 < J0; ++j0) {
+      const int t0 = r0 + j0 * stride0;
+#pragma unroll
+      for (int t = 0; t < K1 * K2; ++t) {
+        w[j0][t / K2][t % K2][v] =
+            t0 < a.k[0] ? ToAccumulator(w_c[v * taps + t0 * K1 * K2 + t]) : 0;
+      }
+    }
+    if (a.bias != nullptr) bias[v] = ToAccumulator(static_cast<const Out*>(a.bias)[lane.c + v]);
+  }
+  const int xs2 = kPairs ? 1 : a.xs[2];
+  int hop[J0][kSources];  // of the sources
+#pragma unroll
+  for (int j0 = 0; j0 < J0; ++j0) {
+#pragma unroll
+    for (int m = 0; m < kSources; ++m) hop[j0][m] = m * xs2 - j0 * a.xs[0];
+  }
+  for (int index = blockIdx.x / a.channel_blocks; index < a.tiles; index += a.parts) {
+    const Tile tile = TileOf(a, lane, index);
+    if (!tile.inside || tile.at0 < a.pad[0]) continue;
+    const int q0 = (tile.at0 - r0) / stride0, i2 = tile.at2 - (kJ2 - 1);
+    bool inside[J0][kSources];
+#pragma unroll
+    for (int j0 = 0; j0 < J0; ++j0) {
+      const bool plane = r0 + j0 * stride0 < a.k[0] && Inside(q0 - j0, a.isize[0]);
+#pragma unroll
+      for (int m = 0; m < kSources; ++m) inside[j0][m] = plane && Inside(i2 + m, a.isize[2]);
+    }
+    int q1 = tile.begin - (kJ1 - 1);
+    const In* const x_image = static_cast<const In*>(a.x) + tile.n * a.xn + int64_t{lane.c} * a.xc;
+    const In* x = x_image + (q0 * a.xs[0] + i2 * xs2 + q1 * a.xs[1]);
+    const int o2 = tile.at2 * S2 + kShift - a.pad[2];
+    Out* to = static_cast<Out*>(a.out) + tile.n * a.yn + int64_t{lane.c} * a.yc +
+              ((tile.at0 - a.pad[0]) * a.ys[0] + o2 * a.ys[2] + (q1 * S1 - a.pad[1]) * a.ys[1]);
+    float next[J0][kSources][V], sum[kRows][S2][V];
+    const auto load = [&] {
+      const bool row = Inside(q1, a.isize[1]);
+#pragma unroll
+      for (int j0 = 0; j0 < J0; ++j0) {
+#pragma unroll
+        for (int m = 0; m < kSources; ++m) {
+          Load(next[j0][m], x + hop[j0][m], row && inside[j0][m]);
+        }
+      }
+    };
+    const auto begin_rows = [&](int first) {
+#pragma unroll
+      for (int t = first; t < kRows; ++t) {
+#pragma unroll
+        for (int e = 0; e < S2 * V; ++e) sum[t][e / V][e % V] = bias[e % V];
+      }
+    };
+    load();
+    begin_rows(0);
+#pragma unroll(K1 == 2 * S1 ? 2 : 1)
+    for (; q1 < tile.end;) {
+      float row[J0][kSources][V];
+#pragma unroll
+      for (int e = 0; e < J0 * kSources * V; ++e) {
+        row[e / V / kSources][e / V % kSources][e % V] = next[e / V / kSources][e / V % kSources][e % V];
+      }
+      ++q1;
+      x += a.xs[1];
+      if (q1 < tile.end) load();
+#pragma unroll
+      for (int j0 = 0; j0 < J0; ++j0) {
+#pragma unroll
+        for (int t1 = 0; t1 < K1; ++t1) {
+#pragma unroll
+          for (int r = 0; r < S2; ++r) {
+#pragma unroll
+            for (int j2 = 0; j2 < kJ2; ++j2) {
+              constexpr int kLast = kJ2 - 1;
+              const int t2 = (r + kShift) % S2 + j2 * S2, m = kLast + (r + kShift) / S2 - j2;
+              if (t2 >= K2) continue;
+#pragma unroll
+              for (int v = 0; v < V; ++v) sum[t1][r][v] += row[j0][m][v] * w[j0][t1][t2][v];
+            }
+          }
+        }
+      }
+      if (q1 > tile.begin) {
+#pragma unroll
+        for (int r1 = 0; r1 < S1; ++r1) {
+          if (!Inside((q1 - 1) * S1 + r1 - a.pad[1], a.osize[1])) continue;
+          if constexpr (kPairs) {
+            const float pair[2] = {sum[r1][0][0], sum[r1][1][0]};
+            Store(to + r1 * a.ys[1], pair);  // all pairs of positions inside lie inside
+          } else {
+#pragma unroll
+            for (int r = 0; r < S2; ++r) {
+              if (Inside(o2 + r, a.osize[2])) Store(to + (r1 * a.ys[1] + r * a.ys[2]), sum[r1][r]);
+            }
+          }
+        }
+      }
+      to += S1 * a.ys[1];
+#pragma unroll
+      for (int t = 0; t < kRows - S1; ++t) {
+#pragma unroll
+        for (int e = 0; e < S2 * V; ++e) sum[t][e / V][e % V] = sum[t + S1][e / V][e % V];
+      }
+      begin_rows(kRows - S1);
+    }
+  }
+}
+
+// dx. Positions: inputs. The sums of the inputs that S1 rows of y reach go round in registers.
+template <class In, int V, int K0, int S1, int K1, int S2, int K2>
+__global__ void __launch_bounds__(kThreads, 2) InputGrad(const __grid_constant__ DepthwiseArgs a) {
+  constexpr int kJ1 = (K1 + S1 - 1) / S1, kTaps = K0 * K1 * K2;
+  const Lane lane = LaneOf<V>(a);
+  if (!lane.busy) return;
+  const In* const w_c = static_cast<const In*>(a.w) + int64_t{lane.c} * kTaps;
+  float w[K0][K1][K2][V];
+#pragma unroll
+  for (int t = 0; t < kTaps; ++t) {
+#pragma unroll
+    for (int v = 0; v < V; ++v) {
+      w[t / (K1 * K2)][t / K2 % K1][t % K2][v] = ToAccumulator(w_c[v * kTaps + t]);
+    }
+  }
+  for (int index = blockIdx.x / a.channel_blocks; index < a.tiles; index += a.parts) {
+    const Tile tile = TileOf(a, lane, index);
+    if (!tile.inside) continue;
+    const int o0 = tile.at0 * a.stride[0] - a.pad[0], o2 = tile.at2 * S2 - a.pad[2];
+    bool inside0[K0], inside2[K2], all = true;
+    int hop[K2];
+#pragma unroll
+    for (int t = 0; t < K0; ++t) all = (inside0[t] = Inside(o0 + t, a.osize[0])) && all;
+#pragma unroll
+    for (int t = 0; t < K2; ++t) {
+      all = (inside2[t] = Inside(o2 + t, a.osize[2])) && all;
+      hop[t] = t * a.ys[2];
+    }
+    // Most warps lie inside along axes 0 and 2: they need not ask.
+    const bool inner = __all_sync(__activemask(), all);
+    const In* y = static_cast<const In*>(a.y) + tile.n * a.yn + int64_t{lane.c} * a.yc +
+                  (o0 * a.ys[0] + o2 * a.ys[2] + (tile.begin * S1 - a.pad[1]) * a.ys[1]);
+    int64_t to = tile.n * a.xn + int64_t{lane.c} * a.xc + tile.at0 * a.xs[0] + tile.at2 * a.xs[2] +
+                 (tile.begin - (kJ1 - 1)) * a.xs[1];
+    float sum[kJ1][V] = {};
+    for (int q1 = tile.begin; q1 < tile.end + kJ1 - 1; ++q1) {
+#pragma unroll
+      for (int r1 = 0; r1 < S1; ++r1) {
+        const bool row = Inside(q1 * S1 + r1 - a.pad[1], a.osize[1]);
+        const auto add = [&](auto ask) {
+#pragma unroll
+          for (int t0 = 0; t0 < K0; ++t0) {
+            const In* const from = y + (t0 * a.ys[0] + r1 * a.ys[1]);
+#pragma unroll
+            for (int t2 = 0; t2 < K2; ++t2) {
+              float value[V];
+              Load(value, from + hop[t2], !decltype(ask)::value || (inside0[t0] && inside2[t2]));
+#pragma unroll
+              for (int j1 = 0; j1 < kJ1; ++j1) {
+                if (r1 + j1 * S1 >= K1) continue;
+#pragma unroll
+                for (int v = 0; v < V; ++v) sum[j1][v] += value[v] * w[t0][r1 + j1 * S1][t2][v];
+              }
+            }
+          }
+        };
+        if (!row || r1 >= K1) continue;
+        if (inner) {
+          add(std::false_type{});
+        } else {
+          add(std::true_type{});
+        }
+      }
+      y += S1 * a.ys[1];
+      if (q1 - (kJ1 - 1) >= tile.begin) StoreAt<In>(a, to, sum[kJ1 - 1]);
+      to += a.xs[1];
+#pragma unroll
+      for (int j = kJ1 - 1; j >= 0; --j) {
+#pragma unroll
+        for (int v = 0; v < V; ++v) sum[j][v] = j > 0 ? sum[j - 1][v] : 0;
+      }
+    }
+  }
+}
+
+// Adds up the sums of the threads that share channels and the residue of axis 0, in a fixed order,
+// and writes them to element place(channels of the block and before, residue, which), if it is not
+// negative: `helpers` threads take every helpers-th thread's sum, and then add up as a tree.
+template <class In, int kKept, class Place>
+__device__ inline void AddUp(const DepthwiseArgs& a, const float* kept, int residues, Place place,
+                             int part) {
+  constexpr int kChunk = kKept < 16 ? kKept : 16;
+  __shared__ float sums[kChunk][kThreads];
+  const int members = a.tile2 * (a.tile0 / residues), groups = a.tile_c * residues;
+  const int c_first = static_cast<int>(blockIdx.x) % a.channel_blocks * a.tile_c;
+  int helpers = 1;
+  while (helpers < members && helpers < 32) helpers *= 2;
+  const int helper = threadIdx.x % helpers;
+#pragma unroll
+  for (int begin = 0; begin < kKept; begin += kChunk) {
+    __syncthreads();
+#pragma unroll
+    for (int e = 0; e < kChunk && begin + e < kKept; ++e) sums[e][threadIdx.x] = kept[begin + e];
+    __syncthreads();
+    const int count = min(kChunk, kKept - begin) * groups;
+    // All lanes of a warp stay together for the tree.
+    for (int base = 0; base < count; base += static_cast<int>(blockDim.x) / helpers) {
+      const int item = base + threadIdx.x / helpers, group = item % groups;
+      const int e = min(item / groups, kChunk - 1), c = group % a.tile_c, r = group / a.tile_c;
+      float total = 0;
+      for (int m = helper; m < members && item < count; m += helpers) {
+        const int at2 = m % a.tile2, at0 = m / a.tile2 * residues + r;
+        total += sums[e][a.channels_last ? (at0 * a.tile2 + at2) * a.tile_c + c
+                                         : (c * a.tile0 + at0) * a.tile2 + at2];
+      }
+      for (int hop = helpers / 2; hop > 0; hop /= 2) {
+        total += __shfl_down_sync(0xffffffffu, total, hop, helpers);
+      }
+      if (helper != 0 || item >= count) continue;
+      const int64_t to = place(c_first + c, r, begin + e);
+      if (to < 0) continue;
+      if (a.parts > 1) {
+        static_cast<float*>(a.out)[part * a.w_elements + to] = total;
+      } else {
+        const float one[1] = {total};
+        StoreAt<In>(a, to, one);
+      }
+    }
+  }
+}
+
+// A part of dw. Positions: u of axis 0, inputs of axis 1, q of axis 2. The K1 rows of y that an
+// input row meets go round in registers.
+template <class In, int V, int J0, int S1, int K1, int S2, int K2>
+__global__ void __launch_bounds__(kThreads, 2) WeightGrad(const __grid_constant__ DepthwiseArgs a) {
+  constexpr int kJ2 = (K2 + S2 - 1) / S2;
+  const Lane lane = LaneOf<V>(a);
+  const int stride0 = a.stride[0], r0 = lane.at0 % stride0;
+  float w[J0][K1][K2][V] = {};
+  int hop[J0][kJ2];  // of the sources
+#pragma unroll
+  for (int j0 = 0; j0 < J0; ++j0) {
+#pragma unroll
+    for (int j2 = 0; j2 < kJ2; ++j2) hop[j0][j2] = -(j0 * a.xs[0] + j2 * a.xs[2]);
+  }
+  for (int index = blockIdx.x / a.channel_blocks; index < a.tiles; index += a.parts) {
+    const Tile tile = TileOf(a, lane, index);
+    if (!tile.inside || tile.at0 < a.pad[0]) continue;
+    const int q0 = (tile.at0 - r0) / stride0, o2 = tile.at2 * S2 - a.pad[2];
+    bool inside_x[J0][kJ2], inside_y[S2];
+#pragma unroll
+    for (int j0 = 0; j0 < J0; ++j0) {
+      const bool plane = r0 + j0 * stride0 < a.k[0] && Inside(q0 - j0, a.isize[0]);
+#pragma unroll
+      for (int j2 = 0; j2 < kJ2; ++j2) {
+        inside_x[j0][j2] = plane && Inside(tile.at2 - j2, a.isize[2]);
+      }
+    }
+#pragma unroll
+    for (int r = 0; r < S2; ++r) inside_y[r] = Inside(o2 + r, a.osize[2]);
+    const In* x = static_cast<const In*>(a.x) + tile.n * a.xn + int64_t{lane.c} * a.xc +
+                  (q0 * a.xs[0] + tile.begin * a.xs[1] + tile.at2 * a.xs[2]);
+    const int first = tile.begin * S1 - a.pad[1];
+    const In* y = static_cast<const In*>(a.y) + tile.n * a.yn + int64_t{lane.c} * a.yc +
+                  ((tile.at0 - a.pad[0]) * a.ys[0] + first * a.ys[1] + o2 * a.ys[2]);
+    float xs[J0][kJ2][V], ys[K1][S2][V];
+    int o1 = first;
+    const auto load_x = [&](const In* from) {
+#pragma unroll
+      for (int j0 = 0; j0 < J0; ++j0) {
+#pragma unroll
+        for (int j2 = 0; j2 < kJ2; ++j2) {
+          Load(xs[j0][j2], from + hop[j0][j2], inside_x[j0][j2]);
+        }
+      }
+    };
+    const auto load_y = [&](int t1, float (&to)[S2][V]) {
+      const bool row = Inside(o1 + t1, a.osize[1]);
+#pragma unroll
+      for (int r = 0; r < S2; ++r) {
+        Load(to[r], y + (t1 * a.ys[1] + r * a.ys[2]), row && inside_y[r]);
+      }
+    };
+#pragma unroll
+    for (int t1 = 0; t1 < K1; ++t1) load_y(t1, ys[t1]);
+    load_x(x);
+#pragma unroll(K1 == 2 * S1 ? 2 : 1)
+    for (int i1 = tile.begin; i1 < tile.end; ++i1) {
+      float x_row[J0][kJ2][V], y_next[S1 < K1 ? S1 : K1][S2][V];
+#pragma unroll
+      for (int e = 0; e < J0 * kJ2 * V; ++e) {
+        x_row[e / V / kJ2][e / V % kJ2][e % V] = xs[e / V / kJ2][e / V % kJ2][e % V];
+      }
+      x += a.xs[1];
+      y += S1 * a.ys[1];
+      o1 += S1;
+      if (i1 + 1 < tile.end) {
+        load_x(x);
+#pragma unroll
+        for (int t = Max(K1 - S1, 0); t < K1; ++t) load_y(t, y_next[t - Max(K1 - S1, 0)]);
+      }
+#pragma unroll
+      for (int j0 = 0; j0 < J0; ++j0) {
+#pragma unroll
+        for (int t1 = 0; t1 < K1; ++t1) {
+#pragma unroll
+          for (int t2 = 0; t2 < K2; ++t2) {
+#pragma unroll
+            for (int v = 0; v < V; ++v) {
+              w[j0][t1][t2][v] += x_row[j0][t2 / S2][v] * ys[t1][t2 % S2][v];
+            }
+          }
+        }
+      }
+#pragma unroll
+      for (int t = 0; t < K1; ++t) {
+#pragma unroll
+        for (int e = 0; e < S2 * V; ++e) {
+          ys[t][e / V][e % V] = t + S1 < K1 ? ys[t + S1 < K1 ? t + S1 : 0][e / V][e % V]
+                                            : y_next[t - Max(K1 - S1, 0)][e / V][e % V];
+        }
+      }
+    }
+  }
+
+  const int taps = a.k[0] * K1 * K2;
+  AddUp<In, J0 * K1 * K2 * V>(
+      a, &w[0][0][0][0], stride0,
+      [&](int c, int residue, int kept) -> int64_t {
+        const int channel = c * V + kept % V, t0 = residue + kept / V / (K1 * K2) * stride0;
+        if (channel >= a.c || t0 >= a.k[0]) return -1;
+        return int64_t{channel} * taps + t0 * K1 * K2 + kept / V % (K1 * K2);
+      },
+      static_cast<int>(blockIdx.x) / a.channel_blocks);
+}
+
+// Any window: y, one output at a time. Positions: outputs.
+template <class In>
+__global__ void __launch_bounds__(kThreads) AnyForward(const __grid_constant__ DepthwiseArgs a) {
+  const Lane lane = LaneOf<1>(a);
+  if (!lane.busy) return;
+  const In* const w = static_cast<const In*>(a.w) + int64_t{lane.c} * a.k[0] * a.k[1] * a.k[2];
+  float bias = 0;
+  if (a.bias != nullptr) {
+    bias = std::is_same_v<In, float> || a.wide ? static_cast<const float*>(a.bias)[lane.c]
+                                               : ToAccumulator(static_cast<const In*>(a.bias)[lane.c]);
+  }
+  for (int index = blockIdx.x / a.channel_blocks; index < a.tiles; index += a.parts) {
+    const Tile tile = TileOf(a, lane, index);
+    if (!tile.inside) continue;
+    const In* const x = static_cast<const In*>(a.x) + tile.n * a.xn + int64_t{lane.c} * a.xc;
+    // Calls body(tap, input) for the taps of an axis that reach output o from inside.
+    const auto for_taps = [&](int axis, int o, auto body) {
+      int u = o + a.pad[axis];
+      for (int t = 0; t < a.k[axis]; ++t, u -= a.dilation[axis]) {
+        const int i = u / a.stride[axis];
+        if (i * a.stride[axis] == u && Inside(i, a.isize[axis])) body(t, i);
+      }
+    };
+    for (int o1 = tile.begin; o1 < tile.end; ++o1) {
+      float sum[1] = {bias};
+      for_taps(0, tile.at0, [&](int t0, int i0) {
+        for_taps(1, o1, [&](int t1, int i1) {
+          for_taps(2, tile.at2, [&](int t2, int i2) {
+            sum[0] += ToAccumulator(x[i0 * a.xs[0] + i1 * a.xs[1] + i2 * a.xs[2]]) *
+                      ToAccumulator(w[(t0 * a.k[1] + t1) * a.k[2] + t2]);
+          });
+        });
+      });
+      const int at = tile.at0 * a.ys[0] + o1 * a.ys[1] + tile.at2 * a.ys[2];
+      StoreAt<In>(a, tile.n * a.yn + int64_t{lane.c} * a.yc + at, sum);
+    }
+  }
+}
+
+// Any window: dx, one input at a time. Positions: inputs.
+template <class In>
+__global__ void __launch_bounds__(kThreads) AnyInputGrad(const __grid_constant__ DepthwiseArgs a) {
+  const Lane lane = LaneOf<1>(a);
+  if (!lane.busy) return;
+  const In* const w = static_cast<const In*>(a.w) + int64_t{lane.c} * a.k[0] * a.k[1] * a.k[2];
+  for (int index = blockIdx.x / a.channel_blocks; index < a.tiles; index += a.parts) {
+    const Tile tile = TileOf(a, lane, index);
+    if (!tile.inside) continue;
+    const In* const y = static_cast<const In*>(a.y) + tile.n * a.yn + int64_t{lane.c} * a.yc;
+    const auto for_taps = [&](int axis, int i, auto body) {
+      int o = i * a.stride[axis] - a.pad[axis];
+      for (int t = 0; t < a.k[axis]; ++t, o += a.dilation[axis]) {
+        if (Inside(o, a.osize[axis])) body(t, o);
+      }
+    };
+    for (int i1 = tile.begin; i1 < tile.end; ++i1) {
+      float sum[1] = {};
+      for_taps(0, tile.at0, [&](int t0, int o0) {
+        for_taps(1, i1, [&](int t1, int o1) {
+          for_taps(2, tile.at2, [&](int t2, int o2) {
+            sum[0] += ToAccumulator(y[o0 * a.ys[0] + o1 * a.ys[1] + o2 * a.ys[2]]) *
+                      ToAccumulator(w[(t0 * a.k[1] + t1) * a.k[2] + t2]);
+          });
+        });
+      });
+      const int at = tile.at0 * a.xs[0] + i1 * a.xs[1] + tile.at2 * a.xs[2];
+      StoreAt<In>(a, tile.n * a.xn + int64_t{lane.c} * a.xc + at, sum);
+    }
+  }
+}
+
+// Any window: a part of dw at the tap blockIdx.y. Positions: inputs.
+template <class In>
+__global__ void __launch_bounds__(kThreads) AnyWeightGrad(const __grid_constant__ DepthwiseArgs a) {
+  const Lane lane = LaneOf<1>(a);
+  const int tap = blockIdx.y, t[kAxes] = {tap / a.k[2] / a.k[1], tap / a.k[2] % a.k[1], tap % a.k[2]};
+  float sum = 0;
+  for (int index = blockIdx.x / a.channel_blocks; index < a.tiles; index += a.parts) {
+    const Tile tile = TileOf(a, lane, index);
+    const auto output = [&](int axis, int i) {
+      return i * a.stride[axis] + t[axis] * a.dilation[axis] - a.pad[axis];
+    };
+    const int o0 = output(0, tile.at0), o2 = output(2, tile.at2);
+    if (!tile.inside || !Inside(o0, a.osize[0]) || !Inside(o2, a.osize[2])) continue;
+    const In* const x = static_cast<const In*>(a.x) + tile.n * a.xn + int64_t{lane.c} * a.xc +
+                        (tile.at0 * a.xs[0] + tile.at2 * a.xs[2]);
+    const In* const y = static_cast<const In*>(a.y) + tile.n * a.yn + int64_t{lane.c} * a.yc +
+                        (o0 * a.ys[0] + o2 * a.ys[2]);
+#pragma unroll 4
+    for (int i1 = tile.begin; i1 < tile.end; ++i1) {
+      const int o1 = output(1, i1);
+      if (!Inside(o1, a.osize[1])) continue;
+      sum += ToAccumulator(x[i1 * a.xs[1]]) * ToAccumulator(y[o1 * a.ys[1]]);
+    }
+  }
+  const int taps = a.k[0] * a.k[1] * a.k[2];
+  AddUp<In, 1>(
+      a, &sum, 1,
+      [&](int c, int, int) { return c < a.c ? int64_t{c} * taps + tap : int64_t{-1}; },
+      static_cast<int>(blockIdx.x) / a.channel_blocks);
+}
+
+template <class Kernel>
+cudaError_t Run(Kernel kernel, const DepthwisePlan& plan, const DepthwiseArgs& a, int taps,
+                cudaStream_t stream) {
+  kernel<<<dim3(static_cast<unsigned>(plan.blocks), static_cast<unsigned>(taps)),
+           static_cast<unsigned>(plan.threads), 0, stream>>>(a);
+  return cudaGetLastError();
+}
+
+template <class In, class Out, int V, int J0, int S1, int K1, int S2, int K2>
+cudaError_t RunForward(const DepthwisePlan& plan, const DepthwiseArgs& a, cudaStream_t stream) {
+  if constexpr (V == 1 && S2 == 2) {
+    if (plan.pairs && a.pad[2] % 2 == 0) {
+      return Run(Forward<In, Out, 1, true, 0, J0, S1, K1, S2, K2>, plan, a, 1, stream);
+    }
+    if (plan.pairs) {
+      return Run(Forward<In, Out, 1, true, 1, J0, S1, K1, S2, K2>, plan, a, 1, stream);
+    }
+  }
+  return Run(Forward<In, Out, V, false, 0, J0, S1, K1, S2, K2>, plan, a, 1, stream);
+}
+
+// The window of a pass; forward and weight gradient: of T0 taps of axis 0 for each residue.
+template <class In, int V, int T0, int S1, int K1, int S2, int K2>
+cudaError_t RunWindow(Pass pass, const DepthwisePlan& plan, const DepthwiseArgs& a,
+                      cudaStream_t stream) {
+  if constexpr (T0 * K1 * K2 * V <= kDepthwiseKept) {
+    constexpr DepthwiseWindow kWindow{T0, S1, K1, S2, K2};
+    if (pass == Pass::kInputGrad) {
+      if constexpr (DepthwiseHas(Pass::kInputGrad, kWindow)) return Run(InputGrad<In, V, T0, S1, K1, S2, K2>, plan, a, 1, stream);
+    } else if constexpr (DepthwiseHas(Pass::kForward, kWindow)) {
+      if (pass == Pass::kWeightGrad) {
+        return Run(WeightGrad<In, V, T0, S1, K1, S2, K2>, plan, a, 1, stream);
+      }
+      if (a.wide) return RunForward<In, float, V, T0, S1, K1, S2, K2>(plan, a, stream);
+      return RunForward<In, In, V, T0, S1, K1, S2, K2>(plan, a, stream);
+    }
+  }
+  return cudaErrorInvalidValue;  // never planned
+}
+
+}  // namespace
+
+template <class In>
+cudaError_t EnqueueDepthwise(Pass pass, const DepthwisePlan& plan, const DepthwiseArgs& a,
+                             cudaStream_t stream) {
+  if (plan.window < 0) {
+    if (pass == Pass::kForward) return Run(AnyForward<In>, plan, a, 1, stream);
+    if (pass == Pass::kInputGrad) return Run(AnyInputGrad<In>, plan, a, 1, stream);
+    return Run(AnyWeightGrad<In>, plan, a, a.k[0] * a.k[1] * a.k[2], stream);
+  }
+  int window = 0;
+#define JAXCONV_CASE(T0, S1, K1, S2, K2)                                                       \
+  if (plan.window == window++) {                                                               \
+    return plan.channels == 2 ? RunWindow<In, 2, T0, S1, K1, S2, K2>(pass, plan, a, stream)    \
+                              : RunWindow<In, 1, T0, S1, K1, S2, K2>(pass, plan, a, stream);   \
+  }
+  JAXCONV_DEPTHWISE_WINDOWS(JAXCONV_CASE)
+#undef JAXCONV_CASE
+  return cudaErrorInvalidValue;
+}
+
+}  // namespace jaxconv::cuda
+
+#endif  // JAXCONV_CUDA_DEPTHWISE_CUH_
