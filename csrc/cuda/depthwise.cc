@@ -1,9 +1,9 @@
 #include "cuda/depthwise.h"
 
-#include <algorithm>
-
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
+
+#include <algorithm>
 
 #include "cuda/sum_parts.cuh"
 #include "cuda/taps.h"
@@ -85,12 +85,15 @@ DepthwisePlan PlanDepthwise(const Problem& p, const Device& device) {
   const bool forward = p.pass == Pass::kForward, weight = p.pass == Pass::kWeightGrad;
   const bool any = plan.window < 0;
   const DepthwiseWindow& w = any ? kAny : kWindows[plan.window];
-  plan.channels =
-      !any && p.channels_last && p.ci % 2 == 0 && 2 * w.t0 * w.k1 * w.k2 <= kDepthwiseKept ? 2 : 1;
-  plan.pairs = !any && forward && !p.channels_last && w.s2 == 2 && p.osize[2] % 2 == 0;
+  const bool wide = p.out_dtype == DType::kF32 && p.in_dtype != DType::kF32;
+  plan.channels = !any && !(forward && wide) && p.channels_last && p.ci % 2 == 0 &&
+                          2 * w.t0 * w.k1 * w.k2 <= kDepthwiseKept
+                      ? 2
+                      : 1;
+  plan.pairs = !any && !(forward && wide) && !p.channels_last && w.s2 == 2 && p.osize[2] % 2 == 0;
 
   DepthwiseArgs& a = plan.args;
-  a.wide = p.out_dtype == DType::kF32 && p.in_dtype != DType::kF32;
+  a.wide = wide;
   a.channels_last = p.channels_last;
   a.c = static_cast<int>(p.ci);
   const Strides xs = p.XStrides(), ys = p.YStrides();
@@ -101,7 +104,8 @@ DepthwisePlan PlanDepthwise(const Problem& p, const Device& device) {
   a.w_elements = p.WElements();
   // Where axes 0 and 1 have one position each, images are the rows to march over.
   const bool folded = Product(p.isize) == p.isize[2] && Product(p.osize) == p.osize[2] &&
-                      p.k[1] == 1 && p.stride[1] == 1 && p.pad[1] == 0 && p.n * std::max(xs.n, ys.n) < int64_t{1} << 30;
+                      p.k[1] == 1 && p.stride[1] == 1 && p.pad[1] == 0 &&
+                      p.n * std::max(xs.n, ys.n) < int64_t{1} << 30;
   const int64_t images = folded ? 1 : p.n;
   for (int i = 0; i < kAxes; ++i) {
     a.isize[i] = static_cast<int>(p.isize[i]);
@@ -134,30 +138,35 @@ DepthwisePlan PlanDepthwise(const Problem& p, const Device& device) {
   // a few positions of axis 0 share what L1 holds.
   const int residues = any || p.pass == Pass::kInputGrad ? 1 : a.stride[0];
   const int64_t vectors = CeilDiv(p.ci, plan.channels), most = kDepthwiseThreads / residues;
-  const auto tile0 = [&](int64_t room) {
+  const auto tile0_for = [&](int64_t room) {
     return residues * static_cast<int>(std::clamp<int64_t>(CeilDiv(span(0), residues), 1,
                                                            std::max<int64_t>(room, 1)));
   };
+  int tile_c, tile2, tile0;
   if (p.channels_last) {
-    a.tile_c = Even(vectors, std::min<int64_t>(most, 32));
-    a.tile0 = tile0(std::min<int64_t>(most / a.tile_c, 2));
-    a.tile2 = Even(span(2), kDepthwiseThreads / (a.tile_c * a.tile0));
-    a.tile0 = tile0(most / (a.tile_c * a.tile2));
+    tile_c = Even(vectors, std::min<int64_t>(most, 32));
+    tile0 = tile0_for(std::min<int64_t>(most / tile_c, 2));
+    tile2 = Even(span(2), kDepthwiseThreads / (tile_c * tile0));
+    tile0 = tile0_for(most / (tile_c * tile2));
   } else {
-    a.tile2 = Even(span(2), most);
-    a.tile0 = tile0(most / a.tile2);
-    a.tile_c = Even(vectors, kDepthwiseThreads / (a.tile2 * a.tile0));
+    tile2 = Even(span(2), most);
+    tile0 = tile0_for(most / tile2);
+    tile_c = Even(vectors, kDepthwiseThreads / (tile2 * tile0));
   }
-  plan.threads = static_cast<int>(CeilDiv(int64_t{a.tile_c} * a.tile2 * a.tile0, 32)) * 32;
-  a.channel_blocks = static_cast<int>(CeilDiv(vectors, a.tile_c));
-  a.tiles2 = static_cast<int>(CeilDiv(span(2), a.tile2));
-  a.tiles0 = static_cast<int>(CeilDiv(span(0), a.tile0));
+  a.by_c = DivisorOf(tile_c);
+  a.by2 = DivisorOf(tile2);
+  a.by0 = DivisorOf(tile0);
+  a.by_residue = DivisorOf(residues);
+  plan.threads = static_cast<int>(CeilDiv(int64_t{tile_c} * tile2 * tile0, 32)) * 32;
+  plan.channel_blocks = static_cast<int>(CeilDiv(vectors, tile_c));
+  a.tiles2 = static_cast<int>(CeilDiv(span(2), tile2));
+  a.tiles0 = static_cast<int>(CeilDiv(span(0), tile0));
   // Marches are cut where there would be few blocks.
   const int64_t columns = int64_t{a.tiles0} * a.tiles2 * images;
   const int64_t resident = 2 * device.multiprocessors, wanted = 4 * resident;
   const int taps = any && weight ? static_cast<int>(Product(p.k)) : 1;
   const int64_t cuts =
-      std::clamp<int64_t>(wanted / (columns * a.channel_blocks * taps), 1, CeilDiv(span(1), 4));
+      std::clamp<int64_t>(wanted / (columns * plan.channel_blocks * taps), 1, CeilDiv(span(1), 4));
   a.steps = Even(span(1), CeilDiv(span(1), cuts));
   a.segments = static_cast<int>(CeilDiv(span(1), a.steps));
   const int64_t tiles = columns * a.segments;
@@ -166,16 +175,15 @@ DepthwisePlan PlanDepthwise(const Problem& p, const Device& device) {
 
   // How many blocks share the tiles of the same channels: all that are resident for sums, else as
   // many as need not load weights too often.
-  int64_t parts = std::max<int64_t>(1, 8 * wanted / a.channel_blocks);
+  int64_t parts = std::max<int64_t>(1, 8 * wanted / plan.channel_blocks);
   if (weight) {
     const int64_t limit = p.YElements() * SizeOf(p.in_dtype) / 10 / (4 * p.WElements());
-    parts = std::clamp<int64_t>(resident / (int64_t{a.channel_blocks} * taps), 1,
+    parts = std::clamp<int64_t>(resident / (int64_t{plan.channel_blocks} * taps), 1,
                                 std::max<int64_t>(limit, 1));
   }
   parts = std::min(parts, tiles);
   a.parts = static_cast<int>(CeilDiv(tiles, CeilDiv(tiles, parts)));
-  plan.blocks = int64_t{a.parts} * a.channel_blocks;
-  if (plan.blocks >= int64_t{1} << 31 || taps > 65535) plan.refusal = "wants too many blocks";
+  if (a.parts > 65535 || taps > 65535) plan.refusal = "wants too many blocks";
   if (weight && a.parts > 1) plan.workspace = 4 * a.parts * p.WElements();
 
   // Memory at four fifths of what it copies, instructions of the warps, and the march of the
@@ -184,8 +192,8 @@ DepthwisePlan PlanDepthwise(const Problem& p, const Device& device) {
   const double bytes = static_cast<double>((p.XElements() + p.YElements()) * SizeOf(p.in_dtype));
   const double step = any ? 40 + 12 * static_cast<double>(weight ? 1 : Product(p.k))
                           : Instructions(p, w, plan.channels);
-  const double warp_steps = static_cast<double>(plan.blocks * taps) * rounds * a.steps *
-                            plan.threads / 32;
+  const double warp_steps = static_cast<double>(taps) * plan.channel_blocks * a.parts * rounds *
+                            a.steps * plan.threads / 32;
   plan.seconds = 4e-6 + (weight ? 3e-6 : 0) +
                  std::max({bytes / (device.multiprocessors * 26e9),
                            warp_steps * step / (device.multiprocessors * 4.2e9),

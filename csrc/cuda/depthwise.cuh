@@ -12,26 +12,39 @@ namespace {
 
 constexpr int kThreads = kDepthwiseThreads;
 
-// V neighbours in memory, as floats; zeros where they are not inside.
+// V neighbours in memory, as they are: what was asked for ahead waits in few registers.
+template <class In, int V>
+using Raw =
+    std::conditional_t<V == 1, In, std::conditional_t<std::is_same_v<In, float>, float2, unsigned>>;
+
+// Zeros where they are not inside.
 template <int V, class In>
-__device__ inline void Load(float (&to)[V], const In* from, bool inside) {
+__device__ inline Raw<In, V> Ask(const In* from, bool inside) {
   static_assert(V <= 2);
+  return inside ? __ldg(reinterpret_cast<const Raw<In, V>*>(from)) : Raw<In, V>{};
+}
+
+// Brings what a later step will ask for from device memory into L2: it needs no registers.
+constexpr int kAhead = 4;  // steps
+
+__device__ inline void Announce(const void* from, bool inside) {
+  if (inside) asm volatile("prefetch.global.L2 [%0];" ::"l"(from));
+}
+
+template <class In, int V>
+__device__ inline void Unpack(float (&to)[V], Raw<In, V> raw) {
   if constexpr (V == 1) {
-    to[0] = inside ? ToAccumulator(__ldg(from)) : 0;
+    to[0] = ToAccumulator(raw);
   } else if constexpr (std::is_same_v<In, float>) {
-    const float2 v = inside ? __ldg(reinterpret_cast<const float2*>(from)) : float2{0, 0};
+    to[0] = raw.x;
+    to[1] = raw.y;
+  } else if constexpr (std::is_same_v<In, __half>) {
+    const float2 v = __half22float2(*reinterpret_cast<const __half2*>(&raw));
     to[0] = v.x;
     to[1] = v.y;
   } else {
-    const unsigned bits = inside ? __ldg(reinterpret_cast<const unsigned*>(from)) : 0;
-    if constexpr (std::is_same_v<In, __half>) {
-      const float2 v = __half22float2(*reinterpret_cast<const __half2*>(&bits));
-      to[0] = v.x;
-      to[1] = v.y;
-    } else {
-      to[0] = __uint_as_float(bits << 16);
-      to[1] = __uint_as_float(bits & 0xffff0000u);
-    }
+    to[0] = __uint_as_float(raw << 16);
+    to[1] = __uint_as_float(raw & 0xffff0000u);
   }
 }
 
@@ -62,27 +75,25 @@ __device__ inline void StoreAt(const DepthwiseArgs& a, int64_t at, const float (
 // What a thread keeps all the time: its place among the positions of a tile, and its channels.
 struct Lane {
   int c, at2, at0;
+  int residue;  // of at0 by the stride
   bool busy;
 };
 
 template <int V>
 __device__ inline Lane LaneOf(const DepthwiseArgs& a) {
-  int t = threadIdx.x;
+  const int t = static_cast<int>(threadIdx.x);
+  // The innermost two of three digits, by layout.
+  const SmallDivisor& by = a.channels_last ? a.by_c : a.by2;
+  const SmallDivisor& then_by = a.channels_last ? a.by2 : a.by0;
+  const int rest = Divide(t, by), first = t - rest * by.divisor, third = Divide(rest, then_by);
+  const int second = rest - third * then_by.divisor;
   Lane lane;
-  if (a.channels_last) {
-    lane.c = t % a.tile_c;
-    t /= a.tile_c;
-    lane.at2 = t % a.tile2;
-    lane.at0 = t / a.tile2;
-  } else {
-    lane.at2 = t % a.tile2;
-    t /= a.tile2;
-    lane.at0 = t % a.tile0;
-    lane.c = t / a.tile0;
-  }
-  lane.busy = lane.at0 < a.tile0 && lane.c < a.tile_c;
-  lane.c = (static_cast<int>(blockIdx.x) % a.channel_blocks * a.tile_c + lane.c) * V;
-  lane.busy = lane.busy && lane.c < a.c;
+  lane.at2 = a.channels_last ? second : first;
+  lane.at0 = a.channels_last ? third : second;
+  const int c = a.channels_last ? first : third;
+  lane.c = (static_cast<int>(blockIdx.x) * a.by_c.divisor + c) * V;
+  lane.residue = lane.at0 - Divide(lane.at0, a.by_residue) * a.by_residue.divisor;
+  lane.busy = lane.at0 < a.by0.divisor && c < a.by_c.divisor && lane.c < a.c;
   return lane;
 }
 
@@ -94,9 +105,9 @@ struct Tile {
 
 __device__ inline Tile TileOf(const DepthwiseArgs& a, const Lane& lane, int index) {
   Tile tile;
-  tile.at2 = a.origin[2] + index % a.tiles2 * a.tile2 + lane.at2;
+  tile.at2 = a.origin[2] + index % a.tiles2 * a.by2.divisor + lane.at2;
   index /= a.tiles2;
-  tile.at0 = a.origin[0] + index % a.tiles0 * a.tile0 + lane.at0;
+  tile.at0 = a.origin[0] + index % a.tiles0 * a.by0.divisor + lane.at0;
   index /= a.tiles0;
   tile.begin = a.origin[1] + index % a.segments * a.steps;
   tile.end = min(tile.begin + a.steps, a.end[1]);
@@ -110,17 +121,20 @@ __device__ inline bool Inside(int position, int size) {
 }
 
 constexpr int Max(int a, int b) { return a > b ? a : b; }
+constexpr int Min(int a, int b) { return a < b ? a : b; }
 
-// y. Positions: u of axis 0 (from a multiple of its stride), q of axes 1 and 2. The sums of the K1 rows that an input row reaches
-// go round in registers. J0: taps of axis 0 for a residue. kShift: what u of axis 2 is more than
-// a multiple of S2 at a position's first output: then pairs of outputs are aligned in memory.
-template <class In, class Out, int V, bool kPairs, int kShift, int J0, int S1, int K1, int S2, int K2>
+// y. Positions: u of axis 0 (from a multiple of its stride), q of axes 1 and 2. The sums of the K1
+// rows that an input row reaches go round in registers. J0: taps of axis 0 for a residue. kShift:
+// what u of axis 2 is more than a multiple of S2 at a position's first output: then pairs of
+// outputs are aligned in memory.
+template <class In, class Out, int V, bool kPairs, int kShift, int J0, int S1, int K1, int S2,
+          int K2>
 __global__ void __launch_bounds__(kThreads, 2) Forward(const __grid_constant__ DepthwiseArgs a) {
   constexpr int kJ1 = (K1 + S1 - 1) / S1, kJ2 = (K2 + S2 - 1) / S2;
   constexpr int kSources = kJ2 + (S2 - 1 + kShift) / S2, kRows = Max(K1, S1);
   const Lane lane = LaneOf<V>(a);
   if (!lane.busy) return;
-  const int stride0 = a.stride[0], r0 = lane.at0 % stride0, taps = a.k[0] * K1 * K2;
+  const int stride0 = a.stride[0], r0 = lane.residue, taps = a.k[0] * K1 * K2;
   const In* const w_c = static_cast<const In*>(a.w) + int64_t{lane.c} * taps;
   float w[J0][K1][K2][V], bias[V] = {};
 #pragma unroll
@@ -143,7 +157,7 @@ __global__ void __launch_bounds__(kThreads, 2) Forward(const __grid_constant__ D
 #pragma unroll
     for (int m = 0; m < kSources; ++m) hop[j0][m] = m * xs2 - j0 * a.xs[0];
   }
-  for (int index = blockIdx.x / a.channel_blocks; index < a.tiles; index += a.parts) {
+  for (int index = blockIdx.y; index < a.tiles; index += a.parts) {
     const Tile tile = TileOf(a, lane, index);
     if (!tile.inside || tile.at0 < a.pad[0]) continue;
     const int q0 = (tile.at0 - r0) / stride0, i2 = tile.at2 - (kJ2 - 1);
@@ -160,16 +174,19 @@ __global__ void __launch_bounds__(kThreads, 2) Forward(const __grid_constant__ D
     const int o2 = tile.at2 * S2 + kShift - a.pad[2];
     Out* to = static_cast<Out*>(a.out) + tile.n * a.yn + int64_t{lane.c} * a.yc +
               ((tile.at0 - a.pad[0]) * a.ys[0] + o2 * a.ys[2] + (q1 * S1 - a.pad[1]) * a.ys[1]);
-    float next[J0][kSources][V], sum[kRows][S2][V];
-    const auto load = [&] {
-      const bool row = Inside(q1, a.isize[1]);
+    Raw<In, V> next[J0][kSources];
+    float sum[kRows][S2][V];
+    const auto ask = [&] {
+      const bool row = Inside(q1, a.isize[1]) && q1 < tile.end;
 #pragma unroll
       for (int j0 = 0; j0 < J0; ++j0) {
 #pragma unroll
         for (int m = 0; m < kSources; ++m) {
-          Load(next[j0][m], x + hop[j0][m], row && inside[j0][m]);
+          next[j0][m] = Ask<V>(x + hop[j0][m], row && inside[j0][m]);
         }
       }
+      Announce(x + (hop[0][kSources - 1] + kAhead * a.xs[1]),
+               inside[0][kSources - 1] && Inside(q1 + kAhead, a.isize[1]));
     };
     const auto begin_rows = [&](int first) {
 #pragma unroll
@@ -178,18 +195,18 @@ __global__ void __launch_bounds__(kThreads, 2) Forward(const __grid_constant__ D
         for (int e = 0; e < S2 * V; ++e) sum[t][e / V][e % V] = bias[e % V];
       }
     };
-    load();
+    ask();
     begin_rows(0);
 #pragma unroll(K1 == 2 * S1 ? 2 : 1)
     for (; q1 < tile.end;) {
       float row[J0][kSources][V];
 #pragma unroll
-      for (int e = 0; e < J0 * kSources * V; ++e) {
-        row[e / V / kSources][e / V % kSources][e % V] = next[e / V / kSources][e / V % kSources][e % V];
+      for (int e = 0; e < J0 * kSources; ++e) {
+        Unpack<In>(row[e / kSources][e % kSources], next[e / kSources][e % kSources]);
       }
       ++q1;
       x += a.xs[1];
-      if (q1 < tile.end) load();
+      ask();
 #pragma unroll
       for (int j0 = 0; j0 < J0; ++j0) {
 #pragma unroll
@@ -198,8 +215,7 @@ __global__ void __launch_bounds__(kThreads, 2) Forward(const __grid_constant__ D
           for (int r = 0; r < S2; ++r) {
 #pragma unroll
             for (int j2 = 0; j2 < kJ2; ++j2) {
-              constexpr int kLast = kJ2 - 1;
-              const int t2 = (r + kShift) % S2 + j2 * S2, m = kLast + (r + kShift) / S2 - j2;
+              const int t2 = (r + kShift) % S2 + j2 * S2, m = kJ2 - 1 + (r + kShift) / S2 - j2;
               if (t2 >= K2) continue;
 #pragma unroll
               for (int v = 0; v < V; ++v) sum[t1][r][v] += row[j0][m][v] * w[j0][t1][t2][v];
@@ -234,9 +250,12 @@ __global__ void __launch_bounds__(kThreads, 2) Forward(const __grid_constant__ D
 }
 
 // dx. Positions: inputs. The sums of the inputs that S1 rows of y reach go round in registers.
-template <class In, int V, int K0, int S1, int K1, int S2, int K2>
+template <class In, int V, bool kPairs, int kShift, int K0, int S1, int K1, int S2, int K2>
 __global__ void __launch_bounds__(kThreads, 2) InputGrad(const __grid_constant__ DepthwiseArgs a) {
   constexpr int kJ1 = (K1 + S1 - 1) / S1, kTaps = K0 * K1 * K2;
+  // Load m of a row brings tap 2 * m - kShift and the next, or tap m.
+  constexpr int kLoads = kPairs ? (K2 + kShift + 1) / 2 : K2, kEach = kPairs ? 2 : V;
+  const auto tap = [](int m) { return kPairs ? 2 * m - kShift : m; };
   const Lane lane = LaneOf<V>(a);
   if (!lane.busy) return;
   const In* const w_c = static_cast<const In*>(a.w) + int64_t{lane.c} * kTaps;
@@ -248,54 +267,81 @@ __global__ void __launch_bounds__(kThreads, 2) InputGrad(const __grid_constant__
       w[t / (K1 * K2)][t / K2 % K1][t % K2][v] = ToAccumulator(w_c[v * kTaps + t]);
     }
   }
-  for (int index = blockIdx.x / a.channel_blocks; index < a.tiles; index += a.parts) {
+  for (int index = blockIdx.y; index < a.tiles; index += a.parts) {
     const Tile tile = TileOf(a, lane, index);
     if (!tile.inside) continue;
     const int o0 = tile.at0 * a.stride[0] - a.pad[0], o2 = tile.at2 * S2 - a.pad[2];
-    bool inside0[K0], inside2[K2], all = true;
-    int hop[K2];
+    bool inside[K0][kLoads];
+    int hop[kLoads];
 #pragma unroll
-    for (int t = 0; t < K0; ++t) all = (inside0[t] = Inside(o0 + t, a.osize[0])) && all;
+    for (int m = 0; m < kLoads; ++m) {
+      hop[m] = kPairs ? tap(m) : m * a.ys[2];
 #pragma unroll
-    for (int t = 0; t < K2; ++t) {
-      all = (inside2[t] = Inside(o2 + t, a.osize[2])) && all;
-      hop[t] = t * a.ys[2];
+      for (int t0 = 0; t0 < K0; ++t0) {
+        inside[t0][m] = Inside(o0 + t0, a.osize[0]) && Inside(o2 + tap(m), a.osize[2]);
+      }
     }
-    // Most warps lie inside along axes 0 and 2: they need not ask.
-    const bool inner = __all_sync(__activemask(), all);
     const In* y = static_cast<const In*>(a.y) + tile.n * a.yn + int64_t{lane.c} * a.yc +
                   (o0 * a.ys[0] + o2 * a.ys[2] + (tile.begin * S1 - a.pad[1]) * a.ys[1]);
     int64_t to = tile.n * a.xn + int64_t{lane.c} * a.xc + tile.at0 * a.xs[0] + tile.at2 * a.xs[2] +
                  (tile.begin - (kJ1 - 1)) * a.xs[1];
-    float sum[kJ1][V] = {};
-    for (int q1 = tile.begin; q1 < tile.end + kJ1 - 1; ++q1) {
+    // The values of row r1 at y, for a step later `rows` rows beyond it.
+    constexpr int kRows = S1 < K1 ? S1 : K1;  // that have taps
+    Raw<In, kEach> next[K0][kLoads];
+    const auto ask = [&](int rows, int o1) {
+      const bool row = Inside(o1, a.osize[1]);
+      const In* const y_row = y + rows * a.ys[1];
 #pragma unroll
-      for (int r1 = 0; r1 < S1; ++r1) {
-        const bool row = Inside(q1 * S1 + r1 - a.pad[1], a.osize[1]);
-        const auto add = [&](auto ask) {
+      for (int t0 = 0; t0 < K0; ++t0) {
+        const In* const from = y_row + t0 * a.ys[0];
 #pragma unroll
-          for (int t0 = 0; t0 < K0; ++t0) {
-            const In* const from = y + (t0 * a.ys[0] + r1 * a.ys[1]);
-#pragma unroll
-            for (int t2 = 0; t2 < K2; ++t2) {
-              float value[V];
-              Load(value, from + hop[t2], !decltype(ask)::value || (inside0[t0] && inside2[t2]));
-#pragma unroll
-              for (int j1 = 0; j1 < kJ1; ++j1) {
-                if (r1 + j1 * S1 >= K1) continue;
-#pragma unroll
-                for (int v = 0; v < V; ++v) sum[j1][v] += value[v] * w[t0][r1 + j1 * S1][t2][v];
-              }
-            }
-          }
-        };
-        if (!row || r1 >= K1) continue;
-        if (inner) {
-          add(std::false_type{});
-        } else {
-          add(std::true_type{});
+        for (int m = 0; m < kLoads; ++m) {
+          next[t0][m] = Ask<kEach>(from + hop[m], row && inside[t0][m]);
         }
       }
+#pragma unroll
+      for (int t0 = 0; t0 < K0; ++t0) {
+        if (t0 >= a.stride[0]) break;
+#pragma unroll
+        for (int m = 0; m < (kPairs ? 1 : Min(S2, K2)); ++m) {
+          if (m > 0 && !a.channels_last) continue;  // of the same sector
+          Announce(y_row + (t0 * a.ys[0] + hop[m] + kAhead * a.ys[1]),
+                   inside[t0][m] && Inside(o1 + kAhead, a.osize[1]));
+        }
+      }
+    };
+    float sum[kJ1][V] = {};
+    int o1 = tile.begin * S1 - a.pad[1];
+    ask(0, o1);
+    for (int q1 = tile.begin; q1 < tile.end + kJ1 - 1; ++q1) {
+#pragma unroll
+      for (int r1 = 0; r1 < kRows; ++r1) {
+        float value[K0][K2][V];
+#pragma unroll
+        for (int e = 0; e < K0 * kLoads; ++e) {
+          float each[kEach];
+          Unpack<In>(each, next[e / kLoads][e % kLoads]);
+#pragma unroll
+          for (int v = 0; v < kEach; ++v) {
+            const int t2 = tap(e % kLoads) + (kPairs ? v : 0);
+            if (t2 >= 0 && t2 < K2) value[e / kLoads][t2][kPairs ? 0 : v] = each[v];
+          }
+        }
+        const int after = r1 + 1 < kRows ? r1 + 1 : S1;
+        ask(after, o1 + after);
+#pragma unroll
+        for (int e = 0; e < K0 * K2; ++e) {
+#pragma unroll
+          for (int j1 = 0; j1 < kJ1; ++j1) {
+            if (r1 + j1 * S1 >= K1) continue;
+#pragma unroll
+            for (int v = 0; v < V; ++v) {
+              sum[j1][v] += value[e / K2][e % K2][v] * w[e / K2][r1 + j1 * S1][e % K2][v];
+            }
+          }
+        }
+      }
+      o1 += S1;
       y += S1 * a.ys[1];
       if (q1 - (kJ1 - 1) >= tile.begin) StoreAt<In>(a, to, sum[kJ1 - 1]);
       to += a.xs[1];
@@ -316,27 +362,31 @@ __device__ inline void AddUp(const DepthwiseArgs& a, const float* kept, int resi
                              int part) {
   constexpr int kChunk = kKept < 16 ? kKept : 16;
   __shared__ float sums[kChunk][kThreads];
-  const int members = a.tile2 * (a.tile0 / residues), groups = a.tile_c * residues;
-  const int c_first = static_cast<int>(blockIdx.x) % a.channel_blocks * a.tile_c;
+  const int members = a.by2.divisor * (a.by0.divisor / residues),
+            groups = a.by_c.divisor * residues;
+  const int c_first = static_cast<int>(blockIdx.x) * a.by_c.divisor;
   int helpers = 1;
   while (helpers < members && helpers < 32) helpers *= 2;
   const int helper = threadIdx.x % helpers;
-#pragma unroll
+#pragma unroll 1
   for (int begin = 0; begin < kKept; begin += kChunk) {
     __syncthreads();
 #pragma unroll
-    for (int e = 0; e < kChunk && begin + e < kKept; ++e) sums[e][threadIdx.x] = kept[begin + e];
+    for (int e = 0; e < kKept; ++e) {  // registers have no index at run time
+      if (e / kChunk * kChunk == begin) sums[e % kChunk][threadIdx.x] = kept[e];
+    }
     __syncthreads();
     const int count = min(kChunk, kKept - begin) * groups;
     // All lanes of a warp stay together for the tree.
     for (int base = 0; base < count; base += static_cast<int>(blockDim.x) / helpers) {
       const int item = base + threadIdx.x / helpers, group = item % groups;
-      const int e = min(item / groups, kChunk - 1), c = group % a.tile_c, r = group / a.tile_c;
+      const int e = min(item / groups, kChunk - 1), c = group % a.by_c.divisor,
+                r = group / a.by_c.divisor;
       float total = 0;
       for (int m = helper; m < members && item < count; m += helpers) {
-        const int at2 = m % a.tile2, at0 = m / a.tile2 * residues + r;
-        total += sums[e][a.channels_last ? (at0 * a.tile2 + at2) * a.tile_c + c
-                                         : (c * a.tile0 + at0) * a.tile2 + at2];
+        const int at2 = m % a.by2.divisor, at0 = m / a.by2.divisor * residues + r;
+        total += sums[e][a.channels_last ? (at0 * a.by2.divisor + at2) * a.by_c.divisor + c
+                                         : (c * a.by0.divisor + at0) * a.by2.divisor + at2];
       }
       for (int hop = helpers / 2; hop > 0; hop /= 2) {
         total += __shfl_down_sync(0xffffffffu, total, hop, helpers);
@@ -356,98 +406,116 @@ __device__ inline void AddUp(const DepthwiseArgs& a, const float* kept, int resi
 
 // A part of dw. Positions: u of axis 0, inputs of axis 1, q of axis 2. The K1 rows of y that an
 // input row meets go round in registers.
-template <class In, int V, int J0, int S1, int K1, int S2, int K2>
+template <class In, int V, bool kPairs, int kShift, int J0, int S1, int K1, int S2, int K2>
 __global__ void __launch_bounds__(kThreads, 2) WeightGrad(const __grid_constant__ DepthwiseArgs a) {
-  constexpr int kJ2 = (K2 + S2 - 1) / S2;
+  constexpr int kJ2 = (K2 + S2 - 1) / S2, kSources = kJ2 + (S2 - 1 + kShift) / S2;
+  constexpr int kLoads = kPairs ? 1 : S2, kEach = kPairs ? 2 : V;  // of a row of y
+  constexpr int kNew = Min(S1, K1);                                // rows that a step brings
   const Lane lane = LaneOf<V>(a);
-  const int stride0 = a.stride[0], r0 = lane.at0 % stride0;
+  const int stride0 = a.stride[0], r0 = lane.residue;
   float w[J0][K1][K2][V] = {};
-  int hop[J0][kJ2];  // of the sources
+  const int xs2 = kPairs ? 1 : a.xs[2];
+  int hop[J0][kSources];
 #pragma unroll
   for (int j0 = 0; j0 < J0; ++j0) {
 #pragma unroll
-    for (int j2 = 0; j2 < kJ2; ++j2) hop[j0][j2] = -(j0 * a.xs[0] + j2 * a.xs[2]);
+    for (int m = 0; m < kSources; ++m) hop[j0][m] = m * xs2 - j0 * a.xs[0];
   }
-  for (int index = blockIdx.x / a.channel_blocks; index < a.tiles; index += a.parts) {
+  for (int index = blockIdx.y; index < a.tiles; index += a.parts) {
     const Tile tile = TileOf(a, lane, index);
     if (!tile.inside || tile.at0 < a.pad[0]) continue;
-    const int q0 = (tile.at0 - r0) / stride0, o2 = tile.at2 * S2 - a.pad[2];
-    bool inside_x[J0][kJ2], inside_y[S2];
+    const int q0 = (tile.at0 - r0) / stride0, i2 = tile.at2 - (kJ2 - 1);
+    const int o2 = tile.at2 * S2 + kShift - a.pad[2];
+    bool inside_x[J0][kSources], inside_y[kLoads];
 #pragma unroll
     for (int j0 = 0; j0 < J0; ++j0) {
       const bool plane = r0 + j0 * stride0 < a.k[0] && Inside(q0 - j0, a.isize[0]);
 #pragma unroll
-      for (int j2 = 0; j2 < kJ2; ++j2) {
-        inside_x[j0][j2] = plane && Inside(tile.at2 - j2, a.isize[2]);
-      }
+      for (int m = 0; m < kSources; ++m) inside_x[j0][m] = plane && Inside(i2 + m, a.isize[2]);
     }
 #pragma unroll
-    for (int r = 0; r < S2; ++r) inside_y[r] = Inside(o2 + r, a.osize[2]);
+    for (int m = 0; m < kLoads; ++m) inside_y[m] = Inside(o2 + m, a.osize[2]);
     const In* x = static_cast<const In*>(a.x) + tile.n * a.xn + int64_t{lane.c} * a.xc +
-                  (q0 * a.xs[0] + tile.begin * a.xs[1] + tile.at2 * a.xs[2]);
-    const int first = tile.begin * S1 - a.pad[1];
+                  (q0 * a.xs[0] + tile.begin * a.xs[1] + i2 * xs2);
+    int o1 = tile.begin * S1 - a.pad[1];
     const In* y = static_cast<const In*>(a.y) + tile.n * a.yn + int64_t{lane.c} * a.yc +
-                  ((tile.at0 - a.pad[0]) * a.ys[0] + first * a.ys[1] + o2 * a.ys[2]);
-    float xs[J0][kJ2][V], ys[K1][S2][V];
-    int o1 = first;
-    const auto load_x = [&](const In* from) {
+                  ((tile.at0 - a.pad[0]) * a.ys[0] + o1 * a.ys[1] + o2 * a.ys[2]);
+    Raw<In, V> x_next[J0][kSources];
+    Raw<In, kEach> y_next[kNew][kLoads];
+    float ys[K1][S2][V];
+    const auto ask_x = [&](bool row) {
 #pragma unroll
       for (int j0 = 0; j0 < J0; ++j0) {
 #pragma unroll
-        for (int j2 = 0; j2 < kJ2; ++j2) {
-          Load(xs[j0][j2], from + hop[j0][j2], inside_x[j0][j2]);
+        for (int m = 0; m < kSources; ++m) {
+          x_next[j0][m] = Ask<V>(x + hop[j0][m], row && inside_x[j0][m]);
         }
       }
     };
-    const auto load_y = [&](int t1, float (&to)[S2][V]) {
-      const bool row = Inside(o1 + t1, a.osize[1]);
-#pragma unroll
-      for (int r = 0; r < S2; ++r) {
-        Load(to[r], y + (t1 * a.ys[1] + r * a.ys[2]), row && inside_y[r]);
-      }
+    const auto ask_y = [&](int t1, int m, bool row) {
+      return Ask<kEach>(y + (t1 * a.ys[1] + m * a.ys[2]),
+                        row && Inside(o1 + t1, a.osize[1]) && inside_y[m]);
     };
+    const auto unpack_y = [&](int t1, int m, Raw<In, kEach> raw) {
+      float each[kEach];
+      Unpack<In>(each, raw);
 #pragma unroll
-    for (int t1 = 0; t1 < K1; ++t1) load_y(t1, ys[t1]);
-    load_x(x);
+      for (int v = 0; v < kEach; ++v) ys[t1][kPairs ? v : m][kPairs ? 0 : v] = each[v];
+    };
+    ask_x(true);
+#pragma unroll
+    for (int e = 0; e < K1 * kLoads; ++e) {
+      unpack_y(e / kLoads, e % kLoads, ask_y(e / kLoads, e % kLoads, true));
+    }
 #pragma unroll(K1 == 2 * S1 ? 2 : 1)
     for (int i1 = tile.begin; i1 < tile.end; ++i1) {
-      float x_row[J0][kJ2][V], y_next[S1 < K1 ? S1 : K1][S2][V];
+      float row[J0][kSources][V];
 #pragma unroll
-      for (int e = 0; e < J0 * kJ2 * V; ++e) {
-        x_row[e / V / kJ2][e / V % kJ2][e % V] = xs[e / V / kJ2][e / V % kJ2][e % V];
+      for (int e = 0; e < J0 * kSources; ++e) {
+        Unpack<In>(row[e / kSources][e % kSources], x_next[e / kSources][e % kSources]);
       }
       x += a.xs[1];
       y += S1 * a.ys[1];
       o1 += S1;
-      if (i1 + 1 < tile.end) {
-        load_x(x);
+      const bool more = i1 + 1 < tile.end, much_more = i1 + 1 + kAhead < tile.end;
 #pragma unroll
-        for (int t = Max(K1 - S1, 0); t < K1; ++t) load_y(t, y_next[t - Max(K1 - S1, 0)]);
+      for (int e = 0; e < kNew * kLoads; ++e) {
+        const int t1 = K1 - kNew + e / kLoads, m = e % kLoads, later = t1 + kAhead * S1;
+        y_next[e / kLoads][m] = ask_y(t1, m, more);
+        if (m > 0 && !a.channels_last) continue;  // of the same sector
+        Announce(y + (later * a.ys[1] + m * a.ys[2]),
+                 much_more && Inside(o1 + later, a.osize[1]) && inside_y[m]);
       }
+      ask_x(more);
+      Announce(x + (hop[0][kSources - 1] + kAhead * a.xs[1]),
+               much_more && inside_x[0][kSources - 1]);
 #pragma unroll
       for (int j0 = 0; j0 < J0; ++j0) {
 #pragma unroll
         for (int t1 = 0; t1 < K1; ++t1) {
 #pragma unroll
-          for (int t2 = 0; t2 < K2; ++t2) {
+          for (int r = 0; r < S2; ++r) {
 #pragma unroll
-            for (int v = 0; v < V; ++v) {
-              w[j0][t1][t2][v] += x_row[j0][t2 / S2][v] * ys[t1][t2 % S2][v];
+            for (int j2 = 0; j2 < kJ2; ++j2) {
+              const int t2 = (r + kShift) % S2 + j2 * S2, m = kJ2 - 1 + (r + kShift) / S2 - j2;
+              if (t2 >= K2) continue;
+#pragma unroll
+              for (int v = 0; v < V; ++v) w[j0][t1][t2][v] += row[j0][m][v] * ys[t1][r][v];
             }
           }
         }
       }
 #pragma unroll
-      for (int t = 0; t < K1; ++t) {
+      for (int t1 = 0; t1 < K1 - kNew; ++t1) {
 #pragma unroll
-        for (int e = 0; e < S2 * V; ++e) {
-          ys[t][e / V][e % V] = t + S1 < K1 ? ys[t + S1 < K1 ? t + S1 : 0][e / V][e % V]
-                                            : y_next[t - Max(K1 - S1, 0)][e / V][e % V];
-        }
+        for (int e = 0; e < S2 * V; ++e) ys[t1][e / V][e % V] = ys[t1 + kNew][e / V][e % V];
+      }
+#pragma unroll
+      for (int e = 0; e < kNew * kLoads; ++e) {
+        unpack_y(K1 - kNew + e / kLoads, e % kLoads, y_next[e / kLoads][e % kLoads]);
       }
     }
   }
-
   const int taps = a.k[0] * K1 * K2;
   AddUp<In, J0 * K1 * K2 * V>(
       a, &w[0][0][0][0], stride0,
@@ -456,7 +524,7 @@ __global__ void __launch_bounds__(kThreads, 2) WeightGrad(const __grid_constant_
         if (channel >= a.c || t0 >= a.k[0]) return -1;
         return int64_t{channel} * taps + t0 * K1 * K2 + kept / V % (K1 * K2);
       },
-      static_cast<int>(blockIdx.x) / a.channel_blocks);
+      static_cast<int>(blockIdx.y));
 }
 
 // Any window: y, one output at a time. Positions: outputs.
@@ -467,10 +535,11 @@ __global__ void __launch_bounds__(kThreads) AnyForward(const __grid_constant__ D
   const In* const w = static_cast<const In*>(a.w) + int64_t{lane.c} * a.k[0] * a.k[1] * a.k[2];
   float bias = 0;
   if (a.bias != nullptr) {
-    bias = std::is_same_v<In, float> || a.wide ? static_cast<const float*>(a.bias)[lane.c]
-                                               : ToAccumulator(static_cast<const In*>(a.bias)[lane.c]);
+    bias = std::is_same_v<In, float> || a.wide
+               ? static_cast<const float*>(a.bias)[lane.c]
+               : ToAccumulator(static_cast<const In*>(a.bias)[lane.c]);
   }
-  for (int index = blockIdx.x / a.channel_blocks; index < a.tiles; index += a.parts) {
+  for (int index = blockIdx.y; index < a.tiles; index += a.parts) {
     const Tile tile = TileOf(a, lane, index);
     if (!tile.inside) continue;
     const In* const x = static_cast<const In*>(a.x) + tile.n * a.xn + int64_t{lane.c} * a.xc;
@@ -504,7 +573,7 @@ __global__ void __launch_bounds__(kThreads) AnyInputGrad(const __grid_constant__
   const Lane lane = LaneOf<1>(a);
   if (!lane.busy) return;
   const In* const w = static_cast<const In*>(a.w) + int64_t{lane.c} * a.k[0] * a.k[1] * a.k[2];
-  for (int index = blockIdx.x / a.channel_blocks; index < a.tiles; index += a.parts) {
+  for (int index = blockIdx.y; index < a.tiles; index += a.parts) {
     const Tile tile = TileOf(a, lane, index);
     if (!tile.inside) continue;
     const In* const y = static_cast<const In*>(a.y) + tile.n * a.yn + int64_t{lane.c} * a.yc;
@@ -534,9 +603,10 @@ __global__ void __launch_bounds__(kThreads) AnyInputGrad(const __grid_constant__
 template <class In>
 __global__ void __launch_bounds__(kThreads) AnyWeightGrad(const __grid_constant__ DepthwiseArgs a) {
   const Lane lane = LaneOf<1>(a);
-  const int tap = blockIdx.y, t[kAxes] = {tap / a.k[2] / a.k[1], tap / a.k[2] % a.k[1], tap % a.k[2]};
+  const int tap = blockIdx.z,
+            t[kAxes] = {tap / a.k[2] / a.k[1], tap / a.k[2] % a.k[1], tap % a.k[2]};
   float sum = 0;
-  for (int index = blockIdx.x / a.channel_blocks; index < a.tiles; index += a.parts) {
+  for (int index = blockIdx.y; index < a.tiles; index += a.parts) {
     const Tile tile = TileOf(a, lane, index);
     const auto output = [&](int axis, int i) {
       return i * a.stride[axis] + t[axis] * a.dilation[axis] - a.pad[axis];
@@ -556,49 +626,57 @@ __global__ void __launch_bounds__(kThreads) AnyWeightGrad(const __grid_constant_
   }
   const int taps = a.k[0] * a.k[1] * a.k[2];
   AddUp<In, 1>(
-      a, &sum, 1,
-      [&](int c, int, int) { return c < a.c ? int64_t{c} * taps + tap : int64_t{-1}; },
-      static_cast<int>(blockIdx.x) / a.channel_blocks);
+      a, &sum, 1, [&](int c, int, int) { return c < a.c ? int64_t{c} * taps + tap : int64_t{-1}; },
+      static_cast<int>(blockIdx.y));
 }
 
 template <class Kernel>
 cudaError_t Run(Kernel kernel, const DepthwisePlan& plan, const DepthwiseArgs& a, int taps,
                 cudaStream_t stream) {
-  kernel<<<dim3(static_cast<unsigned>(plan.blocks), static_cast<unsigned>(taps)),
-           static_cast<unsigned>(plan.threads), 0, stream>>>(a);
+  const auto size = [](int n) { return static_cast<unsigned>(n); };
+  kernel<<<dim3(size(plan.channel_blocks), size(a.parts), size(taps)), size(plan.threads), 0,
+           stream>>>(a);
   return cudaGetLastError();
 }
 
-template <class In, class Out, int V, int J0, int S1, int K1, int S2, int K2>
-cudaError_t RunForward(const DepthwisePlan& plan, const DepthwiseArgs& a, cudaStream_t stream) {
-  if constexpr (V == 1 && S2 == 2) {
-    if (plan.pairs && a.pad[2] % 2 == 0) {
-      return Run(Forward<In, Out, 1, true, 0, J0, S1, K1, S2, K2>, plan, a, 1, stream);
+// A window's kernel of a pass; forward and weight gradient: of T0 taps of axis 0 a residue.
+template <class In, int V, bool kPairs, int kShift, int T0, int S1, int K1, int S2, int K2>
+cudaError_t RunVariant(Pass pass, const DepthwisePlan& plan, const DepthwiseArgs& a,
+                       cudaStream_t stream) {
+  constexpr DepthwiseWindow kWindow{T0, S1, K1, S2, K2};
+  if (pass == Pass::kInputGrad) {
+    if constexpr (DepthwiseHas(Pass::kInputGrad, kWindow)) {
+      return Run(InputGrad<In, V, kPairs, kShift, T0, S1, K1, S2, K2>, plan, a, 1, stream);
     }
-    if (plan.pairs) {
-      return Run(Forward<In, Out, 1, true, 1, J0, S1, K1, S2, K2>, plan, a, 1, stream);
+  } else if constexpr (DepthwiseHas(Pass::kForward, kWindow)) {
+    if (pass == Pass::kWeightGrad) {
+      return Run(WeightGrad<In, V, kPairs, kShift, T0, S1, K1, S2, K2>, plan, a, 1, stream);
     }
-  }
-  return Run(Forward<In, Out, V, false, 0, J0, S1, K1, S2, K2>, plan, a, 1, stream);
-}
-
-// The window of a pass; forward and weight gradient: of T0 taps of axis 0 for each residue.
-template <class In, int V, int T0, int S1, int K1, int S2, int K2>
-cudaError_t RunWindow(Pass pass, const DepthwisePlan& plan, const DepthwiseArgs& a,
-                      cudaStream_t stream) {
-  if constexpr (T0 * K1 * K2 * V <= kDepthwiseKept) {
-    constexpr DepthwiseWindow kWindow{T0, S1, K1, S2, K2};
-    if (pass == Pass::kInputGrad) {
-      if constexpr (DepthwiseHas(Pass::kInputGrad, kWindow)) return Run(InputGrad<In, V, T0, S1, K1, S2, K2>, plan, a, 1, stream);
-    } else if constexpr (DepthwiseHas(Pass::kForward, kWindow)) {
-      if (pass == Pass::kWeightGrad) {
-        return Run(WeightGrad<In, V, T0, S1, K1, S2, K2>, plan, a, 1, stream);
+    if constexpr (V == 1 && !kPairs && !std::is_same_v<In, float>) {
+      if (a.wide) {
+        return Run(Forward<In, float, 1, false, 0, T0, S1, K1, S2, K2>, plan, a, 1, stream);
       }
-      if (a.wide) return RunForward<In, float, V, T0, S1, K1, S2, K2>(plan, a, stream);
-      return RunForward<In, In, V, T0, S1, K1, S2, K2>(plan, a, stream);
     }
+    return Run(Forward<In, In, V, kPairs, kShift, T0, S1, K1, S2, K2>, plan, a, 1, stream);
   }
   return cudaErrorInvalidValue;  // never planned
+}
+
+template <class In, int T0, int S1, int K1, int S2, int K2>
+cudaError_t RunWindow(Pass pass, const DepthwisePlan& plan, const DepthwiseArgs& a,
+                      cudaStream_t stream) {
+  if constexpr (2 * T0 * K1 * K2 <= kDepthwiseKept) {
+    if (plan.channels == 2) {
+      return RunVariant<In, 2, false, 0, T0, S1, K1, S2, K2>(pass, plan, a, stream);
+    }
+  }
+  if constexpr (S2 == 2) {
+    if (plan.pairs && a.pad[2] % 2 == 0) {
+      return RunVariant<In, 1, true, 0, T0, S1, K1, S2, K2>(pass, plan, a, stream);
+    }
+    if (plan.pairs) return RunVariant<In, 1, true, 1, T0, S1, K1, S2, K2>(pass, plan, a, stream);
+  }
+  return RunVariant<In, 1, false, 0, T0, S1, K1, S2, K2>(pass, plan, a, stream);
 }
 
 }  // namespace
@@ -612,11 +690,8 @@ cudaError_t EnqueueDepthwise(Pass pass, const DepthwisePlan& plan, const Depthwi
     return Run(AnyWeightGrad<In>, plan, a, a.k[0] * a.k[1] * a.k[2], stream);
   }
   int window = 0;
-#define JAXCONV_CASE(T0, S1, K1, S2, K2)                                                       \
-  if (plan.window == window++) {                                                               \
-    return plan.channels == 2 ? RunWindow<In, 2, T0, S1, K1, S2, K2>(pass, plan, a, stream)    \
-                              : RunWindow<In, 1, T0, S1, K1, S2, K2>(pass, plan, a, stream);   \
-  }
+#define JAXCONV_CASE(T0, S1, K1, S2, K2) \
+  if (plan.window == window++) return RunWindow<In, T0, S1, K1, S2, K2>(pass, plan, a, stream);
   JAXCONV_DEPTHWISE_WINDOWS(JAXCONV_CASE)
 #undef JAXCONV_CASE
   return cudaErrorInvalidValue;

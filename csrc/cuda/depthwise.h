@@ -11,6 +11,7 @@
 #include <string>
 #include <vector>
 
+#include "cuda/small_divisor.h"
 #include "cuda/table.h"
 
 namespace jaxconv::cuda {
@@ -22,10 +23,11 @@ void AddDepthwise(std::vector<Row>& rows);
 struct DepthwiseWindow {
   int t0, s1, k1, s2, k2;
 };
-#define JAXCONV_DEPTHWISE_WINDOWS(X)                                                              \
-  X(4, 2, 4, 2, 4) X(3, 2, 3, 2, 3) X(3, 1, 3, 1, 3) X(2, 2, 4, 2, 4) X(2, 2, 3, 2, 3)            \
-  X(2, 2, 2, 2, 2) X(1, 2, 4, 2, 4) X(1, 2, 3, 2, 3) X(1, 2, 2, 2, 2) X(1, 1, 3, 1, 3)            \
-  X(1, 1, 5, 1, 5) X(1, 1, 7, 1, 7) X(1, 1, 1, 2, 4) X(1, 1, 1, 3, 6)
+#define JAXCONV_DEPTHWISE_WINDOWS(X)                                                       \
+  X(4, 2, 4, 2, 4)                                                                         \
+  X(3, 2, 3, 2, 3) X(3, 1, 3, 1, 3) X(2, 2, 4, 2, 4) X(2, 2, 3, 2, 3) X(2, 2, 2, 2, 2)     \
+      X(1, 2, 4, 2, 4) X(1, 2, 3, 2, 3) X(1, 2, 2, 2, 2) X(1, 1, 3, 1, 3) X(1, 1, 5, 1, 5) \
+          X(1, 1, 7, 1, 7) X(1, 1, 1, 2, 4) X(1, 1, 1, 3, 6)
 
 // Which pass has which of them: not those with no problem.
 constexpr bool DepthwiseHas(Pass pass, const DepthwiseWindow& w) {
@@ -50,22 +52,23 @@ struct DepthwiseArgs {
   int64_t xn, yn;  // strides of images, channels and positions, in elements
   int xc, yc, xs[kAxes], ys[kAxes];
   int64_t w_elements;
-  // A block's threads are tile_c channels (or vectors of them) x tile2 positions of axis 2 x tile0
-  // of axis 0, and march over `steps` positions of axis 1. Positions begin at origin.
-  int tile_c, tile2, tile0, steps;
-  int origin[kAxes], end[kAxes];
-  int channel_blocks, tiles2, tiles0, segments, tiles;  // tiles: of all images
-  int parts;  // blocks that share the tiles of the same channels
+  // A block's threads are by_c.divisor channels (or vectors of them) x by2.divisor positions of
+  // axis 2 x by0.divisor of axis 0, and march over `steps` positions of axis 1. Positions begin at
+  // origin. Of axis 0 a thread keeps its residue by by_residue.
+  SmallDivisor by_c, by2, by0, by_residue;
+  int steps, origin[kAxes], end[kAxes];
+  int tiles2, tiles0, segments, tiles;  // tiles: of all images
+  int parts;                            // blocks that share the tiles of the same channels
 };
 
 struct DepthwisePlan {
   std::string refusal;
   int window;    // index, or -1: any, by the generic kernels
   int channels;  // of a thread: 1 or 2
-  int threads;
-  bool pairs;    // forward: neighbouring outputs of a row leave as one
+  int threads, channel_blocks;
+  bool pairs;  // neighbouring outputs of a row are read or written as one
   DepthwiseArgs args;
-  int64_t blocks, workspace;
+  int64_t workspace;
   double seconds;
 };
 

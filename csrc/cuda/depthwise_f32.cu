@@ -3,6 +3,6 @@
 namespace jaxconv::cuda {
 
 template cudaError_t EnqueueDepthwise<float>(Pass, const DepthwisePlan&, const DepthwiseArgs&,
-                                       cudaStream_t);
+                                             cudaStream_t);
 
 }  // namespace jaxconv::cuda
