@@ -5,6 +5,7 @@
 
 #include <algorithm>
 
+#include "cuda/device_limits.h"
 #include "cuda/sum_parts.cuh"
 #include "cuda/taps.h"
 
@@ -41,18 +42,24 @@ std::string Refuse(const Problem& p) {
   return "";
 }
 
+bool Wide(const Problem& p) { return p.out_dtype != p.in_dtype; }
+
 // The window of a problem, or -1.
 int WindowOf(const Problem& p) {
   for (int a = 0; a < kAxes; ++a) {
     if (p.dilation[a] != 1 && p.k[a] > 1) return -1;
   }
   const bool input = p.pass == Pass::kInputGrad;
-  if (!input && p.stride[0] > kDepthwiseThreads / 2) return -1;
+  if (!input && p.stride[0] > 8) return -1;  // a block has all residues
+  if (p.pass == Pass::kForward && Wide(p)) return -1;
   const int64_t t0 = input ? p.k[0] : CeilDiv(p.k[0], p.stride[0]);
   int index = 0;
   for (const DepthwiseWindow& w : kWindows) {
+    // The input gradient shares planes of y among neighbouring inputs.
+    if (input && w.t0 > 1 && p.stride[0] != w.s1) continue;
     if (DepthwiseHas(p.pass, w) && w.t0 == t0 && w.s1 == p.stride[1] && w.k1 == p.k[1] &&
-        w.s2 == p.stride[2] && w.k2 == p.k[2]) {
+        w.s2 == p.stride[2] && w.k2 == p.k[2] &&
+        (input || !p.channels_last || p.ci % w.channels() == 0)) {
       return index;
     }
     ++index;
@@ -65,14 +72,80 @@ int Even(int64_t n, int64_t most) {
   return n <= 0 ? 1 : static_cast<int>(CeilDiv(n, CeilDiv(n, std::max<int64_t>(most, 1))));
 }
 
-// Instructions of a thread for a step of its march, about.
-double Instructions(const Problem& p, const DepthwiseWindow& w, int channels) {
-  if (p.pass == Pass::kInputGrad) {
-    const int loads = w.t0 * w.k2 * w.s1;
-    return (w.t0 * w.k1 * w.k2 + loads) * channels + 2.5 * loads + 15;
+// Elements that are copied together: what rows are aligned to, up to 16 bytes.
+int ElementsOfChunk(const Problem& p, const Sizes& size) {
+  const int64_t length = p.channels_last ? p.ci : size[2];
+  const int unit = static_cast<int>(16 / SizeOf(p.in_dtype));
+  return length % unit == 0 ? unit : length % 2 == 0 && p.in_dtype != DType::kF32 ? 2 : 1;
+}
+
+// A stage of `rows` rows of x or y: a box of planes and columns; false if it is too large.
+bool StageOf(const Problem& p, const Sizes& size, int channels, int64_t planes, int64_t columns,
+             int column, int rows, int threads, DepthwiseStage& s) {
+  const int64_t bytes = SizeOf(p.in_dtype), unit = 16 / bytes;
+  const int64_t each = ElementsOfChunk(p, size);
+  // Channels first, a row begins up to unit - 1 before what is asked for, and pairs may end beyond.
+  const int64_t first = CeilDiv(p.channels_last ? channels : columns + unit, unit) * unit;
+  const int64_t second = p.channels_last ? columns : planes;
+  const int64_t third = p.channels_last ? planes : channels;
+  const int64_t count = first * second * third / each;
+  const int64_t pitch = p.channels_last ? column : first, elements = pitch * second * third;
+  if (count > (each == unit ? int64_t{kDepthwiseChunks} * threads : int64_t{1} << 14) ||
+      (!p.channels_last && channels * Product(size) > int64_t{1} << 30)) {
+    return false;
   }
-  const int loads = w.t0 * CeilDiv(w.k2, w.s2), outputs = w.s1 * w.s2;
-  return (w.t0 * w.k1 * w.k2 + loads + outputs) * channels + 3 * (loads + outputs) + 15;
+  s.by_first = DivisorOf(static_cast<int>(first / each));
+  s.by_second = DivisorOf(static_cast<int>(second));
+  s.count = static_cast<int>(count);
+  s.each = static_cast<int>(each);
+  s.plane = static_cast<int>(p.channels_last ? columns * pitch : pitch);
+  s.channel = static_cast<int>(p.channels_last ? 1 : planes * pitch);
+  s.elements = static_cast<int>(elements);
+  s.bytes = static_cast<int>(kDepthwiseStages * rows * elements * bytes);
+  return true;
+}
+
+// The rings of a block's tile; false if they are too large.
+bool Stage(const Problem& p, const DepthwiseWindow& w, int tile_c, int tile2, int tile0,
+           int threads, const Device& device, DepthwisePlan& plan) {
+  DepthwiseArgs& a = plan.args;
+  const int channels = tile_c * plan.channels, column = 32 * plan.channels;
+  const int new_rows = std::min(w.s1, w.k1);
+  a.x_stage.bytes = a.y_stage.bytes = 0;
+  if (p.pass == Pass::kInputGrad) {
+    if (!StageOf(p, p.osize, channels,
+                 (int64_t{tile0} * DepthwiseInputs(w.t0) - 1) * p.stride[0] + w.t0,
+                 int64_t{tile2 - 1} * w.s2 + w.k2, column, new_rows, threads, a.y_stage)) {
+      return false;
+    }
+  } else {
+    const int sources = static_cast<int>(CeilDiv(w.k2, w.s2)) - 1 + (plan.pairs ? 1 : 0);
+    if (!StageOf(p, p.isize, channels, tile0 / p.stride[0] + w.t0 - 1, tile2 + sources, column, 1,
+                 threads, a.x_stage)) {
+      return false;
+    }
+    if (p.pass == Pass::kWeightGrad && !StageOf(p, p.osize, channels, tile0, int64_t{tile2} * w.s2,
+                                                column, new_rows, threads, a.y_stage)) {
+      return false;
+    }
+  }
+  plan.shared = a.x_stage.bytes + a.y_stage.bytes;
+  // Two blocks a multiprocessor; the weight gradient adds up in 16 KB more.
+  const int64_t most = SharedMemoryOfBlock(device.compute_capability) / 2;
+  return plan.shared <= most - ((p.pass == Pass::kWeightGrad ? 18 : 2) << 10);
+}
+
+// Instructions of a thread for a step of its march, about: as counted in the compiled kernels.
+double Instructions(const Problem& p, const DepthwiseWindow& w, int channels) {
+  const int taps = w.t0 * w.k1 * w.k2;
+  if (p.pass == Pass::kInputGrad) {
+    const int inputs = DepthwiseInputs(w.t0);
+    const int loads = (w.t0 + (inputs - 1) * w.s1) * w.k2 * std::min(w.s1, w.k1);
+    return inputs * taps + 1.5 * loads + 130;
+  }
+  const int sources = w.t0 * static_cast<int>(CeilDiv(w.k2, w.s2)), outputs = w.s1 * w.s2;
+  const int copies = p.pass == Pass::kWeightGrad ? 100 : 60;
+  return taps * channels + (sources + outputs) * (channels + 2) + copies;
 }
 
 }  // namespace
@@ -85,15 +158,12 @@ DepthwisePlan PlanDepthwise(const Problem& p, const Device& device) {
   const bool forward = p.pass == Pass::kForward, weight = p.pass == Pass::kWeightGrad;
   const bool any = plan.window < 0;
   const DepthwiseWindow& w = any ? kAny : kWindows[plan.window];
-  const bool wide = p.out_dtype == DType::kF32 && p.in_dtype != DType::kF32;
-  plan.channels = !any && !(forward && wide) && p.channels_last && p.ci % 2 == 0 &&
-                          2 * w.t0 * w.k1 * w.k2 <= kDepthwiseKept
-                      ? 2
-                      : 1;
-  plan.pairs = !any && !(forward && wide) && !p.channels_last && w.s2 == 2 && p.osize[2] % 2 == 0;
+  plan.channels = !any && p.channels_last && p.pass != Pass::kInputGrad ? w.channels() : 1;
+  plan.pairs = !any && forward && !p.channels_last && w.s2 == 2 && p.osize[2] % 2 == 0 &&
+               (p.pad[2] - w.shift()) % 2 == 0;
 
   DepthwiseArgs& a = plan.args;
-  a.wide = wide;
+  a.wide = Wide(p);
   a.channels_last = p.channels_last;
   a.c = static_cast<int>(p.ci);
   const Strides xs = p.XStrides(), ys = p.YStrides();
@@ -126,7 +196,7 @@ DepthwisePlan PlanDepthwise(const Problem& p, const Device& device) {
     a.origin[i] = 0;
     a.end[i] = outputs ? a.osize[i] : a.isize[i];
     if (outputs && !any) {
-      const int64_t pad = p.pad[i] - (i == 2 && plan.pairs ? ((p.pad[2] % 2) + 2) % 2 : 0);
+      const int64_t pad = p.pad[i] - (i == 2 && plan.pairs ? w.shift() : 0);
       const int64_t first = FloorDiv(pad, p.stride[i]), end = a.osize[i] + pad;
       a.origin[i] = static_cast<int>(i == 0 ? first * p.stride[i] : first);
       a.end[i] = static_cast<int>(i == 0 ? end : FloorDiv(end - 1, p.stride[i]) + 1);
@@ -136,31 +206,50 @@ DepthwisePlan PlanDepthwise(const Problem& p, const Device& device) {
 
   // Threads are filled with channels, then positions of axis 2, or the other way round, by layout;
   // a few positions of axis 0 share what L1 holds.
-  const int residues = any || p.pass == Pass::kInputGrad ? 1 : a.stride[0];
-  const int64_t vectors = CeilDiv(p.ci, plan.channels), most = kDepthwiseThreads / residues;
+  const int limit = kDepthwiseThreads;
+  const bool staged = !any, input = p.pass == Pass::kInputGrad;
+  const int residues = any || input ? 1 : a.stride[0],
+            of_thread = staged && input ? DepthwiseInputs(w.t0) : 1;
+  const int64_t vectors = CeilDiv(p.ci, plan.channels), most = limit / residues;
+  const int64_t span0 = CeilDiv(span(0), of_thread);
   const auto tile0_for = [&](int64_t room) {
-    return residues * static_cast<int>(std::clamp<int64_t>(CeilDiv(span(0), residues), 1,
-                                                           std::max<int64_t>(room, 1)));
+    return residues * Even(CeilDiv(span0, residues),
+                           std::clamp<int64_t>(room, 1, std::max<int64_t>(span0, 1)));
   };
   int tile_c, tile2, tile0;
   if (p.channels_last) {
     tile_c = Even(vectors, std::min<int64_t>(most, 32));
+    const int chunk = ElementsOfChunk(p, p.isize);  // a block's channels begin with one
+    if (staged) tile_c = static_cast<int>(CeilDiv(tile_c, chunk)) * chunk;
     tile0 = tile0_for(std::min<int64_t>(most / tile_c, 2));
-    tile2 = Even(span(2), kDepthwiseThreads / (tile_c * tile0));
+    tile2 = Even(span(2), limit / (tile_c * tile0));
     tile0 = tile0_for(most / (tile_c * tile2));
   } else {
     tile2 = Even(span(2), most);
     tile0 = tile0_for(most / tile2);
-    tile_c = Even(vectors, kDepthwiseThreads / (tile2 * tile0));
+    tile_c = Even(vectors, limit / (tile2 * tile0));
+  }
+  const auto threads = [&] { return static_cast<int>(CeilDiv(tile_c * tile2 * tile0, 32)) * 32; };
+  while (staged && !Stage(p, w, tile_c, tile2, tile0, threads(), device, plan)) {
+    if (!p.channels_last && tile_c > 1) {
+      tile_c = (tile_c + 1) / 2;
+    } else if (tile2 > 1 && (tile2 * residues >= tile0 * of_thread || tile0 == residues)) {
+      tile2 = (tile2 + 1) / 2;
+    } else if (tile0 > residues) {
+      tile0 = (tile0 / residues + 1) / 2 * residues;
+    } else {
+      plan.refusal = "finds no tile that fits into shared memory";
+      return plan;
+    }
   }
   a.by_c = DivisorOf(tile_c);
   a.by2 = DivisorOf(tile2);
   a.by0 = DivisorOf(tile0);
   a.by_residue = DivisorOf(residues);
-  plan.threads = static_cast<int>(CeilDiv(int64_t{tile_c} * tile2 * tile0, 32)) * 32;
+  plan.threads = threads();
   plan.channel_blocks = static_cast<int>(CeilDiv(vectors, tile_c));
   a.tiles2 = static_cast<int>(CeilDiv(span(2), tile2));
-  a.tiles0 = static_cast<int>(CeilDiv(span(0), tile0));
+  a.tiles0 = static_cast<int>(CeilDiv(span0, tile0));
   // Marches are cut where there would be few blocks.
   const int64_t columns = int64_t{a.tiles0} * a.tiles2 * images;
   const int64_t resident = 2 * device.multiprocessors, wanted = 4 * resident;
@@ -186,18 +275,18 @@ DepthwisePlan PlanDepthwise(const Problem& p, const Device& device) {
   if (a.parts > 65535 || taps > 65535) plan.refusal = "wants too many blocks";
   if (weight && a.parts > 1) plan.workspace = 4 * a.parts * p.WElements();
 
-  // Memory at four fifths of what it copies, instructions of the warps, and the march of the
-  // thread that is last.
+  // Memory at four fifths of what it copies; instructions of the warps, of which a multiprocessor
+  // issues about two a cycle; and the march of one block.
   const double rounds = static_cast<double>(CeilDiv(tiles, a.parts));
   const double bytes = static_cast<double>((p.XElements() + p.YElements()) * SizeOf(p.in_dtype));
-  const double step = any ? 40 + 12 * static_cast<double>(weight ? 1 : Product(p.k))
+  const double step = any ? 60 + 15 * static_cast<double>(weight ? 1 : Product(p.k))
                           : Instructions(p, w, plan.channels);
-  const double warp_steps = static_cast<double>(taps) * plan.channel_blocks * a.parts * rounds *
-                            a.steps * plan.threads / 32;
-  plan.seconds = 4e-6 + (weight ? 3e-6 : 0) +
-                 std::max({bytes / (device.multiprocessors * 26e9),
-                           warp_steps * step / (device.multiprocessors * 4.2e9),
-                           rounds * a.steps * (5e-7 + step * 4e-9)});
+  const double warp_steps =
+      static_cast<double>(taps) * plan.channel_blocks * tiles * a.steps * plan.threads / 32;
+  plan.seconds = 4e-6 + (weight ? 6e-6 : 0) +
+                 std::max({bytes / (device.multiprocessors * 24e9),
+                           warp_steps * step / (device.multiprocessors * 3.5e9),
+                           rounds * (2e-6 + a.steps * (2e-7 + step * 2e-9))});
   return plan;
 }
 

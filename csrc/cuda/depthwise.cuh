@@ -12,27 +12,15 @@ namespace {
 
 constexpr int kThreads = kDepthwiseThreads;
 
-// V neighbours in memory, as they are: what was asked for ahead waits in few registers.
+// V neighbours in memory, as they are.
 template <class In, int V>
 using Raw =
     std::conditional_t<V == 1, In, std::conditional_t<std::is_same_v<In, float>, float2, unsigned>>;
 
-// Zeros where they are not inside.
 template <int V, class In>
-__device__ inline Raw<In, V> Ask(const In* from, bool inside) {
+__device__ inline void Load(float (&to)[V], const In* from) {
   static_assert(V <= 2);
-  return inside ? __ldg(reinterpret_cast<const Raw<In, V>*>(from)) : Raw<In, V>{};
-}
-
-// Brings what a later step will ask for from device memory into L2: it needs no registers.
-constexpr int kAhead = 4;  // steps
-
-__device__ inline void Announce(const void* from, bool inside) {
-  if (inside) asm volatile("prefetch.global.L2 [%0];" ::"l"(from));
-}
-
-template <class In, int V>
-__device__ inline void Unpack(float (&to)[V], Raw<In, V> raw) {
+  const Raw<In, V> raw = *reinterpret_cast<const Raw<In, V>*>(from);
   if constexpr (V == 1) {
     to[0] = ToAccumulator(raw);
   } else if constexpr (std::is_same_v<In, float>) {
@@ -72,6 +60,151 @@ __device__ inline void StoreAt(const DepthwiseArgs& a, int64_t at, const float (
   }
 }
 
+// Copies 16 bytes if `wanted`. In straight lines: ptxas puts idle instructions before a row of
+// copies.
+__device__ inline void CopyAsync16(void* to, const void* from, bool wanted) {
+  asm volatile(
+      "{ .reg .pred p; setp.ne.b32 p, %2, 0; @p cp.async.cg.shared.global [%0], [%1], 16; }" ::"r"(
+          static_cast<unsigned>(__cvta_generic_to_shared(to))),
+      "l"(from), "r"(static_cast<int>(wanted))
+      : "memory");
+}
+
+// Copies 4 bytes, or zeros.
+__device__ inline void CopyAsync4(void* to, const void* from, bool inside) {
+  asm volatile("cp.async.ca.shared.global [%0], [%1], 4, %2;" ::"r"(
+                   static_cast<unsigned>(__cvta_generic_to_shared(to))),
+               "l"(from), "r"(inside ? 4 : 0)
+               : "memory");
+}
+
+__device__ inline void CommitCopies() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+
+template <int kPending>
+__device__ inline void WaitForCopies() {
+  asm volatile("cp.async.wait_group %0;" ::"n"(kPending) : "memory");
+}
+
+__device__ inline bool Inside(int position, int size) {
+  return static_cast<unsigned>(position) < static_cast<unsigned>(size);
+}
+
+constexpr int Max(int a, int b) { return a > b ? a : b; }
+constexpr int Min(int a, int b) { return a < b ? a : b; }
+
+// Rows of x or y on their way through shared memory: a ring of stages of kRows rows of axis 1, each
+// the box of axes 0 and 2 and the channels that a block needs, zeros outside the tensor, but for
+// rows of axis 1 outside, which are not copied:
+//   channels last   [plane of axis 0][position of axis 2][kColumn channels]
+//   channels first  [channel][plane of axis 0][position of axis 2, from a multiple of 16 bytes]
+// kColumn: elements from a position of axis 2 to the next.
+template <class In, int kColumn, int kRows>
+struct Ring {
+  static constexpr int kElements = 16 / static_cast<int>(sizeof(In)), kOutside = -1;
+  const DepthwiseStage& s;
+  In* shared;
+  const In* base;  // position (first0, 0, first2) of the block's first channel
+  int lead;        // positions before what was asked for
+  int size[kAxes], stride[kAxes], channel_stride, first0, first2, channels;
+  int from[kDepthwiseChunks];  // of the thread's chunks: offset from base, or kOutside
+  int to[kDepthwiseChunks];    // and in a row
+
+  __device__ Ring(const DepthwiseStage& stage, void* to) : s(stage), shared(static_cast<In*>(to)) {}
+
+  // `tensor` is of an image and the block's first channel, of which there are channels_left.
+  __device__ void Begin(const In* tensor, const int (&sizes)[kAxes], const int (&strides)[kAxes],
+                        int of_channels, int at0, int at2, int channels_left) {
+    lead = kColumn == 1 ? at2 & (kElements - 1) : 0;
+    first0 = at0;
+    first2 = at2 - lead;
+    base = tensor + first0 * strides[0] + first2 * strides[2];
+    channel_stride = of_channels;
+    channels = channels_left;
+    for (int i = 0; i < kAxes; ++i) {
+      size[i] = sizes[i];
+      stride[i] = strides[i];
+    }
+    __syncthreads();  // the tile before is read
+#pragma unroll
+    for (int k = 0; k < kDepthwiseChunks; ++k) {
+      const int i = static_cast<int>(threadIdx.x + k * blockDim.x);
+      const bool wanted = s.each == kElements && i < s.count;
+      from[k] = Place(wanted ? i : 0, to[k]);
+      if (wanted && from[k] == kOutside) {
+        for (int row = 0; row < kDepthwiseStages * kRows; ++row) {
+          *reinterpret_cast<uint4*>(shared + row * s.elements + to[k]) = uint4{};
+        }
+      }
+      if (!wanted) from[k] = kOutside;
+    }
+  }
+
+  // The offset from base of chunk i of a row, and its place in the row.
+  __device__ int Place(int i, int& place) const {
+    const int rest = Divide(i, s.by_first), d0 = (i - rest * s.by_first.divisor) * s.each;
+    place = rest * (kColumn == 1 ? s.by_first.divisor * s.each : kColumn) + d0;
+    const int d2 = Divide(rest, s.by_second), d1 = rest - d2 * s.by_second.divisor;
+    const int c = kColumn == 1 ? d2 : d0, at0 = kColumn == 1 ? d1 : d2;
+    const int at2 = kColumn == 1 ? d0 : d1;
+    return Inside(first0 + at0, size[0]) && Inside(first2 + at2, size[2]) && c < channels
+               ? c * channel_stride + at0 * stride[0] + at2 * stride[2]
+               : kOutside;
+  }
+
+  // Asks for rows `row` and up.
+  __device__ void Copy(int row, int slot) const {
+#pragma unroll
+    for (int r = 0; r < kRows; ++r) {
+      if (!Inside(row + r, size[1])) continue;
+      const In* const source = base + (row + r) * stride[1];
+      In* const staged = shared + (slot * kRows + r) * s.elements;
+      if (s.each == kElements) {
+#pragma unroll
+        for (int k = 0; k < kDepthwiseChunks; ++k) {
+          CopyAsync16(staged + to[k], source + from[k], from[k] != kOutside);
+        }
+      } else {
+        for (int i = static_cast<int>(threadIdx.x); i < s.count;
+             i += static_cast<int>(blockDim.x)) {
+          int place;
+          const int at = Place(i, place);
+          if (s.each * sizeof(In) == 4) {
+            CopyAsync4(staged + place, source + (at == kOutside ? 0 : at), at != kOutside);
+          } else {
+            staged[place] = at == kOutside ? FromAccumulator<In>(0) : source[at];
+          }
+        }
+      }
+    }
+  }
+
+  __device__ const In* Row(int slot, int r) const {
+    return shared + (slot * kRows + r) * s.elements;
+  }
+};
+
+// Runs body(step, slot) for begin <= step < end, with what copy(step, slot) asked for; copies run
+// kDepthwiseStages - 1 steps ahead. All threads of a block come here.
+template <class Copy, class Body>
+__device__ inline void March(int begin, int end, Copy copy, Body body) {
+  constexpr int kAhead = kDepthwiseStages - 1;
+#pragma unroll 1
+  for (int d = 0; d < kAhead; ++d) {
+    if (begin + d < end) copy(begin + d, d);
+    CommitCopies();
+  }
+  int slot = 0;
+#pragma unroll 1
+  for (int step = begin; step < end; ++step) {
+    WaitForCopies<kAhead - 1>();
+    __syncthreads();
+    if (step + kAhead < end) copy(step + kAhead, slot == 0 ? kAhead : slot - 1);
+    CommitCopies();
+    body(step, slot);
+    slot = slot == kAhead ? 0 : slot + 1;
+  }
+}
+
 // What a thread keeps all the time: its place among the positions of a tile, and its channels.
 struct Lane {
   int c, at2, at0;
@@ -103,11 +236,13 @@ struct Tile {
   bool inside;
 };
 
+// kQ: neighbouring positions of axis 0 of a thread.
+template <int kQ = 1>
 __device__ inline Tile TileOf(const DepthwiseArgs& a, const Lane& lane, int index) {
   Tile tile;
   tile.at2 = a.origin[2] + index % a.tiles2 * a.by2.divisor + lane.at2;
   index /= a.tiles2;
-  tile.at0 = a.origin[0] + index % a.tiles0 * a.by0.divisor + lane.at0;
+  tile.at0 = a.origin[0] + (index % a.tiles0 * a.by0.divisor + lane.at0) * kQ;
   index /= a.tiles0;
   tile.begin = a.origin[1] + index % a.segments * a.steps;
   tile.end = min(tile.begin + a.steps, a.end[1]);
@@ -116,78 +251,50 @@ __device__ inline Tile TileOf(const DepthwiseArgs& a, const Lane& lane, int inde
   return tile;
 }
 
-__device__ inline bool Inside(int position, int size) {
-  return static_cast<unsigned>(position) < static_cast<unsigned>(size);
-}
-
-constexpr int Max(int a, int b) { return a > b ? a : b; }
-constexpr int Min(int a, int b) { return a < b ? a : b; }
-
 // y. Positions: u of axis 0 (from a multiple of its stride), q of axes 1 and 2. The sums of the K1
-// rows that an input row reaches go round in registers. J0: taps of axis 0 for a residue. kShift:
+// rows that a row of x reaches go round in registers. J0: taps of axis 0 for a residue. kShift:
 // what u of axis 2 is more than a multiple of S2 at a position's first output: then pairs of
 // outputs are aligned in memory.
-template <class In, class Out, int V, bool kPairs, int kShift, int J0, int S1, int K1, int S2,
+template <class In, int kColumn, int V, bool kPairs, int kShift, int J0, int S1, int K1, int S2,
           int K2>
 __global__ void __launch_bounds__(kThreads, 2) Forward(const __grid_constant__ DepthwiseArgs a) {
   constexpr int kJ1 = (K1 + S1 - 1) / S1, kJ2 = (K2 + S2 - 1) / S2;
   constexpr int kSources = kJ2 + (S2 - 1 + kShift) / S2, kRows = Max(K1, S1);
+  extern __shared__ uint4 shared[];
+  // Sources of taps that do not exist.
+  __shared__ In zeros[kColumn * (kSources + 1)];
+  for (int i = static_cast<int>(threadIdx.x); i < kColumn * (kSources + 1);
+       i += static_cast<int>(blockDim.x)) {
+    zeros[i] = FromAccumulator<In>(0);
+  }
   const Lane lane = LaneOf<V>(a);
-  if (!lane.busy) return;
   const int stride0 = a.stride[0], r0 = lane.residue, taps = a.k[0] * K1 * K2;
-  const In* const w_c = static_cast<const In*>(a.w) + int64_t{lane.c} * taps;
+  const int c_first = static_cast<int>(blockIdx.x) * a.by_c.divisor * V;
   float w[J0][K1][K2][V], bias[V] = {};
 #pragma unroll
   for (int v = 0; v < V; ++v) {
+    const int c = lane.busy ? lane.c + v : 0;
+    const In* const w_c = static_cast<const In*>(a.w) + int64_t{c} * taps;
 #pragma unroll
-    for (int j0 = 0; j0 < J0; ++j0) {
-      const int t0 = r0 + j0 * stride0;
-#pragma unroll
-      for (int t = 0; t < K1 * K2; ++t) {
-        w[j0][t / K2][t % K2][v] =
-            t0 < a.k[0] ? ToAccumulator(w_c[v * taps + t0 * K1 * K2 + t]) : 0;
-      }
+    for (int e = 0; e < J0 * K1 * K2; ++e) {
+      const int t0 = r0 + e / (K1 * K2) * stride0, t = t0 * K1 * K2 + e % (K1 * K2);
+      w[e / (K1 * K2)][e / K2 % K1][e % K2][v] = t0 < a.k[0] ? ToAccumulator(w_c[t]) : 0;
     }
-    if (a.bias != nullptr) bias[v] = ToAccumulator(static_cast<const Out*>(a.bias)[lane.c + v]);
+    if (a.bias != nullptr) bias[v] = ToAccumulator(static_cast<const In*>(a.bias)[c]);
   }
-  const int xs2 = kPairs ? 1 : a.xs[2];
-  int hop[J0][kSources];  // of the sources
-#pragma unroll
-  for (int j0 = 0; j0 < J0; ++j0) {
-#pragma unroll
-    for (int m = 0; m < kSources; ++m) hop[j0][m] = m * xs2 - j0 * a.xs[0];
-  }
+  Ring<In, kColumn, 1> ring(a.x_stage, shared);
   for (int index = blockIdx.y; index < a.tiles; index += a.parts) {
     const Tile tile = TileOf(a, lane, index);
-    if (!tile.inside || tile.at0 < a.pad[0]) continue;
-    const int q0 = (tile.at0 - r0) / stride0, i2 = tile.at2 - (kJ2 - 1);
-    bool inside[J0][kSources];
-#pragma unroll
-    for (int j0 = 0; j0 < J0; ++j0) {
-      const bool plane = r0 + j0 * stride0 < a.k[0] && Inside(q0 - j0, a.isize[0]);
-#pragma unroll
-      for (int m = 0; m < kSources; ++m) inside[j0][m] = plane && Inside(i2 + m, a.isize[2]);
-    }
-    int q1 = tile.begin - (kJ1 - 1);
-    const In* const x_image = static_cast<const In*>(a.x) + tile.n * a.xn + int64_t{lane.c} * a.xc;
-    const In* x = x_image + (q0 * a.xs[0] + i2 * xs2 + q1 * a.xs[1]);
-    const int o2 = tile.at2 * S2 + kShift - a.pad[2];
-    Out* to = static_cast<Out*>(a.out) + tile.n * a.yn + int64_t{lane.c} * a.yc +
-              ((tile.at0 - a.pad[0]) * a.ys[0] + o2 * a.ys[2] + (q1 * S1 - a.pad[1]) * a.ys[1]);
-    Raw<In, V> next[J0][kSources];
+    ring.Begin(static_cast<const In*>(a.x) + tile.n * a.xn + int64_t{c_first} * a.xc, a.isize, a.xs,
+               a.xc, (tile.at0 - lane.at0) / stride0 - (J0 - 1), tile.at2 - lane.at2 - (kJ2 - 1),
+               a.c - c_first);
+    const int mine = (lane.c - c_first) * a.x_stage.channel +
+                     (lane.at0 - r0) / stride0 * a.x_stage.plane + lane.at2 * kColumn + ring.lead;
+    const bool inside = tile.inside && tile.at0 >= a.pad[0];
+    const int o2 = tile.at2 * S2 + kShift - a.pad[2], begin = tile.begin - (kJ1 - 1);
+    In* to = static_cast<In*>(a.out) + tile.n * a.yn + int64_t{lane.c} * a.yc +
+             ((tile.at0 - a.pad[0]) * a.ys[0] + o2 * a.ys[2] + (begin * S1 - a.pad[1]) * a.ys[1]);
     float sum[kRows][S2][V];
-    const auto ask = [&] {
-      const bool row = Inside(q1, a.isize[1]) && q1 < tile.end;
-#pragma unroll
-      for (int j0 = 0; j0 < J0; ++j0) {
-#pragma unroll
-        for (int m = 0; m < kSources; ++m) {
-          next[j0][m] = Ask<V>(x + hop[j0][m], row && inside[j0][m]);
-        }
-      }
-      Announce(x + (hop[0][kSources - 1] + kAhead * a.xs[1]),
-               inside[0][kSources - 1] && Inside(q1 + kAhead, a.isize[1]));
-    };
     const auto begin_rows = [&](int first) {
 #pragma unroll
       for (int t = first; t < kRows; ++t) {
@@ -195,162 +302,136 @@ __global__ void __launch_bounds__(kThreads, 2) Forward(const __grid_constant__ D
         for (int e = 0; e < S2 * V; ++e) sum[t][e / V][e % V] = bias[e % V];
       }
     };
-    ask();
     begin_rows(0);
-#pragma unroll(K1 == 2 * S1 ? 2 : 1)
-    for (; q1 < tile.end;) {
-      float row[J0][kSources][V];
+    March(
+        begin, tile.end, [&](int q1, int slot) { ring.Copy(q1, slot); },
+        [&](int q1, int slot) {
+          if (!inside) return;
 #pragma unroll
-      for (int e = 0; e < J0 * kSources; ++e) {
-        Unpack<In>(row[e / kSources][e % kSources], next[e / kSources][e % kSources]);
-      }
-      ++q1;
-      x += a.xs[1];
-      ask();
+          for (int j0 = 0; j0 < J0; ++j0) {
+            if (!Inside(q1, a.isize[1])) break;
+            const In* const at = r0 + j0 * stride0 < a.k[0]
+                                     ? ring.Row(slot, 0) + mine + (J0 - 1 - j0) * a.x_stage.plane
+                                     : zeros;
+            float row[kSources][V];
 #pragma unroll
-      for (int j0 = 0; j0 < J0; ++j0) {
+            for (int m = 0; m < kSources; ++m) Load(row[m], at + m * kColumn);
 #pragma unroll
-        for (int t1 = 0; t1 < K1; ++t1) {
+            for (int t1 = 0; t1 < K1; ++t1) {
 #pragma unroll
-          for (int r = 0; r < S2; ++r) {
+              for (int r = 0; r < S2; ++r) {
 #pragma unroll
-            for (int j2 = 0; j2 < kJ2; ++j2) {
-              const int t2 = (r + kShift) % S2 + j2 * S2, m = kJ2 - 1 + (r + kShift) / S2 - j2;
-              if (t2 >= K2) continue;
+                for (int j2 = 0; j2 < kJ2; ++j2) {
+                  const int t2 = (r + kShift) % S2 + j2 * S2;
+                  const int m = kJ2 - 1 + (r + kShift) / S2 - j2;
+                  if (t2 >= K2) continue;
 #pragma unroll
-              for (int v = 0; v < V; ++v) sum[t1][r][v] += row[j0][m][v] * w[j0][t1][t2][v];
+                  for (int v = 0; v < V; ++v) sum[t1][r][v] += row[m][v] * w[j0][t1][t2][v];
+                }
+              }
             }
           }
-        }
-      }
-      if (q1 > tile.begin) {
+          if (q1 >= tile.begin) {
 #pragma unroll
-        for (int r1 = 0; r1 < S1; ++r1) {
-          if (!Inside((q1 - 1) * S1 + r1 - a.pad[1], a.osize[1])) continue;
-          if constexpr (kPairs) {
-            const float pair[2] = {sum[r1][0][0], sum[r1][1][0]};
-            Store(to + r1 * a.ys[1], pair);  // all pairs of positions inside lie inside
-          } else {
+            for (int r1 = 0; r1 < S1; ++r1) {
+              if (!Inside(q1 * S1 + r1 - a.pad[1], a.osize[1])) continue;
+              if constexpr (kPairs) {
+                const float pair[2] = {sum[r1][0][0], sum[r1][1][0]};
+                Store(to + r1 * a.ys[1], pair);  // all pairs of positions inside lie inside
+              } else {
 #pragma unroll
-            for (int r = 0; r < S2; ++r) {
-              if (Inside(o2 + r, a.osize[2])) Store(to + (r1 * a.ys[1] + r * a.ys[2]), sum[r1][r]);
+                for (int r = 0; r < S2; ++r) {
+                  if (Inside(o2 + r, a.osize[2])) {
+                    Store(to + (r1 * a.ys[1] + r * a.ys[2]), sum[r1][r]);
+                  }
+                }
+              }
             }
           }
-        }
-      }
-      to += S1 * a.ys[1];
+          to += S1 * a.ys[1];
 #pragma unroll
-      for (int t = 0; t < kRows - S1; ++t) {
+          for (int t = 0; t < kRows - S1; ++t) {
 #pragma unroll
-        for (int e = 0; e < S2 * V; ++e) sum[t][e / V][e % V] = sum[t + S1][e / V][e % V];
-      }
-      begin_rows(kRows - S1);
-    }
+            for (int e = 0; e < S2 * V; ++e) sum[t][e / V][e % V] = sum[t + S1][e / V][e % V];
+          }
+          begin_rows(kRows - S1);
+        });
   }
 }
 
-// dx. Positions: inputs. The sums of the inputs that S1 rows of y reach go round in registers.
-template <class In, int V, bool kPairs, int kShift, int K0, int S1, int K1, int S2, int K2>
+// dx. Positions: inputs, kQ neighbours of axis 0 a thread. The sums of the inputs that S1 rows of y
+// reach go round in registers. kPairs: positions of axis 2 are read in pairs.
+template <class In, int kColumn, bool kPairs, int kShift, int K0, int S1, int K1, int S2, int K2>
 __global__ void __launch_bounds__(kThreads, 2) InputGrad(const __grid_constant__ DepthwiseArgs a) {
-  constexpr int kJ1 = (K1 + S1 - 1) / S1, kTaps = K0 * K1 * K2;
+  constexpr int kJ1 = (K1 + S1 - 1) / S1, kTaps = K0 * K1 * K2, kRows = Min(S1, K1);
+  constexpr int kQ = DepthwiseInputs(K0), kPlanes = K0 + (kQ - 1) * S1;
   // Load m of a row brings tap 2 * m - kShift and the next, or tap m.
-  constexpr int kLoads = kPairs ? (K2 + kShift + 1) / 2 : K2, kEach = kPairs ? 2 : V;
+  constexpr int kLoads = kPairs ? (K2 + kShift + 1) / 2 : K2, kEach = kPairs ? 2 : 1;
   const auto tap = [](int m) { return kPairs ? 2 * m - kShift : m; };
-  const Lane lane = LaneOf<V>(a);
-  if (!lane.busy) return;
-  const In* const w_c = static_cast<const In*>(a.w) + int64_t{lane.c} * kTaps;
-  float w[K0][K1][K2][V];
+  extern __shared__ uint4 shared[];
+  const Lane lane = LaneOf<1>(a);
+  const int c_first = static_cast<int>(blockIdx.x) * a.by_c.divisor;
+  const In* const w_c = static_cast<const In*>(a.w) + int64_t{lane.busy ? lane.c : 0} * kTaps;
+  float w[K0][K1][K2];
 #pragma unroll
-  for (int t = 0; t < kTaps; ++t) {
-#pragma unroll
-    for (int v = 0; v < V; ++v) {
-      w[t / (K1 * K2)][t / K2 % K1][t % K2][v] = ToAccumulator(w_c[v * kTaps + t]);
-    }
-  }
+  for (int t = 0; t < kTaps; ++t) w[t / (K1 * K2)][t / K2 % K1][t % K2] = ToAccumulator(w_c[t]);
+  Ring<In, kColumn, kRows> ring(a.y_stage, shared);
   for (int index = blockIdx.y; index < a.tiles; index += a.parts) {
-    const Tile tile = TileOf(a, lane, index);
-    if (!tile.inside) continue;
-    const int o0 = tile.at0 * a.stride[0] - a.pad[0], o2 = tile.at2 * S2 - a.pad[2];
-    bool inside[K0][kLoads];
-    int hop[kLoads];
-#pragma unroll
-    for (int m = 0; m < kLoads; ++m) {
-      hop[m] = kPairs ? tap(m) : m * a.ys[2];
-#pragma unroll
-      for (int t0 = 0; t0 < K0; ++t0) {
-        inside[t0][m] = Inside(o0 + t0, a.osize[0]) && Inside(o2 + tap(m), a.osize[2]);
-      }
-    }
-    const In* y = static_cast<const In*>(a.y) + tile.n * a.yn + int64_t{lane.c} * a.yc +
-                  (o0 * a.ys[0] + o2 * a.ys[2] + (tile.begin * S1 - a.pad[1]) * a.ys[1]);
+    const Tile tile = TileOf<kQ>(a, lane, index);
+    ring.Begin(static_cast<const In*>(a.y) + tile.n * a.yn + int64_t{c_first} * a.yc, a.osize, a.ys,
+               a.yc, (tile.at0 - lane.at0 * kQ) * a.stride[0] - a.pad[0],
+               (tile.at2 - lane.at2) * S2 - a.pad[2], a.c - c_first);
+    const int mine = (lane.c - c_first) * a.y_stage.channel +
+                     lane.at0 * kQ * a.stride[0] * a.y_stage.plane + lane.at2 * S2 * kColumn +
+                     ring.lead;
     int64_t to = tile.n * a.xn + int64_t{lane.c} * a.xc + tile.at0 * a.xs[0] + tile.at2 * a.xs[2] +
                  (tile.begin - (kJ1 - 1)) * a.xs[1];
-    // The values of row r1 at y, for a step later `rows` rows beyond it.
-    constexpr int kRows = S1 < K1 ? S1 : K1;  // that have taps
-    Raw<In, kEach> next[K0][kLoads];
-    const auto ask = [&](int rows, int o1) {
-      const bool row = Inside(o1, a.osize[1]);
-      const In* const y_row = y + rows * a.ys[1];
+    float sum[kQ][kJ1][1] = {};
+    March(
+        tile.begin, tile.end + kJ1 - 1,
+        [&](int q1, int slot) { ring.Copy(q1 * S1 - a.pad[1], slot); },
+        [&](int q1, int slot) {
+          if (!tile.inside) return;
 #pragma unroll
-      for (int t0 = 0; t0 < K0; ++t0) {
-        const In* const from = y_row + t0 * a.ys[0];
+          for (int r1 = 0; r1 < kRows; ++r1) {
+            if (!Inside(q1 * S1 + r1 - a.pad[1], a.osize[1])) continue;
 #pragma unroll
-        for (int m = 0; m < kLoads; ++m) {
-          next[t0][m] = Ask<kEach>(from + hop[m], row && inside[t0][m]);
-        }
-      }
+            for (int plane = 0; plane < kPlanes; ++plane) {
+              const In* const at = ring.Row(slot, r1) + mine + plane * a.y_stage.plane;
+              float value[K2];
 #pragma unroll
-      for (int t0 = 0; t0 < K0; ++t0) {
-        if (t0 >= a.stride[0]) break;
+              for (int m = 0; m < kLoads; ++m) {
+                float each[kEach];
+                Load(each, at + tap(m) * kColumn);
 #pragma unroll
-        for (int m = 0; m < (kPairs ? 1 : Min(S2, K2)); ++m) {
-          if (m > 0 && !a.channels_last) continue;  // of the same sector
-          Announce(y_row + (t0 * a.ys[0] + hop[m] + kAhead * a.ys[1]),
-                   inside[t0][m] && Inside(o1 + kAhead, a.osize[1]));
-        }
-      }
-    };
-    float sum[kJ1][V] = {};
-    int o1 = tile.begin * S1 - a.pad[1];
-    ask(0, o1);
-    for (int q1 = tile.begin; q1 < tile.end + kJ1 - 1; ++q1) {
+                for (int e = 0; e < kEach; ++e) {
+                  if (tap(m) + e >= 0 && tap(m) + e < K2) value[tap(m) + e] = each[e];
+                }
+              }
 #pragma unroll
-      for (int r1 = 0; r1 < kRows; ++r1) {
-        float value[K0][K2][V];
+              for (int q = 0; q < kQ; ++q) {
+                const int t0 = plane - q * S1;
+                if (t0 < 0 || t0 >= K0) continue;
 #pragma unroll
-        for (int e = 0; e < K0 * kLoads; ++e) {
-          float each[kEach];
-          Unpack<In>(each, next[e / kLoads][e % kLoads]);
+                for (int t2 = 0; t2 < K2; ++t2) {
 #pragma unroll
-          for (int v = 0; v < kEach; ++v) {
-            const int t2 = tap(e % kLoads) + (kPairs ? v : 0);
-            if (t2 >= 0 && t2 < K2) value[e / kLoads][t2][kPairs ? 0 : v] = each[v];
-          }
-        }
-        const int after = r1 + 1 < kRows ? r1 + 1 : S1;
-        ask(after, o1 + after);
-#pragma unroll
-        for (int e = 0; e < K0 * K2; ++e) {
-#pragma unroll
-          for (int j1 = 0; j1 < kJ1; ++j1) {
-            if (r1 + j1 * S1 >= K1) continue;
-#pragma unroll
-            for (int v = 0; v < V; ++v) {
-              sum[j1][v] += value[e / K2][e % K2][v] * w[e / K2][r1 + j1 * S1][e % K2][v];
+                  for (int j1 = 0; j1 < kJ1; ++j1) {
+                    if (r1 + j1 * S1 < K1) sum[q][j1][0] += value[t2] * w[t0][r1 + j1 * S1][t2];
+                  }
+                }
+              }
             }
           }
-        }
-      }
-      o1 += S1;
-      y += S1 * a.ys[1];
-      if (q1 - (kJ1 - 1) >= tile.begin) StoreAt<In>(a, to, sum[kJ1 - 1]);
-      to += a.xs[1];
 #pragma unroll
-      for (int j = kJ1 - 1; j >= 0; --j) {
+          for (int q = 0; q < kQ; ++q) {
+            if (q1 - (kJ1 - 1) >= tile.begin && tile.at0 + q < a.end[0]) {
+              StoreAt<In>(a, to + q * a.xs[0], sum[q][kJ1 - 1]);
+            }
 #pragma unroll
-        for (int v = 0; v < V; ++v) sum[j][v] = j > 0 ? sum[j - 1][v] : 0;
-      }
-    }
+            for (int j = kJ1 - 1; j >= 0; --j) sum[q][j][0] = j > 0 ? sum[q][j - 1][0] : 0;
+          }
+          to += a.xs[1];
+        });
   }
 }
 
@@ -404,117 +485,73 @@ __device__ inline void AddUp(const DepthwiseArgs& a, const float* kept, int resi
   }
 }
 
-// A part of dw. Positions: u of axis 0, inputs of axis 1, q of axis 2. The K1 rows of y that an
-// input row meets go round in registers.
-template <class In, int V, bool kPairs, int kShift, int J0, int S1, int K1, int S2, int K2>
+// A part of dw. Positions: u of axis 0, inputs of axis 1, q of axis 2. The K1 rows of y that a row
+// of x meets go round in registers.
+template <class In, int kColumn, int V, int J0, int S1, int K1, int S2, int K2>
 __global__ void __launch_bounds__(kThreads, 2) WeightGrad(const __grid_constant__ DepthwiseArgs a) {
-  constexpr int kJ2 = (K2 + S2 - 1) / S2, kSources = kJ2 + (S2 - 1 + kShift) / S2;
-  constexpr int kLoads = kPairs ? 1 : S2, kEach = kPairs ? 2 : V;  // of a row of y
-  constexpr int kNew = Min(S1, K1);                                // rows that a step brings
+  constexpr int kJ1 = (K1 + S1 - 1) / S1, kJ2 = (K2 + S2 - 1) / S2;
+  constexpr int kNew = Min(S1, K1);  // rows of y that a step brings
+  extern __shared__ uint4 shared[];
   const Lane lane = LaneOf<V>(a);
   const int stride0 = a.stride[0], r0 = lane.residue;
+  const int c_first = static_cast<int>(blockIdx.x) * a.by_c.divisor * V;
   float w[J0][K1][K2][V] = {};
-  const int xs2 = kPairs ? 1 : a.xs[2];
-  int hop[J0][kSources];
-#pragma unroll
-  for (int j0 = 0; j0 < J0; ++j0) {
-#pragma unroll
-    for (int m = 0; m < kSources; ++m) hop[j0][m] = m * xs2 - j0 * a.xs[0];
-  }
+  Ring<In, kColumn, 1> x_ring(a.x_stage, shared);
+  Ring<In, kColumn, kNew> y_ring(a.y_stage, reinterpret_cast<char*>(shared) + a.x_stage.bytes);
   for (int index = blockIdx.y; index < a.tiles; index += a.parts) {
     const Tile tile = TileOf(a, lane, index);
-    if (!tile.inside || tile.at0 < a.pad[0]) continue;
-    const int q0 = (tile.at0 - r0) / stride0, i2 = tile.at2 - (kJ2 - 1);
-    const int o2 = tile.at2 * S2 + kShift - a.pad[2];
-    bool inside_x[J0][kSources], inside_y[kLoads];
-#pragma unroll
-    for (int j0 = 0; j0 < J0; ++j0) {
-      const bool plane = r0 + j0 * stride0 < a.k[0] && Inside(q0 - j0, a.isize[0]);
-#pragma unroll
-      for (int m = 0; m < kSources; ++m) inside_x[j0][m] = plane && Inside(i2 + m, a.isize[2]);
-    }
-#pragma unroll
-    for (int m = 0; m < kLoads; ++m) inside_y[m] = Inside(o2 + m, a.osize[2]);
-    const In* x = static_cast<const In*>(a.x) + tile.n * a.xn + int64_t{lane.c} * a.xc +
-                  (q0 * a.xs[0] + tile.begin * a.xs[1] + i2 * xs2);
-    int o1 = tile.begin * S1 - a.pad[1];
-    const In* y = static_cast<const In*>(a.y) + tile.n * a.yn + int64_t{lane.c} * a.yc +
-                  ((tile.at0 - a.pad[0]) * a.ys[0] + o1 * a.ys[1] + o2 * a.ys[2]);
-    Raw<In, V> x_next[J0][kSources];
-    Raw<In, kEach> y_next[kNew][kLoads];
+    const int first0 = tile.at0 - lane.at0, first2 = tile.at2 - lane.at2;
+    x_ring.Begin(static_cast<const In*>(a.x) + tile.n * a.xn + int64_t{c_first} * a.xc, a.isize,
+                 a.xs, a.xc, first0 / stride0 - (J0 - 1), first2 - (kJ2 - 1), a.c - c_first);
+    y_ring.Begin(static_cast<const In*>(a.y) + tile.n * a.yn + int64_t{c_first} * a.yc, a.osize,
+                 a.ys, a.yc, first0 - a.pad[0], first2 * S2 - a.pad[2], a.c - c_first);
+    const int x_mine = (lane.c - c_first) * a.x_stage.channel +
+                       (lane.at0 - r0) / stride0 * a.x_stage.plane + lane.at2 * kColumn +
+                       x_ring.lead;
+    const int y_mine = (lane.c - c_first) * a.y_stage.channel + lane.at0 * a.y_stage.plane +
+                       lane.at2 * S2 * kColumn + y_ring.lead;
     float ys[K1][S2][V];
-    const auto ask_x = [&](bool row) {
+    March(
+        tile.begin - (S1 < K1 ? kJ1 - 1 : 0), tile.end,
+        [&](int i1, int slot) {
+          if (i1 >= tile.begin) x_ring.Copy(i1, slot);
+          y_ring.Copy(i1 * S1 + K1 - kNew - a.pad[1], slot);
+        },
+        [&](int i1, int slot) {
+          if (!tile.inside) return;
 #pragma unroll
-      for (int j0 = 0; j0 < J0; ++j0) {
+          for (int t1 = 0; t1 < K1; ++t1) {
 #pragma unroll
-        for (int m = 0; m < kSources; ++m) {
-          x_next[j0][m] = Ask<V>(x + hop[j0][m], row && inside_x[j0][m]);
-        }
-      }
-    };
-    const auto ask_y = [&](int t1, int m, bool row) {
-      return Ask<kEach>(y + (t1 * a.ys[1] + m * a.ys[2]),
-                        row && Inside(o1 + t1, a.osize[1]) && inside_y[m]);
-    };
-    const auto unpack_y = [&](int t1, int m, Raw<In, kEach> raw) {
-      float each[kEach];
-      Unpack<In>(each, raw);
+            for (int r = 0; r < S2; ++r) {
+              if (t1 >= K1 - kNew && Inside(i1 * S1 + t1 - a.pad[1], a.osize[1])) {
+                Load(ys[t1][r], y_ring.Row(slot, t1 - (K1 - kNew)) + y_mine + r * kColumn);
+              } else if (t1 >= K1 - kNew) {
 #pragma unroll
-      for (int v = 0; v < kEach; ++v) ys[t1][kPairs ? v : m][kPairs ? 0 : v] = each[v];
-    };
-    ask_x(true);
+                for (int v = 0; v < V; ++v) ys[t1][r][v] = 0;
+              } else {
 #pragma unroll
-    for (int e = 0; e < K1 * kLoads; ++e) {
-      unpack_y(e / kLoads, e % kLoads, ask_y(e / kLoads, e % kLoads, true));
-    }
-#pragma unroll(K1 == 2 * S1 ? 2 : 1)
-    for (int i1 = tile.begin; i1 < tile.end; ++i1) {
-      float row[J0][kSources][V];
-#pragma unroll
-      for (int e = 0; e < J0 * kSources; ++e) {
-        Unpack<In>(row[e / kSources][e % kSources], x_next[e / kSources][e % kSources]);
-      }
-      x += a.xs[1];
-      y += S1 * a.ys[1];
-      o1 += S1;
-      const bool more = i1 + 1 < tile.end, much_more = i1 + 1 + kAhead < tile.end;
-#pragma unroll
-      for (int e = 0; e < kNew * kLoads; ++e) {
-        const int t1 = K1 - kNew + e / kLoads, m = e % kLoads, later = t1 + kAhead * S1;
-        y_next[e / kLoads][m] = ask_y(t1, m, more);
-        if (m > 0 && !a.channels_last) continue;  // of the same sector
-        Announce(y + (later * a.ys[1] + m * a.ys[2]),
-                 much_more && Inside(o1 + later, a.osize[1]) && inside_y[m]);
-      }
-      ask_x(more);
-      Announce(x + (hop[0][kSources - 1] + kAhead * a.xs[1]),
-               much_more && inside_x[0][kSources - 1]);
-#pragma unroll
-      for (int j0 = 0; j0 < J0; ++j0) {
-#pragma unroll
-        for (int t1 = 0; t1 < K1; ++t1) {
-#pragma unroll
-          for (int r = 0; r < S2; ++r) {
-#pragma unroll
-            for (int j2 = 0; j2 < kJ2; ++j2) {
-              const int t2 = (r + kShift) % S2 + j2 * S2, m = kJ2 - 1 + (r + kShift) / S2 - j2;
-              if (t2 >= K2) continue;
-#pragma unroll
-              for (int v = 0; v < V; ++v) w[j0][t1][t2][v] += row[j0][m][v] * ys[t1][r][v];
+                for (int v = 0; v < V; ++v) ys[t1][r][v] = ys[Min(t1 + kNew, K1 - 1)][r][v];
+              }
             }
           }
-        }
-      }
+          if (i1 < tile.begin) return;
 #pragma unroll
-      for (int t1 = 0; t1 < K1 - kNew; ++t1) {
+          for (int j0 = 0; j0 < J0; ++j0) {
+            const In* const at = x_ring.Row(slot, 0) + x_mine + (J0 - 1 - j0) * a.x_stage.plane;
+            float row[kJ2][V];
 #pragma unroll
-        for (int e = 0; e < S2 * V; ++e) ys[t1][e / V][e % V] = ys[t1 + kNew][e / V][e % V];
-      }
+            for (int j2 = 0; j2 < kJ2; ++j2) Load(row[j2], at + (kJ2 - 1 - j2) * kColumn);
 #pragma unroll
-      for (int e = 0; e < kNew * kLoads; ++e) {
-        unpack_y(K1 - kNew + e / kLoads, e % kLoads, y_next[e / kLoads][e % kLoads]);
-      }
-    }
+            for (int t1 = 0; t1 < K1; ++t1) {
+#pragma unroll
+              for (int t2 = 0; t2 < K2; ++t2) {
+#pragma unroll
+                for (int v = 0; v < V; ++v)
+                  w[j0][t1][t2][v] += row[t2 / S2][v] * ys[t1][t2 % S2][v];
+              }
+            }
+          }
+        });
   }
   const int taps = a.k[0] * K1 * K2;
   AddUp<In, J0 * K1 * K2 * V>(
@@ -633,50 +670,54 @@ __global__ void __launch_bounds__(kThreads) AnyWeightGrad(const __grid_constant_
 template <class Kernel>
 cudaError_t Run(Kernel kernel, const DepthwisePlan& plan, const DepthwiseArgs& a, int taps,
                 cudaStream_t stream) {
+  if (plan.shared > 24 << 10) {  // with what kernels declare, 48 KB may be exceeded
+    const cudaError_t status =
+        cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, plan.shared);
+    if (status != cudaSuccess) return status;
+  }
   const auto size = [](int n) { return static_cast<unsigned>(n); };
-  kernel<<<dim3(size(plan.channel_blocks), size(a.parts), size(taps)), size(plan.threads), 0,
-           stream>>>(a);
+  kernel<<<dim3(size(plan.channel_blocks), size(a.parts), size(taps)), size(plan.threads),
+           size(plan.shared), stream>>>(a);
   return cudaGetLastError();
 }
 
-// A window's kernel of a pass; forward and weight gradient: of T0 taps of axis 0 a residue.
-template <class In, int V, bool kPairs, int kShift, int T0, int S1, int K1, int S2, int K2>
-cudaError_t RunVariant(Pass pass, const DepthwisePlan& plan, const DepthwiseArgs& a,
-                       cudaStream_t stream) {
-  constexpr DepthwiseWindow kWindow{T0, S1, K1, S2, K2};
-  if (pass == Pass::kInputGrad) {
-    if constexpr (DepthwiseHas(Pass::kInputGrad, kWindow)) {
-      return Run(InputGrad<In, V, kPairs, kShift, T0, S1, K1, S2, K2>, plan, a, 1, stream);
-    }
-  } else if constexpr (DepthwiseHas(Pass::kForward, kWindow)) {
-    if (pass == Pass::kWeightGrad) {
-      return Run(WeightGrad<In, V, kPairs, kShift, T0, S1, K1, S2, K2>, plan, a, 1, stream);
-    }
-    if constexpr (V == 1 && !kPairs && !std::is_same_v<In, float>) {
-      if (a.wide) {
-        return Run(Forward<In, float, 1, false, 0, T0, S1, K1, S2, K2>, plan, a, 1, stream);
-      }
-    }
-    return Run(Forward<In, In, V, kPairs, kShift, T0, S1, K1, S2, K2>, plan, a, 1, stream);
-  }
-  return cudaErrorInvalidValue;  // never planned
-}
-
+// The kernels of a window; forward and weight gradient: of T0 taps of axis 0 a residue.
 template <class In, int T0, int S1, int K1, int S2, int K2>
 cudaError_t RunWindow(Pass pass, const DepthwisePlan& plan, const DepthwiseArgs& a,
                       cudaStream_t stream) {
-  if constexpr (2 * T0 * K1 * K2 <= kDepthwiseKept) {
-    if (plan.channels == 2) {
-      return RunVariant<In, 2, false, 0, T0, S1, K1, S2, K2>(pass, plan, a, stream);
+  constexpr DepthwiseWindow kWindow{T0, S1, K1, S2, K2};
+  constexpr int V = kWindow.channels();  // channels last
+  const bool even = a.pad[2] % 2 == 0;
+  if (pass == Pass::kInputGrad) {
+    if constexpr (DepthwiseHas(Pass::kInputGrad, kWindow)) {
+      if (a.channels_last) {
+        return Run(InputGrad<In, 32, false, 0, T0, S1, K1, S2, K2>, plan, a, 1, stream);
+      }
+      if constexpr (S2 == 2) {
+        return even ? Run(InputGrad<In, 1, true, 0, T0, S1, K1, S2, K2>, plan, a, 1, stream)
+                    : Run(InputGrad<In, 1, true, 1, T0, S1, K1, S2, K2>, plan, a, 1, stream);
+      } else {
+        return Run(InputGrad<In, 1, false, 0, T0, S1, K1, S2, K2>, plan, a, 1, stream);
+      }
     }
-  }
-  if constexpr (S2 == 2) {
-    if (plan.pairs && a.pad[2] % 2 == 0) {
-      return RunVariant<In, 1, true, 0, T0, S1, K1, S2, K2>(pass, plan, a, stream);
+  } else if constexpr (DepthwiseHas(Pass::kForward, kWindow)) {
+    if (pass == Pass::kWeightGrad) {
+      return a.channels_last
+                 ? Run(WeightGrad<In, 32 * V, V, T0, S1, K1, S2, K2>, plan, a, 1, stream)
+                 : Run(WeightGrad<In, 1, 1, T0, S1, K1, S2, K2>, plan, a, 1, stream);
     }
-    if (plan.pairs) return RunVariant<In, 1, true, 1, T0, S1, K1, S2, K2>(pass, plan, a, stream);
+    if (a.channels_last) {
+      return Run(Forward<In, 32 * V, V, false, 0, T0, S1, K1, S2, K2>, plan, a, 1, stream);
+    }
+    if constexpr (S2 == 2) {
+      if (plan.pairs) {
+        return Run(Forward<In, 1, 1, true, kWindow.shift(), T0, S1, K1, S2, K2>, plan, a, 1,
+                   stream);
+      }
+    }
+    return Run(Forward<In, 1, 1, false, 0, T0, S1, K1, S2, K2>, plan, a, 1, stream);
   }
-  return RunVariant<In, 1, false, 0, T0, S1, K1, S2, K2>(pass, plan, a, stream);
+  return cudaErrorInvalidValue;  // never planned
 }
 
 }  // namespace

@@ -22,12 +22,19 @@ void AddDepthwise(std::vector<Row>& rows);
 // gradient counts all taps, the others those of a residue, whatever the stride.
 struct DepthwiseWindow {
   int t0, s1, k1, s2, k2;
+
+  // Channels of a thread, channels last, forward and weight gradient: weights fit into registers.
+  constexpr int channels() const { return 2 * t0 * k1 * k2 <= 64 ? 2 : 1; }
+  // The parity of the padding for which forward writes pairs, channels first: that of the window's
+  // usual padding.
+  constexpr int shift() const { return (k2 - s2 + 1) / 2 % 2; }
 };
-#define JAXCONV_DEPTHWISE_WINDOWS(X)                                                       \
-  X(4, 2, 4, 2, 4)                                                                         \
-  X(3, 2, 3, 2, 3) X(3, 1, 3, 1, 3) X(2, 2, 4, 2, 4) X(2, 2, 3, 2, 3) X(2, 2, 2, 2, 2)     \
-      X(1, 2, 4, 2, 4) X(1, 2, 3, 2, 3) X(1, 2, 2, 2, 2) X(1, 1, 3, 1, 3) X(1, 1, 5, 1, 5) \
-          X(1, 1, 7, 1, 7) X(1, 1, 1, 2, 4) X(1, 1, 1, 3, 6)
+// clang-format off
+#define JAXCONV_DEPTHWISE_WINDOWS(X)                                                 \
+  X(4, 2, 4, 2, 4) X(3, 2, 3, 2, 3) X(2, 2, 4, 2, 4) X(2, 2, 3, 2, 3) X(2, 2, 2, 2, 2) \
+  X(3, 1, 3, 1, 3) X(1, 2, 4, 2, 4) X(1, 2, 3, 2, 3) X(1, 2, 2, 2, 2) X(1, 1, 3, 1, 3) \
+  X(1, 1, 7, 1, 7) X(1, 1, 1, 2, 4) X(1, 1, 1, 3, 6)
+// clang-format on
 
 // Which pass has which of them: not those with no problem.
 constexpr bool DepthwiseHas(Pass pass, const DepthwiseWindow& w) {
@@ -36,8 +43,20 @@ constexpr bool DepthwiseHas(Pass pass, const DepthwiseWindow& w) {
 }
 
 inline constexpr int kDepthwiseThreads = 256;
-// Registers of a thread for weights or sums, at the most: then two blocks run at a time.
-inline constexpr int kDepthwiseKept = 64;
+
+// Stages of a ring of rows in shared memory, and chunks of a row that a thread copies.
+inline constexpr int kDepthwiseStages = 4, kDepthwiseChunks = 4;
+
+// Input gradient: neighbouring inputs of axis 0 that a thread computes. (If they are two, the
+// stride of axis 0 is that of axis 1.)
+constexpr int DepthwiseInputs(int k0) { return k0 > 1 ? 2 : 1; }
+
+// A row of the box of x or y that a block stages: digits of the index of a chunk, elements of a
+// chunk, and between planes, channels and rows. `bytes` of all stages.
+struct DepthwiseStage {
+  SmallDivisor by_first, by_second;
+  int count, each, plane, channel, elements, bytes;
+};
 
 struct DepthwiseArgs {
   const void* x;
@@ -56,6 +75,7 @@ struct DepthwiseArgs {
   // axis 2 x by0.divisor of axis 0, and march over `steps` positions of axis 1. Positions begin at
   // origin. Of axis 0 a thread keeps its residue by by_residue.
   SmallDivisor by_c, by2, by0, by_residue;
+  DepthwiseStage x_stage, y_stage;
   int steps, origin[kAxes], end[kAxes];
   int tiles2, tiles0, segments, tiles;  // tiles: of all images
   int parts;                            // blocks that share the tiles of the same channels
@@ -65,7 +85,7 @@ struct DepthwisePlan {
   std::string refusal;
   int window;    // index, or -1: any, by the generic kernels
   int channels;  // of a thread: 1 or 2
-  int threads, channel_blocks;
+  int threads, channel_blocks, shared;
   bool pairs;  // neighbouring outputs of a row are read or written as one
   DepthwiseArgs args;
   int64_t workspace;
