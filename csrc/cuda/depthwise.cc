@@ -90,7 +90,9 @@ bool StageOf(const Problem& p, const Sizes& size, int channels, int64_t planes, 
   const int64_t third = p.channels_last ? planes : channels;
   const int64_t count = first * second * third / each;
   const int64_t pitch = p.channels_last ? column : first, elements = pitch * second * third;
-  if (count > (each == unit ? int64_t{kDepthwiseChunks} * threads : int64_t{1} << 14) ||
+  if (count > (each == unit
+                   ? int64_t{p.pass == Pass::kInputGrad ? 2 : 1} * kDepthwiseChunks * threads
+                   : int64_t{1} << 14) ||
       (!p.channels_last && channels * Product(size) > int64_t{1} << 30)) {
     return false;
   }
@@ -110,22 +112,23 @@ bool Stage(const Problem& p, const DepthwiseWindow& w, int tile_c, int tile2, in
            int threads, const Device& device, DepthwisePlan& plan) {
   DepthwiseArgs& a = plan.args;
   const int channels = tile_c * plan.channels, column = 32 * plan.channels;
-  const int new_rows = std::min(w.s1, w.k1);
+  const bool input = p.pass == Pass::kInputGrad;
   a.x_stage.bytes = a.y_stage.bytes = 0;
-  if (p.pass == Pass::kInputGrad) {
-    if (!StageOf(p, p.osize, channels,
-                 (int64_t{tile0} * DepthwiseInputs(w.t0) - 1) * p.stride[0] + w.t0,
-                 int64_t{tile2 - 1} * w.s2 + w.k2, column, new_rows, threads, a.y_stage)) {
+  if (input) {
+    if (!StageOf(
+            p, p.osize, channels, (int64_t{tile0} * DepthwiseInputs(w.t0) - 1) * p.stride[0] + w.t0,
+            int64_t{tile2 - 1} * w.s2 + w.k2, column, std::min(w.s1, w.k1), threads, a.y_stage)) {
       return false;
     }
   } else {
     const int sources = static_cast<int>(CeilDiv(w.k2, w.s2)) - 1 + (plan.pairs ? 1 : 0);
-    if (!StageOf(p, p.isize, channels, tile0 / p.stride[0] + w.t0 - 1, tile2 + sources, column, 1,
-                 threads, a.x_stage)) {
+    if (!StageOf(p, p.isize, channels, tile0 / p.stride[0] + w.t0 - 1, tile2 + sources, column,
+                 kDepthwiseSteps, threads, a.x_stage)) {
       return false;
     }
-    if (p.pass == Pass::kWeightGrad && !StageOf(p, p.osize, channels, tile0, int64_t{tile2} * w.s2,
-                                                column, new_rows, threads, a.y_stage)) {
+    if (p.pass == Pass::kWeightGrad &&
+        !StageOf(p, p.osize, channels, tile0, int64_t{tile2} * w.s2, column, kDepthwiseSteps * w.s1,
+                 threads, a.y_stage)) {
       return false;
     }
   }

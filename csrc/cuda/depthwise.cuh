@@ -98,7 +98,7 @@ constexpr int Min(int a, int b) { return a < b ? a : b; }
 //   channels last   [plane of axis 0][position of axis 2][kColumn channels]
 //   channels first  [channel][plane of axis 0][position of axis 2, from a multiple of 16 bytes]
 // kColumn: elements from a position of axis 2 to the next.
-template <class In, int kColumn, int kRows>
+template <class In, int kColumn, int kRows, int kChunks>
 struct Ring {
   static constexpr int kElements = 16 / static_cast<int>(sizeof(In)), kOutside = -1;
   const DepthwiseStage& s;
@@ -106,8 +106,8 @@ struct Ring {
   const In* base;  // position (first0, 0, first2) of the block's first channel
   int lead;        // positions before what was asked for
   int size[kAxes], stride[kAxes], channel_stride, first0, first2, channels;
-  int from[kDepthwiseChunks];  // of the thread's chunks: offset from base, or kOutside
-  int to[kDepthwiseChunks];    // and in a row
+  int from[kChunks];  // of the thread's chunks: offset from base, or kOutside
+  int to[kChunks];    // and in a row
 
   __device__ Ring(const DepthwiseStage& stage, void* to) : s(stage), shared(static_cast<In*>(to)) {}
 
@@ -126,7 +126,7 @@ struct Ring {
     }
     __syncthreads();  // the tile before is read
 #pragma unroll
-    for (int k = 0; k < kDepthwiseChunks; ++k) {
+    for (int k = 0; k < kChunks; ++k) {
       const int i = static_cast<int>(threadIdx.x + k * blockDim.x);
       const bool wanted = s.each == kElements && i < s.count;
       from[k] = Place(wanted ? i : 0, to[k]);
@@ -153,26 +153,30 @@ struct Ring {
 
   // Asks for rows `row` and up.
   __device__ void Copy(int row, int slot) const {
+    const In* source = base + row * stride[1];
+    In* staged = shared + slot * kRows * s.elements;
+    if (s.each == kElements) {
 #pragma unroll
-    for (int r = 0; r < kRows; ++r) {
-      if (!Inside(row + r, size[1])) continue;
-      const In* const source = base + (row + r) * stride[1];
-      In* const staged = shared + (slot * kRows + r) * s.elements;
-      if (s.each == kElements) {
+      for (int r = 0; r < kRows; ++r, source += stride[1], staged += s.elements) {
+        const bool inside = Inside(row + r, size[1]);
 #pragma unroll
-        for (int k = 0; k < kDepthwiseChunks; ++k) {
-          CopyAsync16(staged + to[k], source + from[k], from[k] != kOutside);
+        for (int k = 0; k < kChunks; ++k) {
+          CopyAsync16(staged + to[k], source + from[k], inside && from[k] != kOutside);
         }
-      } else {
-        for (int i = static_cast<int>(threadIdx.x); i < s.count;
-             i += static_cast<int>(blockDim.x)) {
-          int place;
-          const int at = Place(i, place);
-          if (s.each * sizeof(In) == 4) {
-            CopyAsync4(staged + place, source + (at == kOutside ? 0 : at), at != kOutside);
-          } else {
-            staged[place] = at == kOutside ? FromAccumulator<In>(0) : source[at];
-          }
+      }
+      return;
+    }
+#pragma unroll 1
+    for (int r = 0; r < kRows; ++r, source += stride[1], staged += s.elements) {
+      if (!Inside(row + r, size[1])) continue;
+#pragma unroll 1
+      for (int i = static_cast<int>(threadIdx.x); i < s.count; i += static_cast<int>(blockDim.x)) {
+        int place;
+        const int at = Place(i, place);
+        if (s.each * sizeof(In) == 4) {
+          CopyAsync4(staged + place, source + (at == kOutside ? 0 : at), at != kOutside);
+        } else {
+          staged[place] = at == kOutside ? FromAccumulator<In>(0) : source[at];
         }
       }
     }
@@ -183,22 +187,23 @@ struct Ring {
   }
 };
 
-// Runs body(step, slot) for begin <= step < end, with what copy(step, slot) asked for; copies run
-// kDepthwiseStages - 1 steps ahead. All threads of a block come here.
-template <class Copy, class Body>
+// Runs body(step, slot) for every kSteps-th step, begin <= step < end, with what copy(step, slot)
+// asked for; copies run kDepthwiseStages - 1 stages ahead. All threads of a block come here.
+template <int kSteps, class Copy, class Body>
 __device__ inline void March(int begin, int end, Copy copy, Body body) {
   constexpr int kAhead = kDepthwiseStages - 1;
 #pragma unroll 1
   for (int d = 0; d < kAhead; ++d) {
-    if (begin + d < end) copy(begin + d, d);
+    if (begin + d * kSteps < end) copy(begin + d * kSteps, d);
     CommitCopies();
   }
   int slot = 0;
 #pragma unroll 1
-  for (int step = begin; step < end; ++step) {
+  for (int step = begin; step < end; step += kSteps) {
     WaitForCopies<kAhead - 1>();
     __syncthreads();
-    if (step + kAhead < end) copy(step + kAhead, slot == 0 ? kAhead : slot - 1);
+    const int later = step + kAhead * kSteps;
+    if (later < end) copy(later, slot == 0 ? kAhead : slot - 1);
     CommitCopies();
     body(step, slot);
     slot = slot == kAhead ? 0 : slot + 1;
@@ -262,7 +267,7 @@ __global__ void __launch_bounds__(kThreads, 2) Forward(const __grid_constant__ D
   constexpr int kSources = kJ2 + (S2 - 1 + kShift) / S2, kRows = Max(K1, S1);
   extern __shared__ uint4 shared[];
   // Sources of taps that do not exist.
-  __shared__ In zeros[kColumn * (kSources + 1)];
+  __shared__ __align__(16) In zeros[kColumn * (kSources + 1)];
   for (int i = static_cast<int>(threadIdx.x); i < kColumn * (kSources + 1);
        i += static_cast<int>(blockDim.x)) {
     zeros[i] = FromAccumulator<In>(0);
@@ -282,7 +287,8 @@ __global__ void __launch_bounds__(kThreads, 2) Forward(const __grid_constant__ D
     }
     if (a.bias != nullptr) bias[v] = ToAccumulator(static_cast<const In*>(a.bias)[c]);
   }
-  Ring<In, kColumn, 1> ring(a.x_stage, shared);
+  constexpr int kSteps = kDepthwiseSteps;
+  Ring<In, kColumn, kSteps, kDepthwiseChunks> ring(a.x_stage, shared);
   for (int index = blockIdx.y; index < a.tiles; index += a.parts) {
     const Tile tile = TileOf(a, lane, index);
     ring.Begin(static_cast<const In*>(a.x) + tile.n * a.xn + int64_t{c_first} * a.xc, a.isize, a.xs,
@@ -303,58 +309,58 @@ __global__ void __launch_bounds__(kThreads, 2) Forward(const __grid_constant__ D
       }
     };
     begin_rows(0);
-    March(
+    const auto step = [&](int q1, const In* source) {
+#pragma unroll
+      for (int j0 = 0; j0 < J0; ++j0) {
+        if (!Inside(q1, a.isize[1])) break;
+        const In* const at =
+            r0 + j0 * stride0 < a.k[0] ? source + (J0 - 1 - j0) * a.x_stage.plane : zeros;
+        float row[kSources][V];
+#pragma unroll
+        for (int m = 0; m < kSources; ++m) Load(row[m], at + m * kColumn);
+#pragma unroll
+        for (int t1 = 0; t1 < K1; ++t1) {
+#pragma unroll
+          for (int r = 0; r < S2; ++r) {
+#pragma unroll
+            for (int j2 = 0; j2 < kJ2; ++j2) {
+              const int t2 = (r + kShift) % S2 + j2 * S2, m = kJ2 - 1 + (r + kShift) / S2 - j2;
+              if (t2 >= K2) continue;
+#pragma unroll
+              for (int v = 0; v < V; ++v) sum[t1][r][v] += row[m][v] * w[j0][t1][t2][v];
+            }
+          }
+        }
+      }
+#pragma unroll
+      for (int r1 = 0; r1 < S1; ++r1) {
+        if (q1 < tile.begin || !Inside(q1 * S1 + r1 - a.pad[1], a.osize[1])) continue;
+        if constexpr (kPairs) {
+          const float pair[2] = {sum[r1][0][0], sum[r1][1][0]};
+          Store(to + r1 * a.ys[1], pair);  // all pairs of positions inside lie inside
+        } else {
+#pragma unroll
+          for (int r = 0; r < S2; ++r) {
+            if (Inside(o2 + r, a.osize[2])) Store(to + (r1 * a.ys[1] + r * a.ys[2]), sum[r1][r]);
+          }
+        }
+      }
+      to += S1 * a.ys[1];
+#pragma unroll
+      for (int t = 0; t < kRows - S1; ++t) {
+#pragma unroll
+        for (int e = 0; e < S2 * V; ++e) sum[t][e / V][e % V] = sum[t + S1][e / V][e % V];
+      }
+      begin_rows(kRows - S1);
+    };
+    March<kSteps>(
         begin, tile.end, [&](int q1, int slot) { ring.Copy(q1, slot); },
         [&](int q1, int slot) {
           if (!inside) return;
 #pragma unroll
-          for (int j0 = 0; j0 < J0; ++j0) {
-            if (!Inside(q1, a.isize[1])) break;
-            const In* const at = r0 + j0 * stride0 < a.k[0]
-                                     ? ring.Row(slot, 0) + mine + (J0 - 1 - j0) * a.x_stage.plane
-                                     : zeros;
-            float row[kSources][V];
-#pragma unroll
-            for (int m = 0; m < kSources; ++m) Load(row[m], at + m * kColumn);
-#pragma unroll
-            for (int t1 = 0; t1 < K1; ++t1) {
-#pragma unroll
-              for (int r = 0; r < S2; ++r) {
-#pragma unroll
-                for (int j2 = 0; j2 < kJ2; ++j2) {
-                  const int t2 = (r + kShift) % S2 + j2 * S2;
-                  const int m = kJ2 - 1 + (r + kShift) / S2 - j2;
-                  if (t2 >= K2) continue;
-#pragma unroll
-                  for (int v = 0; v < V; ++v) sum[t1][r][v] += row[m][v] * w[j0][t1][t2][v];
-                }
-              }
-            }
+          for (int s = 0; s < kSteps; ++s) {
+            if (q1 + s < tile.end) step(q1 + s, ring.Row(slot, s) + mine);
           }
-          if (q1 >= tile.begin) {
-#pragma unroll
-            for (int r1 = 0; r1 < S1; ++r1) {
-              if (!Inside(q1 * S1 + r1 - a.pad[1], a.osize[1])) continue;
-              if constexpr (kPairs) {
-                const float pair[2] = {sum[r1][0][0], sum[r1][1][0]};
-                Store(to + r1 * a.ys[1], pair);  // all pairs of positions inside lie inside
-              } else {
-#pragma unroll
-                for (int r = 0; r < S2; ++r) {
-                  if (Inside(o2 + r, a.osize[2])) {
-                    Store(to + (r1 * a.ys[1] + r * a.ys[2]), sum[r1][r]);
-                  }
-                }
-              }
-            }
-          }
-          to += S1 * a.ys[1];
-#pragma unroll
-          for (int t = 0; t < kRows - S1; ++t) {
-#pragma unroll
-            for (int e = 0; e < S2 * V; ++e) sum[t][e / V][e % V] = sum[t + S1][e / V][e % V];
-          }
-          begin_rows(kRows - S1);
         });
   }
 }
@@ -375,7 +381,7 @@ __global__ void __launch_bounds__(kThreads, 2) InputGrad(const __grid_constant__
   float w[K0][K1][K2];
 #pragma unroll
   for (int t = 0; t < kTaps; ++t) w[t / (K1 * K2)][t / K2 % K1][t % K2] = ToAccumulator(w_c[t]);
-  Ring<In, kColumn, kRows> ring(a.y_stage, shared);
+  Ring<In, kColumn, kRows, 2 * kDepthwiseChunks> ring(a.y_stage, shared);
   for (int index = blockIdx.y; index < a.tiles; index += a.parts) {
     const Tile tile = TileOf<kQ>(a, lane, index);
     ring.Begin(static_cast<const In*>(a.y) + tile.n * a.yn + int64_t{c_first} * a.yc, a.osize, a.ys,
@@ -387,7 +393,7 @@ __global__ void __launch_bounds__(kThreads, 2) InputGrad(const __grid_constant__
     int64_t to = tile.n * a.xn + int64_t{lane.c} * a.xc + tile.at0 * a.xs[0] + tile.at2 * a.xs[2] +
                  (tile.begin - (kJ1 - 1)) * a.xs[1];
     float sum[kQ][kJ1][1] = {};
-    March(
+    March<1>(
         tile.begin, tile.end + kJ1 - 1,
         [&](int q1, int slot) { ring.Copy(q1 * S1 - a.pad[1], slot); },
         [&](int q1, int slot) {
@@ -490,14 +496,16 @@ __device__ inline void AddUp(const DepthwiseArgs& a, const float* kept, int resi
 template <class In, int kColumn, int V, int J0, int S1, int K1, int S2, int K2>
 __global__ void __launch_bounds__(kThreads, 2) WeightGrad(const __grid_constant__ DepthwiseArgs a) {
   constexpr int kJ1 = (K1 + S1 - 1) / S1, kJ2 = (K2 + S2 - 1) / S2;
-  constexpr int kNew = Min(S1, K1);  // rows of y that a step brings
+  static_assert(S1 <= K1);
+  constexpr int kSteps = kDepthwiseSteps;
   extern __shared__ uint4 shared[];
   const Lane lane = LaneOf<V>(a);
   const int stride0 = a.stride[0], r0 = lane.residue;
   const int c_first = static_cast<int>(blockIdx.x) * a.by_c.divisor * V;
   float w[J0][K1][K2][V] = {};
-  Ring<In, kColumn, 1> x_ring(a.x_stage, shared);
-  Ring<In, kColumn, kNew> y_ring(a.y_stage, reinterpret_cast<char*>(shared) + a.x_stage.bytes);
+  Ring<In, kColumn, kSteps, kDepthwiseChunks> x_ring(a.x_stage, shared);
+  Ring<In, kColumn, kSteps * S1, kDepthwiseChunks> y_ring(
+      a.y_stage, reinterpret_cast<char*>(shared) + a.x_stage.bytes);
   for (int index = blockIdx.y; index < a.tiles; index += a.parts) {
     const Tile tile = TileOf(a, lane, index);
     const int first0 = tile.at0 - lane.at0, first2 = tile.at2 - lane.at2;
@@ -511,45 +519,50 @@ __global__ void __launch_bounds__(kThreads, 2) WeightGrad(const __grid_constant_
     const int y_mine = (lane.c - c_first) * a.y_stage.channel + lane.at0 * a.y_stage.plane +
                        lane.at2 * S2 * kColumn + y_ring.lead;
     float ys[K1][S2][V];
-    March(
-        tile.begin - (S1 < K1 ? kJ1 - 1 : 0), tile.end,
+    const auto step = [&](int i1, const In* x_row, int slot, int s) {
+#pragma unroll
+      for (int e = 0; e < K1 * S2; ++e) {
+        const int t1 = e / S2, r = e % S2, fresh = t1 - (K1 - S1);
+        if (fresh < 0) {
+#pragma unroll
+          for (int v = 0; v < V; ++v) ys[t1][r][v] = ys[t1 + S1][r][v];
+        } else {  // rows outside hold anything
+          const bool row_inside = Inside(i1 * S1 + t1 - a.pad[1], a.osize[1]);
+          float value[V];
+          Load(value, y_ring.Row(slot, s * S1 + fresh) + y_mine + r * kColumn);
+#pragma unroll
+          for (int v = 0; v < V; ++v) ys[t1][r][v] = row_inside ? value[v] : 0;
+        }
+      }
+      if (i1 < tile.begin) return;
+#pragma unroll
+      for (int j0 = 0; j0 < J0; ++j0) {
+        float row[kJ2][V];
+#pragma unroll
+        for (int j2 = 0; j2 < kJ2; ++j2) {
+          Load(row[j2], x_row + (J0 - 1 - j0) * a.x_stage.plane + (kJ2 - 1 - j2) * kColumn);
+        }
+#pragma unroll
+        for (int t1 = 0; t1 < K1; ++t1) {
+#pragma unroll
+          for (int t2 = 0; t2 < K2; ++t2) {
+#pragma unroll
+            for (int v = 0; v < V; ++v) w[j0][t1][t2][v] += row[t2 / S2][v] * ys[t1][t2 % S2][v];
+          }
+        }
+      }
+    };
+    March<kSteps>(
+        tile.begin - (kJ1 - 1), tile.end,
         [&](int i1, int slot) {
-          if (i1 >= tile.begin) x_ring.Copy(i1, slot);
-          y_ring.Copy(i1 * S1 + K1 - kNew - a.pad[1], slot);
+          x_ring.Copy(i1, slot);
+          y_ring.Copy(i1 * S1 + K1 - S1 - a.pad[1], slot);
         },
         [&](int i1, int slot) {
           if (!tile.inside) return;
 #pragma unroll
-          for (int t1 = 0; t1 < K1; ++t1) {
-#pragma unroll
-            for (int r = 0; r < S2; ++r) {
-              if (t1 >= K1 - kNew && Inside(i1 * S1 + t1 - a.pad[1], a.osize[1])) {
-                Load(ys[t1][r], y_ring.Row(slot, t1 - (K1 - kNew)) + y_mine + r * kColumn);
-              } else if (t1 >= K1 - kNew) {
-#pragma unroll
-                for (int v = 0; v < V; ++v) ys[t1][r][v] = 0;
-              } else {
-#pragma unroll
-                for (int v = 0; v < V; ++v) ys[t1][r][v] = ys[Min(t1 + kNew, K1 - 1)][r][v];
-              }
-            }
-          }
-          if (i1 < tile.begin) return;
-#pragma unroll
-          for (int j0 = 0; j0 < J0; ++j0) {
-            const In* const at = x_ring.Row(slot, 0) + x_mine + (J0 - 1 - j0) * a.x_stage.plane;
-            float row[kJ2][V];
-#pragma unroll
-            for (int j2 = 0; j2 < kJ2; ++j2) Load(row[j2], at + (kJ2 - 1 - j2) * kColumn);
-#pragma unroll
-            for (int t1 = 0; t1 < K1; ++t1) {
-#pragma unroll
-              for (int t2 = 0; t2 < K2; ++t2) {
-#pragma unroll
-                for (int v = 0; v < V; ++v)
-                  w[j0][t1][t2][v] += row[t2 / S2][v] * ys[t1][t2 % S2][v];
-              }
-            }
+          for (int s = 0; s < kSteps; ++s) {
+            if (i1 + s < tile.end) step(i1 + s, x_ring.Row(slot, s) + x_mine, slot, s);
           }
         });
   }

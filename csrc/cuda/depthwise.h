@@ -44,8 +44,9 @@ constexpr bool DepthwiseHas(Pass pass, const DepthwiseWindow& w) {
 
 inline constexpr int kDepthwiseThreads = 256;
 
-// Stages of a ring of rows in shared memory, and chunks of a row that a thread copies.
-inline constexpr int kDepthwiseStages = 4, kDepthwiseChunks = 4;
+// Stages of a ring of rows in shared memory; chunks of a row that a thread copies (input gradient:
+// twice as many); forward and weight gradient: steps of the march a stage.
+inline constexpr int kDepthwiseStages = 4, kDepthwiseChunks = 2, kDepthwiseSteps = 2;
 
 // Input gradient: neighbouring inputs of axis 0 that a thread computes. (If they are two, the
 // stride of axis 0 is that of axis 1.)
