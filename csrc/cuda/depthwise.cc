@@ -53,16 +53,17 @@ int WindowOf(const Problem& p) {
   if (!input && p.stride[0] > 8) return -1;  // a block has all residues
   if (p.pass == Pass::kForward && Wide(p)) return -1;
   const int64_t t0 = input ? p.k[0] : CeilDiv(p.k[0], p.stride[0]);
-  int index = 0;
+  int index = -1;
   for (const DepthwiseWindow& w : kWindows) {
+    ++index;
     // The input gradient shares planes of y among neighbouring inputs.
-    if (input && w.t0 > 1 && p.stride[0] != w.s1) continue;
+    if (input ? w.t0 > 1 && p.stride[0] != w.s1 : p.channels_last && p.ci % w.channels() != 0) {
+      continue;
+    }
     if (DepthwiseHas(p.pass, w) && w.t0 == t0 && w.s1 == p.stride[1] && w.k1 == p.k[1] &&
-        w.s2 == p.stride[2] && w.k2 == p.k[2] &&
-        (input || !p.channels_last || p.ci % w.channels() == 0)) {
+        w.s2 == p.stride[2] && w.k2 == p.k[2]) {
       return index;
     }
-    ++index;
   }
   return -1;
 }
@@ -72,28 +73,30 @@ int Even(int64_t n, int64_t most) {
   return n <= 0 ? 1 : static_cast<int>(CeilDiv(n, CeilDiv(n, std::max<int64_t>(most, 1))));
 }
 
-// Elements that are copied together: what rows are aligned to, up to 16 bytes.
-int ElementsOfChunk(const Problem& p, const Sizes& size) {
-  const int64_t length = p.channels_last ? p.ci : size[2];
+// Elements of y that are copied together: what rows are aligned to, up to 16 bytes.
+int ElementsOfChunk(const Problem& p) {
+  const int64_t length = p.channels_last ? p.ci : p.osize[2];
   const int unit = static_cast<int>(16 / SizeOf(p.in_dtype));
   return length % unit == 0 ? unit : length % 2 == 0 && p.in_dtype != DType::kF32 ? 2 : 1;
 }
 
-// A stage of `rows` rows of x or y: a box of planes and columns; false if it is too large.
-bool StageOf(const Problem& p, const Sizes& size, int channels, int64_t planes, int64_t columns,
-             int column, int rows, int threads, DepthwiseStage& s) {
-  const int64_t bytes = SizeOf(p.in_dtype), unit = 16 / bytes;
-  const int64_t each = ElementsOfChunk(p, size);
+// The input gradient's ring for a block's tile; false if it is too large.
+bool Stage(const Problem& p, const DepthwiseWindow& w, int tile_c, int tile2, int tile0,
+           int threads, const Device& device, DepthwisePlan& plan) {
+  DepthwiseStage& s = plan.args.stage;
+  const int64_t planes = (int64_t{tile0} * DepthwiseInputs(w.t0) - 1) * p.stride[0] + w.t0;
+  const int64_t columns = int64_t{tile2 - 1} * w.s2 + w.k2;
+  const int64_t size = SizeOf(p.in_dtype), unit = 16 / size, each = ElementsOfChunk(p);
   // Channels first, a row begins up to unit - 1 before what is asked for, and pairs may end beyond.
-  const int64_t first = CeilDiv(p.channels_last ? channels : columns + unit, unit) * unit;
+  const int64_t first = CeilDiv(p.channels_last ? tile_c : columns + unit, unit) * unit;
   const int64_t second = p.channels_last ? columns : planes;
-  const int64_t third = p.channels_last ? planes : channels;
+  const int64_t third = p.channels_last ? planes : tile_c;
+  const int64_t pitch = p.channels_last ? 32 : first, elements = pitch * second * third;
   const int64_t count = first * second * third / each;
-  const int64_t pitch = p.channels_last ? column : first, elements = pitch * second * third;
-  if (count > (each == unit
-                   ? int64_t{p.pass == Pass::kInputGrad ? 2 : 1} * kDepthwiseChunks * threads
-                   : int64_t{1} << 14) ||
-      (!p.channels_last && channels * Product(size) > int64_t{1} << 30)) {
+  const int64_t shared = kDepthwiseStages * std::min(w.s1, w.k1) * elements * size;
+  if (count > (each == unit ? int64_t{kDepthwiseChunks} * threads : int64_t{1} << 14) ||
+      (!p.channels_last && tile_c * Product(p.osize) > int64_t{1} << 30) ||
+      shared > SharedMemoryOfBlock(device.compute_capability) / 2 - 1024) {  // two blocks at a time
     return false;
   }
   s.by_first = DivisorOf(static_cast<int>(first / each));
@@ -103,39 +106,8 @@ bool StageOf(const Problem& p, const Sizes& size, int channels, int64_t planes, 
   s.plane = static_cast<int>(p.channels_last ? columns * pitch : pitch);
   s.channel = static_cast<int>(p.channels_last ? 1 : planes * pitch);
   s.elements = static_cast<int>(elements);
-  s.bytes = static_cast<int>(kDepthwiseStages * rows * elements * bytes);
+  plan.shared = static_cast<int>(shared);
   return true;
-}
-
-// The rings of a block's tile; false if they are too large.
-bool Stage(const Problem& p, const DepthwiseWindow& w, int tile_c, int tile2, int tile0,
-           int threads, const Device& device, DepthwisePlan& plan) {
-  DepthwiseArgs& a = plan.args;
-  const int channels = tile_c * plan.channels, column = 32 * plan.channels;
-  const bool input = p.pass == Pass::kInputGrad;
-  a.x_stage.bytes = a.y_stage.bytes = 0;
-  if (input) {
-    if (!StageOf(
-            p, p.osize, channels, (int64_t{tile0} * DepthwiseInputs(w.t0) - 1) * p.stride[0] + w.t0,
-            int64_t{tile2 - 1} * w.s2 + w.k2, column, std::min(w.s1, w.k1), threads, a.y_stage)) {
-      return false;
-    }
-  } else {
-    const int sources = static_cast<int>(CeilDiv(w.k2, w.s2)) - 1 + (plan.pairs ? 1 : 0);
-    if (!StageOf(p, p.isize, channels, tile0 / p.stride[0] + w.t0 - 1, tile2 + sources, column,
-                 kDepthwiseSteps, threads, a.x_stage)) {
-      return false;
-    }
-    if (p.pass == Pass::kWeightGrad &&
-        !StageOf(p, p.osize, channels, tile0, int64_t{tile2} * w.s2, column, kDepthwiseSteps * w.s1,
-                 threads, a.y_stage)) {
-      return false;
-    }
-  }
-  plan.shared = a.x_stage.bytes + a.y_stage.bytes;
-  // Two blocks a multiprocessor; the weight gradient adds up in 16 KB more.
-  const int64_t most = SharedMemoryOfBlock(device.compute_capability) / 2;
-  return plan.shared <= most - ((p.pass == Pass::kWeightGrad ? 18 : 2) << 10);
 }
 
 // Instructions of a thread for a step of its march, about: as counted in the compiled kernels.
@@ -162,8 +134,8 @@ DepthwisePlan PlanDepthwise(const Problem& p, const Device& device) {
   const bool any = plan.window < 0;
   const DepthwiseWindow& w = any ? kAny : kWindows[plan.window];
   plan.channels = !any && p.channels_last && p.pass != Pass::kInputGrad ? w.channels() : 1;
-  plan.pairs = !any && forward && !p.channels_last && w.s2 == 2 && p.osize[2] % 2 == 0 &&
-               (p.pad[2] - w.shift()) % 2 == 0;
+  plan.pairs = !any && p.pass != Pass::kInputGrad && !p.channels_last && w.s2 == 2 &&
+               p.osize[2] % 2 == 0 && (p.pad[2] - w.shift()) % 2 == 0;
 
   DepthwiseArgs& a = plan.args;
   a.wide = Wide(p);
@@ -210,9 +182,9 @@ DepthwisePlan PlanDepthwise(const Problem& p, const Device& device) {
   // Threads are filled with channels, then positions of axis 2, or the other way round, by layout;
   // a few positions of axis 0 share what L1 holds.
   const int limit = kDepthwiseThreads;
-  const bool staged = !any, input = p.pass == Pass::kInputGrad;
-  const int residues = any || input ? 1 : a.stride[0],
-            of_thread = staged && input ? DepthwiseInputs(w.t0) : 1;
+  const bool staged = !any && p.pass == Pass::kInputGrad;
+  const int residues = any || staged ? 1 : a.stride[0],
+            of_thread = staged ? DepthwiseInputs(w.t0) : 1;
   const int64_t vectors = CeilDiv(p.ci, plan.channels), most = limit / residues;
   const int64_t span0 = CeilDiv(span(0), of_thread);
   const auto tile0_for = [&](int64_t room) {
@@ -222,7 +194,7 @@ DepthwisePlan PlanDepthwise(const Problem& p, const Device& device) {
   int tile_c, tile2, tile0;
   if (p.channels_last) {
     tile_c = Even(vectors, std::min<int64_t>(most, 32));
-    const int chunk = ElementsOfChunk(p, p.isize);  // a block's channels begin with one
+    const int chunk = ElementsOfChunk(p);  // a block's channels begin with one
     if (staged) tile_c = static_cast<int>(CeilDiv(tile_c, chunk)) * chunk;
     tile0 = tile0_for(std::min<int64_t>(most / tile_c, 2));
     tile2 = Even(span(2), limit / (tile_c * tile0));

@@ -12,15 +12,27 @@ namespace {
 
 constexpr int kThreads = kDepthwiseThreads;
 
-// V neighbours in memory, as they are.
+// V neighbours in memory, as they are: what was asked for ahead waits in few registers.
 template <class In, int V>
 using Raw =
     std::conditional_t<V == 1, In, std::conditional_t<std::is_same_v<In, float>, float2, unsigned>>;
 
+// Zeros where they are not inside.
 template <int V, class In>
-__device__ inline void Load(float (&to)[V], const In* from) {
+__device__ inline Raw<In, V> Ask(const In* from, bool inside) {
   static_assert(V <= 2);
-  const Raw<In, V> raw = *reinterpret_cast<const Raw<In, V>*>(from);
+  return inside ? __ldg(reinterpret_cast<const Raw<In, V>*>(from)) : Raw<In, V>{};
+}
+
+// Brings into L2 what is asked for kAhead steps later: that needs no registers.
+constexpr int kAhead = 4;
+
+__device__ inline void Announce(const void* from, bool inside) {
+  if (inside) asm volatile("prefetch.global.L2 [%0];" ::"l"(from));
+}
+
+template <class In, int V>
+__device__ inline void Unpack(float (&to)[V], Raw<In, V> raw) {
   if constexpr (V == 1) {
     to[0] = ToAccumulator(raw);
   } else if constexpr (std::is_same_v<In, float>) {
@@ -92,13 +104,13 @@ __device__ inline bool Inside(int position, int size) {
 constexpr int Max(int a, int b) { return a > b ? a : b; }
 constexpr int Min(int a, int b) { return a < b ? a : b; }
 
-// Rows of x or y on their way through shared memory: a ring of stages of kRows rows of axis 1, each
+// Rows of y on their way through shared memory: a ring of stages of kRows rows of axis 1, each
 // the box of axes 0 and 2 and the channels that a block needs, zeros outside the tensor, but for
 // rows of axis 1 outside, which are not copied:
 //   channels last   [plane of axis 0][position of axis 2][kColumn channels]
 //   channels first  [channel][plane of axis 0][position of axis 2, from a multiple of 16 bytes]
 // kColumn: elements from a position of axis 2 to the next.
-template <class In, int kColumn, int kRows, int kChunks>
+template <class In, int kColumn, int kRows>
 struct Ring {
   static constexpr int kElements = 16 / static_cast<int>(sizeof(In)), kOutside = -1;
   const DepthwiseStage& s;
@@ -106,8 +118,8 @@ struct Ring {
   const In* base;  // position (first0, 0, first2) of the block's first channel
   int lead;        // positions before what was asked for
   int size[kAxes], stride[kAxes], channel_stride, first0, first2, channels;
-  int from[kChunks];  // of the thread's chunks: offset from base, or kOutside
-  int to[kChunks];    // and in a row
+  int from[kDepthwiseChunks];  // of the thread's chunks: offset from base, or kOutside
+  int to[kDepthwiseChunks];    // and in a row
 
   __device__ Ring(const DepthwiseStage& stage, void* to) : s(stage), shared(static_cast<In*>(to)) {}
 
@@ -126,7 +138,7 @@ struct Ring {
     }
     __syncthreads();  // the tile before is read
 #pragma unroll
-    for (int k = 0; k < kChunks; ++k) {
+    for (int k = 0; k < kDepthwiseChunks; ++k) {
       const int i = static_cast<int>(threadIdx.x + k * blockDim.x);
       const bool wanted = s.each == kElements && i < s.count;
       from[k] = Place(wanted ? i : 0, to[k]);
@@ -160,7 +172,7 @@ struct Ring {
       for (int r = 0; r < kRows; ++r, source += stride[1], staged += s.elements) {
         const bool inside = Inside(row + r, size[1]);
 #pragma unroll
-        for (int k = 0; k < kChunks; ++k) {
+        for (int k = 0; k < kDepthwiseChunks; ++k) {
           CopyAsync16(staged + to[k], source + from[k], inside && from[k] != kOutside);
         }
       }
@@ -187,26 +199,25 @@ struct Ring {
   }
 };
 
-// Runs body(step, slot) for every kSteps-th step, begin <= step < end, with what copy(step, slot)
-// asked for; copies run kDepthwiseStages - 1 stages ahead. All threads of a block come here.
-template <int kSteps, class Copy, class Body>
+// Runs body(step, slot) for begin <= step < end, with what copy(step, slot) asked for; copies run
+// kDepthwiseStages - 1 steps ahead. All threads of a block come here.
+template <class Copy, class Body>
 __device__ inline void March(int begin, int end, Copy copy, Body body) {
-  constexpr int kAhead = kDepthwiseStages - 1;
+  constexpr int kLast = kDepthwiseStages - 1;
 #pragma unroll 1
-  for (int d = 0; d < kAhead; ++d) {
-    if (begin + d * kSteps < end) copy(begin + d * kSteps, d);
+  for (int d = 0; d < kLast; ++d) {
+    if (begin + d < end) copy(begin + d, d);
     CommitCopies();
   }
   int slot = 0;
 #pragma unroll 1
-  for (int step = begin; step < end; step += kSteps) {
-    WaitForCopies<kAhead - 1>();
+  for (int step = begin; step < end; ++step) {
+    WaitForCopies<kLast - 1>();
     __syncthreads();
-    const int later = step + kAhead * kSteps;
-    if (later < end) copy(later, slot == 0 ? kAhead : slot - 1);
+    if (step + kLast < end) copy(step + kLast, slot == 0 ? kLast : slot - 1);
     CommitCopies();
     body(step, slot);
-    slot = slot == kAhead ? 0 : slot + 1;
+    slot = slot == kLast ? 0 : slot + 1;
   }
 }
 
@@ -257,50 +268,69 @@ __device__ inline Tile TileOf(const DepthwiseArgs& a, const Lane& lane, int inde
 }
 
 // y. Positions: u of axis 0 (from a multiple of its stride), q of axes 1 and 2. The sums of the K1
-// rows that a row of x reaches go round in registers. J0: taps of axis 0 for a residue. kShift:
+// rows that an input row reaches go round in registers. J0: taps of axis 0 for a residue. kShift:
 // what u of axis 2 is more than a multiple of S2 at a position's first output: then pairs of
 // outputs are aligned in memory.
-template <class In, int kColumn, int V, bool kPairs, int kShift, int J0, int S1, int K1, int S2,
-          int K2>
+template <class In, int V, bool kPairs, int kShift, int J0, int S1, int K1, int S2, int K2>
 __global__ void __launch_bounds__(kThreads, 2) Forward(const __grid_constant__ DepthwiseArgs a) {
   constexpr int kJ1 = (K1 + S1 - 1) / S1, kJ2 = (K2 + S2 - 1) / S2;
   constexpr int kSources = kJ2 + (S2 - 1 + kShift) / S2, kRows = Max(K1, S1);
-  extern __shared__ uint4 shared[];
-  // Sources of taps that do not exist.
-  __shared__ __align__(16) In zeros[kColumn * (kSources + 1)];
-  for (int i = static_cast<int>(threadIdx.x); i < kColumn * (kSources + 1);
-       i += static_cast<int>(blockDim.x)) {
-    zeros[i] = FromAccumulator<In>(0);
-  }
   const Lane lane = LaneOf<V>(a);
+  if (!lane.busy) return;
   const int stride0 = a.stride[0], r0 = lane.residue, taps = a.k[0] * K1 * K2;
-  const int c_first = static_cast<int>(blockIdx.x) * a.by_c.divisor * V;
+  const In* const w_c = static_cast<const In*>(a.w) + int64_t{lane.c} * taps;
   float w[J0][K1][K2][V], bias[V] = {};
 #pragma unroll
   for (int v = 0; v < V; ++v) {
-    const int c = lane.busy ? lane.c + v : 0;
-    const In* const w_c = static_cast<const In*>(a.w) + int64_t{c} * taps;
 #pragma unroll
-    for (int e = 0; e < J0 * K1 * K2; ++e) {
-      const int t0 = r0 + e / (K1 * K2) * stride0, t = t0 * K1 * K2 + e % (K1 * K2);
-      w[e / (K1 * K2)][e / K2 % K1][e % K2][v] = t0 < a.k[0] ? ToAccumulator(w_c[t]) : 0;
+    for (int j0 = 0; j0 < J0; ++j0) {
+      const int t0 = r0 + j0 * stride0;
+#pragma unroll
+      for (int t = 0; t < K1 * K2; ++t) {
+        w[j0][t / K2][t % K2][v] =
+            t0 < a.k[0] ? ToAccumulator(w_c[v * taps + t0 * K1 * K2 + t]) : 0;
+      }
     }
-    if (a.bias != nullptr) bias[v] = ToAccumulator(static_cast<const In*>(a.bias)[c]);
+    if (a.bias != nullptr) bias[v] = ToAccumulator(static_cast<const In*>(a.bias)[lane.c + v]);
   }
-  constexpr int kSteps = kDepthwiseSteps;
-  Ring<In, kColumn, kSteps, kDepthwiseChunks> ring(a.x_stage, shared);
+  const int xs2 = kPairs ? 1 : a.xs[2];
+  int hop[J0][kSources];  // of the sources
+#pragma unroll
+  for (int j0 = 0; j0 < J0; ++j0) {
+#pragma unroll
+    for (int m = 0; m < kSources; ++m) hop[j0][m] = m * xs2 - j0 * a.xs[0];
+  }
   for (int index = blockIdx.y; index < a.tiles; index += a.parts) {
     const Tile tile = TileOf(a, lane, index);
-    ring.Begin(static_cast<const In*>(a.x) + tile.n * a.xn + int64_t{c_first} * a.xc, a.isize, a.xs,
-               a.xc, (tile.at0 - lane.at0) / stride0 - (J0 - 1), tile.at2 - lane.at2 - (kJ2 - 1),
-               a.c - c_first);
-    const int mine = (lane.c - c_first) * a.x_stage.channel +
-                     (lane.at0 - r0) / stride0 * a.x_stage.plane + lane.at2 * kColumn + ring.lead;
-    const bool inside = tile.inside && tile.at0 >= a.pad[0];
-    const int o2 = tile.at2 * S2 + kShift - a.pad[2], begin = tile.begin - (kJ1 - 1);
+    if (!tile.inside || tile.at0 < a.pad[0]) continue;
+    const int q0 = (tile.at0 - r0) / stride0, i2 = tile.at2 - (kJ2 - 1);
+    bool inside[J0][kSources];
+#pragma unroll
+    for (int j0 = 0; j0 < J0; ++j0) {
+      const bool plane = r0 + j0 * stride0 < a.k[0] && Inside(q0 - j0, a.isize[0]);
+#pragma unroll
+      for (int m = 0; m < kSources; ++m) inside[j0][m] = plane && Inside(i2 + m, a.isize[2]);
+    }
+    int q1 = tile.begin - (kJ1 - 1);
+    const In* const x_image = static_cast<const In*>(a.x) + tile.n * a.xn + int64_t{lane.c} * a.xc;
+    const In* x = x_image + (q0 * a.xs[0] + i2 * xs2 + q1 * a.xs[1]);
+    const int o2 = tile.at2 * S2 + kShift - a.pad[2];
     In* to = static_cast<In*>(a.out) + tile.n * a.yn + int64_t{lane.c} * a.yc +
-             ((tile.at0 - a.pad[0]) * a.ys[0] + o2 * a.ys[2] + (begin * S1 - a.pad[1]) * a.ys[1]);
+             ((tile.at0 - a.pad[0]) * a.ys[0] + o2 * a.ys[2] + (q1 * S1 - a.pad[1]) * a.ys[1]);
+    Raw<In, V> next[J0][kSources];
     float sum[kRows][S2][V];
+    const auto ask = [&] {
+      const bool row = Inside(q1, a.isize[1]) && q1 < tile.end;
+#pragma unroll
+      for (int j0 = 0; j0 < J0; ++j0) {
+#pragma unroll
+        for (int m = 0; m < kSources; ++m) {
+          next[j0][m] = Ask<V>(x + hop[j0][m], row && inside[j0][m]);
+        }
+      }
+      Announce(x + (hop[0][kSources - 1] + kAhead * a.xs[1]),
+               inside[0][kSources - 1] && Inside(q1 + kAhead, a.isize[1]));
+    };
     const auto begin_rows = [&](int first) {
 #pragma unroll
       for (int t = first; t < kRows; ++t) {
@@ -308,16 +338,20 @@ __global__ void __launch_bounds__(kThreads, 2) Forward(const __grid_constant__ D
         for (int e = 0; e < S2 * V; ++e) sum[t][e / V][e % V] = bias[e % V];
       }
     };
+    ask();
     begin_rows(0);
-    const auto step = [&](int q1, const In* source) {
+#pragma unroll(K1 == 2 * S1 ? 2 : 1)
+    for (; q1 < tile.end;) {
+      float row[J0][kSources][V];
+#pragma unroll
+      for (int e = 0; e < J0 * kSources; ++e) {
+        Unpack<In>(row[e / kSources][e % kSources], next[e / kSources][e % kSources]);
+      }
+      ++q1;
+      x += a.xs[1];
+      ask();
 #pragma unroll
       for (int j0 = 0; j0 < J0; ++j0) {
-        if (!Inside(q1, a.isize[1])) break;
-        const In* const at =
-            r0 + j0 * stride0 < a.k[0] ? source + (J0 - 1 - j0) * a.x_stage.plane : zeros;
-        float row[kSources][V];
-#pragma unroll
-        for (int m = 0; m < kSources; ++m) Load(row[m], at + m * kColumn);
 #pragma unroll
         for (int t1 = 0; t1 < K1; ++t1) {
 #pragma unroll
@@ -327,21 +361,23 @@ __global__ void __launch_bounds__(kThreads, 2) Forward(const __grid_constant__ D
               const int t2 = (r + kShift) % S2 + j2 * S2, m = kJ2 - 1 + (r + kShift) / S2 - j2;
               if (t2 >= K2) continue;
 #pragma unroll
-              for (int v = 0; v < V; ++v) sum[t1][r][v] += row[m][v] * w[j0][t1][t2][v];
+              for (int v = 0; v < V; ++v) sum[t1][r][v] += row[j0][m][v] * w[j0][t1][t2][v];
             }
           }
         }
       }
+      if (q1 > tile.begin) {
 #pragma unroll
-      for (int r1 = 0; r1 < S1; ++r1) {
-        if (q1 < tile.begin || !Inside(q1 * S1 + r1 - a.pad[1], a.osize[1])) continue;
-        if constexpr (kPairs) {
-          const float pair[2] = {sum[r1][0][0], sum[r1][1][0]};
-          Store(to + r1 * a.ys[1], pair);  // all pairs of positions inside lie inside
-        } else {
+        for (int r1 = 0; r1 < S1; ++r1) {
+          if (!Inside((q1 - 1) * S1 + r1 - a.pad[1], a.osize[1])) continue;
+          if constexpr (kPairs) {
+            const float pair[2] = {sum[r1][0][0], sum[r1][1][0]};
+            Store(to + r1 * a.ys[1], pair);  // all pairs of positions inside lie inside
+          } else {
 #pragma unroll
-          for (int r = 0; r < S2; ++r) {
-            if (Inside(o2 + r, a.osize[2])) Store(to + (r1 * a.ys[1] + r * a.ys[2]), sum[r1][r]);
+            for (int r = 0; r < S2; ++r) {
+              if (Inside(o2 + r, a.osize[2])) Store(to + (r1 * a.ys[1] + r * a.ys[2]), sum[r1][r]);
+            }
           }
         }
       }
@@ -352,16 +388,7 @@ __global__ void __launch_bounds__(kThreads, 2) Forward(const __grid_constant__ D
         for (int e = 0; e < S2 * V; ++e) sum[t][e / V][e % V] = sum[t + S1][e / V][e % V];
       }
       begin_rows(kRows - S1);
-    };
-    March<kSteps>(
-        begin, tile.end, [&](int q1, int slot) { ring.Copy(q1, slot); },
-        [&](int q1, int slot) {
-          if (!inside) return;
-#pragma unroll
-          for (int s = 0; s < kSteps; ++s) {
-            if (q1 + s < tile.end) step(q1 + s, ring.Row(slot, s) + mine);
-          }
-        });
+    }
   }
 }
 
@@ -381,19 +408,19 @@ __global__ void __launch_bounds__(kThreads, 2) InputGrad(const __grid_constant__
   float w[K0][K1][K2];
 #pragma unroll
   for (int t = 0; t < kTaps; ++t) w[t / (K1 * K2)][t / K2 % K1][t % K2] = ToAccumulator(w_c[t]);
-  Ring<In, kColumn, kRows, 2 * kDepthwiseChunks> ring(a.y_stage, shared);
+  Ring<In, kColumn, kRows> ring(a.stage, shared);
   for (int index = blockIdx.y; index < a.tiles; index += a.parts) {
     const Tile tile = TileOf<kQ>(a, lane, index);
     ring.Begin(static_cast<const In*>(a.y) + tile.n * a.yn + int64_t{c_first} * a.yc, a.osize, a.ys,
                a.yc, (tile.at0 - lane.at0 * kQ) * a.stride[0] - a.pad[0],
                (tile.at2 - lane.at2) * S2 - a.pad[2], a.c - c_first);
-    const int mine = (lane.c - c_first) * a.y_stage.channel +
-                     lane.at0 * kQ * a.stride[0] * a.y_stage.plane + lane.at2 * S2 * kColumn +
+    const int mine = (lane.c - c_first) * a.stage.channel +
+                     lane.at0 * kQ * a.stride[0] * a.stage.plane + lane.at2 * S2 * kColumn +
                      ring.lead;
     int64_t to = tile.n * a.xn + int64_t{lane.c} * a.xc + tile.at0 * a.xs[0] + tile.at2 * a.xs[2] +
                  (tile.begin - (kJ1 - 1)) * a.xs[1];
     float sum[kQ][kJ1][1] = {};
-    March<1>(
+    March(
         tile.begin, tile.end + kJ1 - 1,
         [&](int q1, int slot) { ring.Copy(q1 * S1 - a.pad[1], slot); },
         [&](int q1, int slot) {
@@ -403,12 +430,12 @@ __global__ void __launch_bounds__(kThreads, 2) InputGrad(const __grid_constant__
             if (!Inside(q1 * S1 + r1 - a.pad[1], a.osize[1])) continue;
 #pragma unroll
             for (int plane = 0; plane < kPlanes; ++plane) {
-              const In* const at = ring.Row(slot, r1) + mine + plane * a.y_stage.plane;
+              const In* const at = ring.Row(slot, r1) + mine + plane * a.stage.plane;
               float value[K2];
 #pragma unroll
               for (int m = 0; m < kLoads; ++m) {
                 float each[kEach];
-                Load(each, at + tap(m) * kColumn);
+                Unpack<In>(each, *reinterpret_cast<const Raw<In, kEach>*>(at + tap(m) * kColumn));
 #pragma unroll
                 for (int e = 0; e < kEach; ++e) {
                   if (tap(m) + e >= 0 && tap(m) + e < K2) value[tap(m) + e] = each[e];
@@ -491,80 +518,118 @@ __device__ inline void AddUp(const DepthwiseArgs& a, const float* kept, int resi
   }
 }
 
-// A part of dw. Positions: u of axis 0, inputs of axis 1, q of axis 2. The K1 rows of y that a row
-// of x meets go round in registers.
-template <class In, int kColumn, int V, int J0, int S1, int K1, int S2, int K2>
+// A part of dw. Positions: u of axis 0, inputs of axis 1, q of axis 2. The K1 rows of y that an
+// input row meets go round in registers.
+template <class In, int V, bool kPairs, int kShift, int J0, int S1, int K1, int S2, int K2>
 __global__ void __launch_bounds__(kThreads, 2) WeightGrad(const __grid_constant__ DepthwiseArgs a) {
-  constexpr int kJ1 = (K1 + S1 - 1) / S1, kJ2 = (K2 + S2 - 1) / S2;
-  static_assert(S1 <= K1);
-  constexpr int kSteps = kDepthwiseSteps;
-  extern __shared__ uint4 shared[];
+  constexpr int kJ2 = (K2 + S2 - 1) / S2, kSources = kJ2 + (S2 - 1 + kShift) / S2;
+  constexpr int kLoads = kPairs ? 1 : S2, kEach = kPairs ? 2 : V;  // of a row of y
+  constexpr int kNew = Min(S1, K1);                                // rows that a step brings
   const Lane lane = LaneOf<V>(a);
   const int stride0 = a.stride[0], r0 = lane.residue;
-  const int c_first = static_cast<int>(blockIdx.x) * a.by_c.divisor * V;
   float w[J0][K1][K2][V] = {};
-  Ring<In, kColumn, kSteps, kDepthwiseChunks> x_ring(a.x_stage, shared);
-  Ring<In, kColumn, kSteps * S1, kDepthwiseChunks> y_ring(
-      a.y_stage, reinterpret_cast<char*>(shared) + a.x_stage.bytes);
+  const int xs2 = kPairs ? 1 : a.xs[2];
+  int hop[J0][kSources];
+#pragma unroll
+  for (int j0 = 0; j0 < J0; ++j0) {
+#pragma unroll
+    for (int m = 0; m < kSources; ++m) hop[j0][m] = m * xs2 - j0 * a.xs[0];
+  }
   for (int index = blockIdx.y; index < a.tiles; index += a.parts) {
     const Tile tile = TileOf(a, lane, index);
-    const int first0 = tile.at0 - lane.at0, first2 = tile.at2 - lane.at2;
-    x_ring.Begin(static_cast<const In*>(a.x) + tile.n * a.xn + int64_t{c_first} * a.xc, a.isize,
-                 a.xs, a.xc, first0 / stride0 - (J0 - 1), first2 - (kJ2 - 1), a.c - c_first);
-    y_ring.Begin(static_cast<const In*>(a.y) + tile.n * a.yn + int64_t{c_first} * a.yc, a.osize,
-                 a.ys, a.yc, first0 - a.pad[0], first2 * S2 - a.pad[2], a.c - c_first);
-    const int x_mine = (lane.c - c_first) * a.x_stage.channel +
-                       (lane.at0 - r0) / stride0 * a.x_stage.plane + lane.at2 * kColumn +
-                       x_ring.lead;
-    const int y_mine = (lane.c - c_first) * a.y_stage.channel + lane.at0 * a.y_stage.plane +
-                       lane.at2 * S2 * kColumn + y_ring.lead;
+    if (!tile.inside || tile.at0 < a.pad[0]) continue;
+    const int q0 = (tile.at0 - r0) / stride0, i2 = tile.at2 - (kJ2 - 1);
+    const int o2 = tile.at2 * S2 + kShift - a.pad[2];
+    bool inside_x[J0][kSources], inside_y[kLoads];
+#pragma unroll
+    for (int j0 = 0; j0 < J0; ++j0) {
+      const bool plane = r0 + j0 * stride0 < a.k[0] && Inside(q0 - j0, a.isize[0]);
+#pragma unroll
+      for (int m = 0; m < kSources; ++m) inside_x[j0][m] = plane && Inside(i2 + m, a.isize[2]);
+    }
+#pragma unroll
+    for (int m = 0; m < kLoads; ++m) inside_y[m] = Inside(o2 + m, a.osize[2]);
+    const In* x = static_cast<const In*>(a.x) + tile.n * a.xn + int64_t{lane.c} * a.xc +
+                  (q0 * a.xs[0] + tile.begin * a.xs[1] + i2 * xs2);
+    int o1 = tile.begin * S1 - a.pad[1];
+    const In* y = static_cast<const In*>(a.y) + tile.n * a.yn + int64_t{lane.c} * a.yc +
+                  ((tile.at0 - a.pad[0]) * a.ys[0] + o1 * a.ys[1] + o2 * a.ys[2]);
+    Raw<In, V> x_next[J0][kSources];
+    Raw<In, kEach> y_next[kNew][kLoads];
     float ys[K1][S2][V];
-    const auto step = [&](int i1, const In* x_row, int slot, int s) {
-#pragma unroll
-      for (int e = 0; e < K1 * S2; ++e) {
-        const int t1 = e / S2, r = e % S2, fresh = t1 - (K1 - S1);
-        if (fresh < 0) {
-#pragma unroll
-          for (int v = 0; v < V; ++v) ys[t1][r][v] = ys[t1 + S1][r][v];
-        } else {  // rows outside hold anything
-          const bool row_inside = Inside(i1 * S1 + t1 - a.pad[1], a.osize[1]);
-          float value[V];
-          Load(value, y_ring.Row(slot, s * S1 + fresh) + y_mine + r * kColumn);
-#pragma unroll
-          for (int v = 0; v < V; ++v) ys[t1][r][v] = row_inside ? value[v] : 0;
-        }
-      }
-      if (i1 < tile.begin) return;
+    const auto ask_x = [&](bool row) {
 #pragma unroll
       for (int j0 = 0; j0 < J0; ++j0) {
-        float row[kJ2][V];
 #pragma unroll
-        for (int j2 = 0; j2 < kJ2; ++j2) {
-          Load(row[j2], x_row + (J0 - 1 - j0) * a.x_stage.plane + (kJ2 - 1 - j2) * kColumn);
-        }
-#pragma unroll
-        for (int t1 = 0; t1 < K1; ++t1) {
-#pragma unroll
-          for (int t2 = 0; t2 < K2; ++t2) {
-#pragma unroll
-            for (int v = 0; v < V; ++v) w[j0][t1][t2][v] += row[t2 / S2][v] * ys[t1][t2 % S2][v];
-          }
+        for (int m = 0; m < kSources; ++m) {
+          x_next[j0][m] = Ask<V>(x + hop[j0][m], row && inside_x[j0][m]);
         }
       }
     };
-    March<kSteps>(
-        tile.begin - (kJ1 - 1), tile.end,
-        [&](int i1, int slot) {
-          x_ring.Copy(i1, slot);
-          y_ring.Copy(i1 * S1 + K1 - S1 - a.pad[1], slot);
-        },
-        [&](int i1, int slot) {
-          if (!tile.inside) return;
+    const auto ask_y = [&](int t1, int m, bool row) {
+      return Ask<kEach>(y + (t1 * a.ys[1] + m * a.ys[2]),
+                        row && Inside(o1 + t1, a.osize[1]) && inside_y[m]);
+    };
+    const auto unpack_y = [&](int t1, int m, Raw<In, kEach> raw) {
+      float each[kEach];
+      Unpack<In>(each, raw);
 #pragma unroll
-          for (int s = 0; s < kSteps; ++s) {
-            if (i1 + s < tile.end) step(i1 + s, x_ring.Row(slot, s) + x_mine, slot, s);
+      for (int v = 0; v < kEach; ++v) ys[t1][kPairs ? v : m][kPairs ? 0 : v] = each[v];
+    };
+    ask_x(true);
+#pragma unroll
+    for (int e = 0; e < K1 * kLoads; ++e) {
+      unpack_y(e / kLoads, e % kLoads, ask_y(e / kLoads, e % kLoads, true));
+    }
+#pragma unroll(K1 == 2 * S1 ? 2 : 1)
+    for (int i1 = tile.begin; i1 < tile.end; ++i1) {
+      float row[J0][kSources][V];
+#pragma unroll
+      for (int e = 0; e < J0 * kSources; ++e) {
+        Unpack<In>(row[e / kSources][e % kSources], x_next[e / kSources][e % kSources]);
+      }
+      x += a.xs[1];
+      y += S1 * a.ys[1];
+      o1 += S1;
+      const bool more = i1 + 1 < tile.end, much_more = i1 + 1 + kAhead < tile.end;
+#pragma unroll
+      for (int e = 0; e < kNew * kLoads; ++e) {
+        const int t1 = K1 - kNew + e / kLoads, m = e % kLoads, later = t1 + kAhead * S1;
+        y_next[e / kLoads][m] = ask_y(t1, m, more);
+        // Two channels leave no registers for it; neighbours of a row are in the same sector.
+        if (V == 2 || (m > 0 && !a.channels_last)) continue;
+        Announce(y + (later * a.ys[1] + m * a.ys[2]),
+                 much_more && Inside(o1 + later, a.osize[1]) && inside_y[m]);
+      }
+      ask_x(more);
+      Announce(x + (hop[0][kSources - 1] + kAhead * a.xs[1]),
+               V == 1 && much_more && inside_x[0][kSources - 1]);
+#pragma unroll
+      for (int j0 = 0; j0 < J0; ++j0) {
+#pragma unroll
+        for (int t1 = 0; t1 < K1; ++t1) {
+#pragma unroll
+          for (int r = 0; r < S2; ++r) {
+#pragma unroll
+            for (int j2 = 0; j2 < kJ2; ++j2) {
+              const int t2 = (r + kShift) % S2 + j2 * S2, m = kJ2 - 1 + (r + kShift) / S2 - j2;
+              if (t2 >= K2) continue;
+#pragma unroll
+              for (int v = 0; v < V; ++v) w[j0][t1][t2][v] += row[j0][m][v] * ys[t1][r][v];
+            }
           }
-        });
+        }
+      }
+#pragma unroll
+      for (int t1 = 0; t1 < K1 - kNew; ++t1) {
+#pragma unroll
+        for (int e = 0; e < S2 * V; ++e) ys[t1][e / V][e % V] = ys[t1 + kNew][e / V][e % V];
+      }
+#pragma unroll
+      for (int e = 0; e < kNew * kLoads; ++e) {
+        unpack_y(K1 - kNew + e / kLoads, e % kLoads, y_next[e / kLoads][e % kLoads]);
+      }
+    }
   }
   const int taps = a.k[0] * K1 * K2;
   AddUp<In, J0 * K1 * K2 * V>(
@@ -714,21 +779,23 @@ cudaError_t RunWindow(Pass pass, const DepthwisePlan& plan, const DepthwiseArgs&
       }
     }
   } else if constexpr (DepthwiseHas(Pass::kForward, kWindow)) {
-    if (pass == Pass::kWeightGrad) {
-      return a.channels_last
-                 ? Run(WeightGrad<In, 32 * V, V, T0, S1, K1, S2, K2>, plan, a, 1, stream)
-                 : Run(WeightGrad<In, 1, 1, T0, S1, K1, S2, K2>, plan, a, 1, stream);
-    }
+    const auto run = [&](auto forward, auto weight_grad) {
+      return pass == Pass::kForward ? Run(forward, plan, a, 1, stream)
+                                    : Run(weight_grad, plan, a, 1, stream);
+    };
     if (a.channels_last) {
-      return Run(Forward<In, 32 * V, V, false, 0, T0, S1, K1, S2, K2>, plan, a, 1, stream);
+      return run(Forward<In, V, false, 0, T0, S1, K1, S2, K2>,
+                 WeightGrad<In, V, false, 0, T0, S1, K1, S2, K2>);
     }
     if constexpr (S2 == 2) {
       if (plan.pairs) {
-        return Run(Forward<In, 1, 1, true, kWindow.shift(), T0, S1, K1, S2, K2>, plan, a, 1,
-                   stream);
+        constexpr int kShift = kWindow.shift();
+        return run(Forward<In, 1, true, kShift, T0, S1, K1, S2, K2>,
+                   WeightGrad<In, 1, true, kShift, T0, S1, K1, S2, K2>);
       }
     }
-    return Run(Forward<In, 1, 1, false, 0, T0, S1, K1, S2, K2>, plan, a, 1, stream);
+    return run(Forward<In, 1, false, 0, T0, S1, K1, S2, K2>,
+               WeightGrad<In, 1, false, 0, T0, S1, K1, S2, K2>);
   }
   return cudaErrorInvalidValue;  // never planned
 }

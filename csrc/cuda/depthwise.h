@@ -44,19 +44,18 @@ constexpr bool DepthwiseHas(Pass pass, const DepthwiseWindow& w) {
 
 inline constexpr int kDepthwiseThreads = 256;
 
-// Stages of a ring of rows in shared memory; chunks of a row that a thread copies (input gradient:
-// twice as many); forward and weight gradient: steps of the march a stage.
-inline constexpr int kDepthwiseStages = 4, kDepthwiseChunks = 2, kDepthwiseSteps = 2;
+// Input gradient: stages of its ring of rows, and chunks of a row that a thread copies.
+inline constexpr int kDepthwiseStages = 4, kDepthwiseChunks = 4;
 
 // Input gradient: neighbouring inputs of axis 0 that a thread computes. (If they are two, the
 // stride of axis 0 is that of axis 1.)
 constexpr int DepthwiseInputs(int k0) { return k0 > 1 ? 2 : 1; }
 
-// A row of the box of x or y that a block stages: digits of the index of a chunk, elements of a
-// chunk, and between planes, channels and rows. `bytes` of all stages.
+// A row of the box of y that a block stages: digits of the index of a chunk, elements of a
+// chunk, and between planes, channels and rows.
 struct DepthwiseStage {
   SmallDivisor by_first, by_second;
-  int count, each, plane, channel, elements, bytes;
+  int count, each, plane, channel, elements;
 };
 
 struct DepthwiseArgs {
@@ -76,7 +75,7 @@ struct DepthwiseArgs {
   // axis 2 x by0.divisor of axis 0, and march over `steps` positions of axis 1. Positions begin at
   // origin. Of axis 0 a thread keeps its residue by by_residue.
   SmallDivisor by_c, by2, by0, by_residue;
-  DepthwiseStage x_stage, y_stage;
+  DepthwiseStage stage;
   int steps, origin[kAxes], end[kAxes];
   int tiles2, tiles0, segments, tiles;  // tiles: of all images
   int parts;                            // blocks that share the tiles of the same channels
