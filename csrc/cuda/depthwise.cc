@@ -44,6 +44,11 @@ std::string Refuse(const Problem& p) {
 
 bool Wide(const Problem& p) { return p.out_dtype != p.in_dtype; }
 
+// Whether y comes through a ring in shared memory.
+bool Staged(const Problem& p, int window) {
+  return p.pass == Pass::kInputGrad && window >= 0 && kWindows[window].t0 > 1;
+}
+
 // The window of a problem, or -1.
 int WindowOf(const Problem& p) {
   for (int a = 0; a < kAxes; ++a) {
@@ -56,10 +61,9 @@ int WindowOf(const Problem& p) {
   int index = -1;
   for (const DepthwiseWindow& w : kWindows) {
     ++index;
-    // The input gradient shares planes of y among neighbouring inputs.
-    if (input ? w.t0 > 1 && p.stride[0] != w.s1 : p.channels_last && p.ci % w.channels() != 0) {
-      continue;
-    }
+    const bool staged = Staged(p, index);
+    // Neighbouring inputs share planes of y; vectors of channels are full.
+    if (staged ? p.stride[0] != w.s1 : p.channels_last && p.ci % w.channels() != 0) continue;
     if (DepthwiseHas(p.pass, w) && w.t0 == t0 && w.s1 == p.stride[1] && w.k1 == p.k[1] &&
         w.s2 == p.stride[2] && w.k2 == p.k[2]) {
       return index;
@@ -84,7 +88,7 @@ int ElementsOfChunk(const Problem& p) {
 bool Stage(const Problem& p, const DepthwiseWindow& w, int tile_c, int tile2, int tile0,
            int threads, const Device& device, DepthwisePlan& plan) {
   DepthwiseStage& s = plan.args.stage;
-  const int64_t planes = (int64_t{tile0} * DepthwiseInputs(w.t0) - 1) * p.stride[0] + w.t0;
+  const int64_t planes = (int64_t{tile0} * kDepthwiseInputs - 1) * p.stride[0] + w.t0;
   const int64_t columns = int64_t{tile2 - 1} * w.s2 + w.k2;
   const int64_t size = SizeOf(p.in_dtype), unit = 16 / size, each = ElementsOfChunk(p);
   // Channels first, a row begins up to unit - 1 before what is asked for, and pairs may end beyond.
@@ -114,7 +118,7 @@ bool Stage(const Problem& p, const DepthwiseWindow& w, int tile_c, int tile2, in
 double Instructions(const Problem& p, const DepthwiseWindow& w, int channels) {
   const int taps = w.t0 * w.k1 * w.k2;
   if (p.pass == Pass::kInputGrad) {
-    const int inputs = DepthwiseInputs(w.t0);
+    const int inputs = w.t0 > 1 ? kDepthwiseInputs : 1;
     const int loads = (w.t0 + (inputs - 1) * w.s1) * w.k2 * std::min(w.s1, w.k1);
     return inputs * taps + 1.5 * loads + 130;
   }
@@ -133,9 +137,10 @@ DepthwisePlan PlanDepthwise(const Problem& p, const Device& device) {
   const bool forward = p.pass == Pass::kForward, weight = p.pass == Pass::kWeightGrad;
   const bool any = plan.window < 0;
   const DepthwiseWindow& w = any ? kAny : kWindows[plan.window];
-  plan.channels = !any && p.channels_last && p.pass != Pass::kInputGrad ? w.channels() : 1;
-  plan.pairs = !any && p.pass != Pass::kInputGrad && !p.channels_last && w.s2 == 2 &&
-               p.osize[2] % 2 == 0 && (p.pad[2] - w.shift()) % 2 == 0;
+  const bool staged = Staged(p, plan.window);
+  plan.channels = !any && !staged && p.channels_last ? w.channels() : 1;
+  plan.pairs = !any && !staged && !p.channels_last && w.s2 == 2 && p.osize[2] % 2 == 0 &&
+               (p.pad[2] - w.shift()) % 2 == 0;
 
   DepthwiseArgs& a = plan.args;
   a.wide = Wide(p);
@@ -182,9 +187,8 @@ DepthwisePlan PlanDepthwise(const Problem& p, const Device& device) {
   // Threads are filled with channels, then positions of axis 2, or the other way round, by layout;
   // a few positions of axis 0 share what L1 holds.
   const int limit = kDepthwiseThreads;
-  const bool staged = !any && p.pass == Pass::kInputGrad;
-  const int residues = any || staged ? 1 : a.stride[0],
-            of_thread = staged ? DepthwiseInputs(w.t0) : 1;
+  const int residues = any || p.pass == Pass::kInputGrad ? 1 : a.stride[0],
+            of_thread = staged ? kDepthwiseInputs : 1;
   const int64_t vectors = CeilDiv(p.ci, plan.channels), most = limit / residues;
   const int64_t span0 = CeilDiv(span(0), of_thread);
   const auto tile0_for = [&](int64_t room) {

@@ -392,12 +392,99 @@ __global__ void __launch_bounds__(kThreads, 2) Forward(const __grid_constant__ D
   }
 }
 
-// dx. Positions: inputs, kQ neighbours of axis 0 a thread. The sums of the inputs that S1 rows of y
-// reach go round in registers. kPairs: positions of axis 2 are read in pairs.
-template <class In, int kColumn, bool kPairs, int kShift, int K0, int S1, int K1, int S2, int K2>
+// dx, one tap along axis 0. Positions: inputs. The sums of the inputs that S1 rows of y reach go
+// round in registers. kPairs, kShift: as in Forward.
+template <class In, int V, bool kPairs, int kShift, int S1, int K1, int S2, int K2>
 __global__ void __launch_bounds__(kThreads, 2) InputGrad(const __grid_constant__ DepthwiseArgs a) {
+  constexpr int kJ1 = (K1 + S1 - 1) / S1, kRows = Min(S1, K1);
+  // Load m of a row brings tap 2 * m - kShift and the next, or tap m.
+  constexpr int kLoads = kPairs ? (K2 + kShift + 1) / 2 : K2, kEach = kPairs ? 2 : V;
+  const auto tap = [](int m) { return kPairs ? 2 * m - kShift : m; };
+  const Lane lane = LaneOf<V>(a);
+  if (!lane.busy) return;
+  const In* const w_c = static_cast<const In*>(a.w) + int64_t{lane.c} * K1 * K2;
+  float w[K1][K2][V];
+  int hop[kLoads];
+#pragma unroll
+  for (int e = 0; e < K1 * K2 * V; ++e) {
+    w[e / V / K2][e / V % K2][e % V] = ToAccumulator(w_c[e % V * K1 * K2 + e / V]);
+  }
+#pragma unroll
+  for (int m = 0; m < kLoads; ++m) hop[m] = kPairs ? tap(m) : m * a.ys[2];
+  for (int index = blockIdx.y; index < a.tiles; index += a.parts) {
+    const Tile tile = TileOf(a, lane, index);
+    if (!tile.inside) continue;
+    const int o0 = tile.at0 * a.stride[0] - a.pad[0], o2 = tile.at2 * S2 - a.pad[2];
+    int o1 = tile.begin * S1 - a.pad[1];
+    bool inside[kLoads];
+#pragma unroll
+    for (int m = 0; m < kLoads; ++m) {
+      inside[m] = Inside(o0, a.osize[0]) && Inside(o2 + tap(m), a.osize[2]);
+    }
+    const In* y = static_cast<const In*>(a.y) + tile.n * a.yn + int64_t{lane.c} * a.yc +
+                  (o0 * a.ys[0] + o2 * a.ys[2] + o1 * a.ys[1]);
+    int64_t to = tile.n * a.xn + int64_t{lane.c} * a.xc + tile.at0 * a.xs[0] + tile.at2 * a.xs[2] +
+                 (tile.begin - (kJ1 - 1)) * a.xs[1];
+    Raw<In, kEach> next[kRows][kLoads];
+    const auto ask = [&] {
+#pragma unroll
+      for (int r = 0; r < kRows; ++r) {
+        const bool row = Inside(o1 + r, a.osize[1]), later = Inside(o1 + r + kAhead, a.osize[1]);
+        const In* const from = y + r * a.ys[1];
+#pragma unroll
+        for (int m = 0; m < kLoads; ++m) {
+          next[r][m] = Ask<kEach>(from + hop[m], row && inside[m]);
+          // The first positions are the thread's own; neighbours of a row are in the same sector.
+          if (m < (kPairs ? 1 : S2) && (m == 0 || a.channels_last)) {
+            Announce(from + (hop[m] + kAhead * a.ys[1]), later && inside[m]);
+          }
+        }
+      }
+    };
+    float sum[kJ1][V] = {};
+    ask();
+    for (int q1 = tile.begin; q1 < tile.end + kJ1 - 1; ++q1) {
+      float value[kRows][K2][V];
+#pragma unroll
+      for (int e = 0; e < kRows * kLoads; ++e) {
+        const int r = e / kLoads, m = e % kLoads;
+        float each[kEach];
+        Unpack<In>(each, next[r][m]);
+#pragma unroll
+        for (int v = 0; v < kEach; ++v) {
+          const int t2 = tap(m) + (kPairs ? v : 0);
+          if (t2 >= 0 && t2 < K2) value[r][t2][kPairs ? 0 : v] = each[v];
+        }
+      }
+      o1 += S1;
+      y += S1 * a.ys[1];
+      ask();
+#pragma unroll
+      for (int t1 = 0; t1 < K1; ++t1) {
+#pragma unroll
+        for (int e = 0; e < K2 * V; ++e) {
+          sum[t1 / S1][e % V] += value[t1 % S1][e / V][e % V] * w[t1][e / V][e % V];
+        }
+      }
+      if (q1 - (kJ1 - 1) >= tile.begin) StoreAt<In>(a, to, sum[kJ1 - 1]);
+      to += a.xs[1];
+#pragma unroll
+      for (int j = kJ1 - 1; j >= 0; --j) {
+#pragma unroll
+        for (int v = 0; v < V; ++v) sum[j][v] = j > 0 ? sum[j - 1][v] : 0;
+      }
+    }
+  }
+}
+
+// dx, several taps along axis 0. Positions: inputs, kQ neighbours of axis 0 a thread. The sums of
+// the inputs that S1 rows of y reach go round in registers, y comes through a ring of rows. kPairs:
+// positions of axis 2 are read in pairs.
+template <class In, int kColumn, bool kPairs, int kShift, int K0, int S1, int K1, int S2, int K2>
+__global__ void __launch_bounds__(kThreads, 2)
+    InputGradOfRows(const __grid_constant__ DepthwiseArgs a) {
   constexpr int kJ1 = (K1 + S1 - 1) / S1, kTaps = K0 * K1 * K2, kRows = Min(S1, K1);
-  constexpr int kQ = DepthwiseInputs(K0), kPlanes = K0 + (kQ - 1) * S1;
+  constexpr int kQ = kDepthwiseInputs, kPlanes = K0 + (kQ - 1) * S1;
   // Load m of a row brings tap 2 * m - kShift and the next, or tap m.
   constexpr int kLoads = kPairs ? (K2 + kShift + 1) / 2 : K2, kEach = kPairs ? 2 : 1;
   const auto tap = [](int m) { return kPairs ? 2 * m - kShift : m; };
@@ -764,38 +851,43 @@ template <class In, int T0, int S1, int K1, int S2, int K2>
 cudaError_t RunWindow(Pass pass, const DepthwisePlan& plan, const DepthwiseArgs& a,
                       cudaStream_t stream) {
   constexpr DepthwiseWindow kWindow{T0, S1, K1, S2, K2};
-  constexpr int V = kWindow.channels();  // channels last
-  const bool even = a.pad[2] % 2 == 0;
-  if (pass == Pass::kInputGrad) {
-    if constexpr (DepthwiseHas(Pass::kInputGrad, kWindow)) {
+  constexpr int V = kWindow.channels(), kShift = kWindow.shift();
+  if constexpr (T0 > 1 && DepthwiseHas(Pass::kInputGrad, kWindow)) {
+    if (pass == Pass::kInputGrad) {
       if (a.channels_last) {
-        return Run(InputGrad<In, 32, false, 0, T0, S1, K1, S2, K2>, plan, a, 1, stream);
+        return Run(InputGradOfRows<In, 32, false, 0, T0, S1, K1, S2, K2>, plan, a, 1, stream);
       }
-      if constexpr (S2 == 2) {
-        return even ? Run(InputGrad<In, 1, true, 0, T0, S1, K1, S2, K2>, plan, a, 1, stream)
-                    : Run(InputGrad<In, 1, true, 1, T0, S1, K1, S2, K2>, plan, a, 1, stream);
+      if constexpr (S2 != 2) {
+        return Run(InputGradOfRows<In, 1, false, 0, T0, S1, K1, S2, K2>, plan, a, 1, stream);
+      } else if (a.pad[2] % 2 == 0) {
+        return Run(InputGradOfRows<In, 1, true, 0, T0, S1, K1, S2, K2>, plan, a, 1, stream);
       } else {
-        return Run(InputGrad<In, 1, false, 0, T0, S1, K1, S2, K2>, plan, a, 1, stream);
+        return Run(InputGradOfRows<In, 1, true, 1, T0, S1, K1, S2, K2>, plan, a, 1, stream);
       }
     }
-  } else if constexpr (DepthwiseHas(Pass::kForward, kWindow)) {
-    const auto run = [&](auto forward, auto weight_grad) {
-      return pass == Pass::kForward ? Run(forward, plan, a, 1, stream)
-                                    : Run(weight_grad, plan, a, 1, stream);
+  }
+  if constexpr (DepthwiseHas(Pass::kForward, kWindow)) {
+    const auto run = [&](auto forward, auto weight_grad, auto input_grad) {
+      return pass == Pass::kForward      ? Run(forward, plan, a, 1, stream)
+             : pass == Pass::kWeightGrad ? Run(weight_grad, plan, a, 1, stream)
+             : T0 == 1                   ? Run(input_grad, plan, a, 1, stream)
+                                         : cudaErrorInvalidValue;  // never planned
     };
     if (a.channels_last) {
       return run(Forward<In, V, false, 0, T0, S1, K1, S2, K2>,
-                 WeightGrad<In, V, false, 0, T0, S1, K1, S2, K2>);
+                 WeightGrad<In, V, false, 0, T0, S1, K1, S2, K2>,
+                 InputGrad<In, V, false, 0, S1, K1, S2, K2>);
     }
     if constexpr (S2 == 2) {
       if (plan.pairs) {
-        constexpr int kShift = kWindow.shift();
         return run(Forward<In, 1, true, kShift, T0, S1, K1, S2, K2>,
-                   WeightGrad<In, 1, true, kShift, T0, S1, K1, S2, K2>);
+                   WeightGrad<In, 1, true, kShift, T0, S1, K1, S2, K2>,
+                   InputGrad<In, 1, true, kShift, S1, K1, S2, K2>);
       }
     }
     return run(Forward<In, 1, false, 0, T0, S1, K1, S2, K2>,
-               WeightGrad<In, 1, false, 0, T0, S1, K1, S2, K2>);
+               WeightGrad<In, 1, false, 0, T0, S1, K1, S2, K2>,
+               InputGrad<In, 1, false, 0, S1, K1, S2, K2>);
   }
   return cudaErrorInvalidValue;  // never planned
 }

@@ -44,12 +44,12 @@ constexpr bool DepthwiseHas(Pass pass, const DepthwiseWindow& w) {
 
 inline constexpr int kDepthwiseThreads = 256;
 
-// Input gradient: stages of its ring of rows, and chunks of a row that a thread copies.
+// Input gradient with several taps along axis 0: stages of its ring of rows, and chunks of a row
+// that a thread copies.
 inline constexpr int kDepthwiseStages = 4, kDepthwiseChunks = 4;
 
-// Input gradient: neighbouring inputs of axis 0 that a thread computes. (If they are two, the
-// stride of axis 0 is that of axis 1.)
-constexpr int DepthwiseInputs(int k0) { return k0 > 1 ? 2 : 1; }
+// And neighbouring inputs of axis 0 that a thread computes: their stride is that of axis 1.
+inline constexpr int kDepthwiseInputs = 2;
 
 // A row of the box of y that a block stages: digits of the index of a chunk, elements of a
 // chunk, and between planes, channels and rows.
