@@ -1,19 +1,23 @@
 #include "cuda/depthwise.h"
 
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+
 #include <algorithm>
-#include <limits>
-#include <numeric>
+
+#include "cuda/device_limits.h"
+#include "cuda/sum_parts.cuh"
+#include "cuda/taps.h"
 
 namespace jaxconv::cuda {
 namespace {
 
-constexpr int kWindows[][2] = {
-#define JAXCONV_CASE(S, T) {S, T},
+constexpr DepthwiseWindow kWindows[] = {
+#define JAXCONV_CASE(T0, S1, K1, S2, K2) {T0, S1, K1, S2, K2},
     JAXCONV_DEPTHWISE_WINDOWS(JAXCONV_CASE)
 #undef JAXCONV_CASE
 };
-
-constexpr int64_t CeilDiv(int64_t a, int64_t b) { return (a + b - 1) / b; }
+constexpr DepthwiseWindow kAny{1, 1, 1, 1, 1};
 
 std::string Refuse(const Problem& p) {
   if (p.Empty()) return "has nothing to read or write";
@@ -21,117 +25,138 @@ std::string Refuse(const Problem& p) {
     return "wants one input and one output channel a group";
   }
   if (p.in_dtype == DType::kF64) return "takes no float64";
-  constexpr int64_t kMost = int64_t{1} << 30;
+  // Indices may leave the image by a window.
+  Sizes most{};
   for (int a = 0; a < kAxes; ++a) {
-    for (const int64_t size : {p.isize[a] * p.stride[a] + p.k[a] * p.dilation[a], p.osize[a],
-                               p.pad[a], -p.pad[a], p.n, p.ci}) {
-      if (size > kMost) return "indexes an axis in 32 bits";
+    most[a] = std::max(p.isize[a], p.osize[a]) + p.k[a] * p.dilation[a] + std::abs(p.pad[a]) +
+              p.stride[a];
+    if (p.stride[a] * p.isize[a] > int64_t{1} << 29 || most[a] > int64_t{1} << 29) {
+      return "indexes an axis in 32 bits";
     }
+  }
+  if (static_cast<double>(Product({most[0], most[1], 1})) * static_cast<double>(most[2]) *
+          static_cast<double>(p.channels_last ? p.ci : 1) >
+      static_cast<double>(int64_t{1} << 31)) {
+    return "indexes an image in 32 bits";
   }
   return "";
 }
 
-// Fills in what follows from channels and box; false if it does not fit.
-bool Complete(const Problem& p, int stride, int taps, int64_t shared_limit, DepthwisePlan& plan) {
-  DepthwiseArgs& a = plan.args;
-  int64_t boxes = p.n;
-  for (int i = 0; i < kAxes; ++i) {
-    const int reach = (a.k[i] - 1) * a.dilation[i];
-    if (p.pass == Pass::kForward) {
-      // Outputs 0 ... osize - 1 lie at origin * stride and beyond, counted from -pad.
-      a.origin[i] = static_cast<int>(FloorDiv(p.pad[i], p.stride[i]));
-      const int64_t end = CeilDiv(p.osize[i] + p.pad[i] - a.origin[i] * p.stride[i], p.stride[i]);
-      a.boxes[i] = static_cast<int>(CeilDiv(end, a.box[i]));
-      a.x_extent[i] = a.box[i] + reach / a.stride[i];
-      a.y_extent[i] = a.box[i] * a.stride[i];
-    } else {
-      a.origin[i] = 0;
-      a.boxes[i] = static_cast<int>(CeilDiv(p.isize[i], a.box[i]));
-      a.x_extent[i] = a.box[i];
-      a.y_extent[i] = (a.box[i] - 1) * a.stride[i] + reach + 1;
+bool Wide(const Problem& p) { return p.out_dtype != p.in_dtype; }
+
+// Whether y comes through a ring in shared memory.
+bool Staged(const Problem& p, int window) {
+  return p.pass == Pass::kInputGrad && window >= 0 && kWindows[window].t0 > 1;
+}
+
+// The window of a problem, or -1.
+int WindowOf(const Problem& p) {
+  for (int a = 0; a < kAxes; ++a) {
+    if (p.dilation[a] != 1 && p.k[a] > 1) return -1;
+  }
+  const bool input = p.pass == Pass::kInputGrad;
+  if (!input && p.stride[0] > 8) return -1;  // a block has all residues
+  if (p.pass == Pass::kForward && Wide(p)) return -1;
+  const int64_t t0 = input ? p.k[0] : CeilDiv(p.k[0], p.stride[0]);
+  int index = -1;
+  for (const DepthwiseWindow& w : kWindows) {
+    ++index;
+    const bool staged = Staged(p, index);
+    // Neighbouring inputs share planes of y; vectors of channels are full.
+    if (staged ? p.stride[0] != w.s1 : p.channels_last && p.ci % w.channels() != 0) continue;
+    if (DepthwiseHas(p.pass, w) && w.t0 == t0 && w.s1 == p.stride[1] && w.k1 == p.k[1] &&
+        w.s2 == p.stride[2] && w.k2 == p.k[2]) {
+      return index;
     }
-    boxes *= a.boxes[i];
   }
-  a.boxes_total = boxes;
-  a.channels_log = 0;
-  while (1 << a.channels_log < a.channels) ++a.channels_log;
-  a.channel_blocks = static_cast<int>(CeilDiv(p.ci, a.channels));
-  const auto plane = [&](const int* extent, int run, int& pitch) -> int64_t {
-    pitch = extent[2] + extent[2] / run + 1;
-    const int64_t floats = int64_t{extent[0]} * extent[1] * pitch;
-    return a.channels == 1 ? floats : floats + ((4 - floats) % 32 + 32) % 32;
-  };
-  const int64_t x_plane = plane(a.x_extent, DepthwiseRowRun(stride, false), a.x_pitch);
-  const int64_t y_plane = plane(a.y_extent, DepthwiseRowRun(stride, true), a.y_pitch);
-  const int64_t weights = p.pass == Pass::kWeightGrad ? 0 : Product(p.k);
-  int64_t shared = 4 * a.channels * (x_plane + y_plane + weights);
-  if (p.pass == Pass::kWeightGrad) {
-    shared = std::max<int64_t>(
-        shared, 4 * kDepthwiseThreads * (stride == 0 ? 1 : kDepthwiseTapRows * taps));
+  return -1;
+}
+
+// The size of pieces of at most `most`, of which n is an integer's number as nearly as can be.
+int Even(int64_t n, int64_t most) {
+  return n <= 0 ? 1 : static_cast<int>(CeilDiv(n, CeilDiv(n, std::max<int64_t>(most, 1))));
+}
+
+// Elements of y that are copied together: what rows are aligned to, up to 16 bytes.
+int ElementsOfChunk(const Problem& p) {
+  const int64_t length = p.channels_last ? p.ci : p.osize[2];
+  const int unit = static_cast<int>(16 / SizeOf(p.in_dtype));
+  return length % unit == 0 ? unit : length % 2 == 0 && p.in_dtype != DType::kF32 ? 2 : 1;
+}
+
+// The input gradient's ring for a block's tile; false if it is too large.
+bool Stage(const Problem& p, const DepthwiseWindow& w, int tile_c, int tile2, int tile0,
+           int threads, const Device& device, DepthwisePlan& plan) {
+  DepthwiseStage& s = plan.args.stage;
+  const int64_t planes = (int64_t{tile0} * kDepthwiseInputs - 1) * p.stride[0] + w.t0;
+  const int64_t columns = int64_t{tile2 - 1} * w.s2 + w.k2;
+  const int64_t size = SizeOf(p.in_dtype), unit = 16 / size, each = ElementsOfChunk(p);
+  // Channels first, a row begins up to unit - 1 before what is asked for, and pairs may end beyond.
+  const int64_t first = CeilDiv(p.channels_last ? tile_c : columns + unit, unit) * unit;
+  const int64_t second = p.channels_last ? columns : planes;
+  const int64_t third = p.channels_last ? planes : tile_c;
+  const int64_t pitch = p.channels_last ? 32 : first, elements = pitch * second * third;
+  const int64_t count = first * second * third / each;
+  const int64_t shared = kDepthwiseStages * std::min(w.s1, w.k1) * elements * size;
+  if (count > (each == unit ? int64_t{kDepthwiseChunks} * threads : int64_t{1} << 14) ||
+      (!p.channels_last && tile_c * Product(p.osize) > int64_t{1} << 30) ||
+      shared > SharedMemoryOfBlock(device.compute_capability) / 2 - 1024) {  // two blocks at a time
+    return false;
   }
-  if (shared > shared_limit) return false;
-  if (shared >= 1 << 17) return false;  // and so do rows and positions count
-  a.by_x_rows = DivisorOf(a.x_extent[0] * a.x_extent[1]);
-  a.by_y_rows = DivisorOf(a.y_extent[0] * a.y_extent[1]);
-  a.by_x_rows1 = DivisorOf(a.x_extent[1]);
-  a.by_y_rows1 = DivisorOf(a.y_extent[1]);
-  a.x_plane = static_cast<int>(x_plane);
-  a.y_plane = static_cast<int>(y_plane);
-  a.shared = static_cast<int>(shared);
+  s.by_first = DivisorOf(static_cast<int>(first / each));
+  s.by_second = DivisorOf(static_cast<int>(second));
+  s.count = static_cast<int>(count);
+  s.each = static_cast<int>(each);
+  s.plane = static_cast<int>(p.channels_last ? columns * pitch : pitch);
+  s.channel = static_cast<int>(p.channels_last ? 1 : planes * pitch);
+  s.elements = static_cast<int>(elements);
+  plan.shared = static_cast<int>(shared);
   return true;
 }
 
-// Instructions of a block's warps for one box, as counted in the compiled kernels.
-double Instructions(const Problem& p, const DepthwisePlan& plan) {
-  const DepthwiseArgs& a = plan.args;
-  const double copy = SizeOf(p.in_dtype) == 4 ? 12 : 18;
-  // A warp moves 32 elements of a row at a time.
-  const auto moved = [&](const int* extent) {
-    const double rows = double{1} * extent[0] * extent[1] * (p.channels_last ? 1 : a.channels);
-    return rows * (80 + copy * static_cast<double>(CeilDiv(
-                                   int64_t{extent[2]} * (p.channels_last ? a.channels : 1), 32)));
-  };
-  const double run = DepthwiseRun(plan.stride), taps = static_cast<double>(p.k[2]);
-  const double reads = plan.stride == 0           ? 30 * taps
-                       : p.pass == Pass::kForward ? run + taps / plan.stride + taps
-                                                  : (run - 1) * plan.stride + 2 * taps;
-  const double row = reads + run * taps + 14, tap_rows = static_cast<double>(p.k[0] * p.k[1]);
-  double items = a.channels * a.box[2] / run, tap_rows_of_item = tap_rows;
-  if (p.pass == Pass::kForward) {
-    items *= double{1} * a.y_extent[0] * a.y_extent[1] * (plan.stride == 0 ? a.stride[2] : 1);
-    tap_rows_of_item = std::max(1.0, tap_rows / static_cast<double>(p.stride[0] * p.stride[1]));
-  } else {
-    items *= double{1} * a.box[0] * a.box[1];
+// Instructions of a thread for a step of its march, about: as counted in the compiled kernels.
+double Instructions(const Problem& p, const DepthwiseWindow& w, int channels) {
+  const int taps = w.t0 * w.k1 * w.k2;
+  if (p.pass == Pass::kInputGrad) {
+    const int inputs = w.t0 > 1 ? kDepthwiseInputs : 1;
+    const int loads = (w.t0 + (inputs - 1) * w.s1) * w.k2 * std::min(w.s1, w.k1);
+    return inputs * taps + 1.5 * loads + 130;
   }
-  return moved(a.x_extent) + moved(a.y_extent) + items / 32 * (150 + tap_rows_of_item * row);
+  const int sources = w.t0 * static_cast<int>(CeilDiv(w.k2, w.s2)), outputs = w.s1 * w.s2;
+  const int copies = p.pass == Pass::kWeightGrad ? 100 : 60;
+  return taps * channels + (sources + outputs) * (channels + 2) + copies;
 }
 
 }  // namespace
 
 DepthwisePlan PlanDepthwise(const Problem& p, const Device& device) {
-  DepthwisePlan best{};
-  best.refusal = Refuse(p);
-  if (!best.refusal.empty()) return best;
-  best.args.parts = 1;
-  best.seconds = 2e-6;
-  const bool reads_nothing = p.XElements() == 0 || p.YElements() == 0 || p.WElements() == 0;
-  const bool forward = p.pass == Pass::kForward, input = p.pass == Pass::kInputGrad;
-  if (forward ? p.YElements() == 0 : input ? p.XElements() == 0 : reads_nothing) return best;
-
   DepthwisePlan plan{};
-  plan.stride = plan.taps = 0;
-  for (const auto& [stride, taps] : kWindows) {
-    if (stride > 0 && p.stride[2] == stride && p.k[2] == taps && p.dilation[2] == 1) {
-      plan.stride = stride;
-      plan.taps = taps;
-    }
-  }
+  plan.refusal = Refuse(p);
+  if (!plan.refusal.empty()) return plan;
+  plan.window = WindowOf(p);
+  const bool forward = p.pass == Pass::kForward, weight = p.pass == Pass::kWeightGrad;
+  const bool any = plan.window < 0;
+  const DepthwiseWindow& w = any ? kAny : kWindows[plan.window];
+  const bool staged = Staged(p, plan.window);
+  plan.channels = !any && !staged && p.channels_last ? w.channels() : 1;
+  plan.pairs = !any && !staged && !p.channels_last && w.s2 == 2 && p.osize[2] % 2 == 0 &&
+               (p.pad[2] - w.shift()) % 2 == 0;
+
   DepthwiseArgs& a = plan.args;
-  a.in_dtype = static_cast<int32_t>(p.in_dtype);
-  a.out_dtype = static_cast<int32_t>(p.out_dtype);
+  a.wide = Wide(p);
   a.channels_last = p.channels_last;
-  a.n = static_cast<int>(p.n);
   a.c = static_cast<int>(p.ci);
+  const Strides xs = p.XStrides(), ys = p.YStrides();
+  a.xn = xs.n;
+  a.yn = ys.n;
+  a.xc = static_cast<int>(xs.c);
+  a.yc = static_cast<int>(ys.c);
+  a.w_elements = p.WElements();
+  // Where axes 0 and 1 have one position each, images are the rows to march over.
+  const bool folded = Product(p.isize) == p.isize[2] && Product(p.osize) == p.osize[2] &&
+                      p.k[1] == 1 && p.stride[1] == 1 && p.pad[1] == 0 &&
+                      p.n * std::max(xs.n, ys.n) < int64_t{1} << 30;
+  const int64_t images = folded ? 1 : p.n;
   for (int i = 0; i < kAxes; ++i) {
     a.isize[i] = static_cast<int>(p.isize[i]);
     a.osize[i] = static_cast<int>(p.osize[i]);
@@ -139,79 +164,134 @@ DepthwisePlan PlanDepthwise(const Problem& p, const Device& device) {
     a.stride[i] = static_cast<int>(p.stride[i]);
     a.dilation[i] = static_cast<int>(p.dilation[i]);
     a.pad[i] = static_cast<int>(p.pad[i]);
-    const int gap = static_cast<int>(std::gcd(p.stride[i], p.dilation[i]));
-    a.tap_step[i] = a.stride[i] / gap;
-    a.row_step[i] = a.dilation[i] / gap;
-  }
-  a.xs = p.XStrides();
-  a.ys = p.YStrides();
-  a.w_elements = p.WElements();
-
-  const int run = DepthwiseRun(plan.stride);
-  const auto span = [&](int i) {  // input positions along an axis
-    return forward ? CeilDiv(p.osize[i] + p.pad[i], p.stride[i]) - FloorDiv(p.pad[i], p.stride[i])
-                   : p.isize[i];
-  };
-  const int64_t size = SizeOf(p.in_dtype);
-  const double bandwidth = device.multiprocessors * 31e9;
-  best.refusal = "finds no box that fits into shared memory";
-  best.seconds = std::numeric_limits<double>::infinity();
-  const int most_channels =
-      static_cast<int>(std::min<int64_t>(p.ci, p.channels_last ? 32 / size : 16));
-  for (const int64_t shared_limit : {int64_t{46} << 10, int64_t{70} << 10, int64_t{96} << 10}) {
-    for (a.channels = 1; a.channels <= most_channels; a.channels *= 2) {
-      if (p.channels_last && a.channels < most_channels && a.channels * 2 <= most_channels)
-        continue;
-      const int longest = static_cast<int>(CeilDiv(std::max<int64_t>(span(2), 1), run));
-      for (int cut = 1; cut <= longest; cut *= 2) {
-        a.box[2] = static_cast<int>(CeilDiv(longest, cut)) * run;
-        if (a.box[2] > 1024) continue;
-        for (a.box[1] = 1; a.box[1] < 2 * std::max<int64_t>(span(1), 1) && a.box[1] <= 64;
-             a.box[1] *= 2) {
-          for (a.box[0] = 1; a.box[0] < 2 * std::max<int64_t>(span(0), 1) && a.box[0] <= 16;
-               a.box[0] *= 2) {
-            if (!Complete(p, plan.stride, plan.taps, shared_limit, plan)) break;
-            const double blocks = static_cast<double>(a.boxes_total * a.channel_blocks);
-            const double x = double{1} * a.x_extent[0] * a.x_extent[1] * a.x_extent[2] * a.channels;
-            const double y = double{1} * a.y_extent[0] * a.y_extent[1] * a.y_extent[2] * a.channels;
-            // Whole waves of boxes, with the staged traffic and a fixed cost each.
-            const double resident =
-                device.multiprocessors *
-                std::min<double>(
-                    8, std::max<double>(1, (device.compute_capability == 90 ? 226.0 : 98.0) * 1024 /
-                                               (a.shared + 1024)));
-            const double waves = std::max(blocks / resident, 1.0);
-            const double traffic = waves * resident * (x + y) * size / (0.75 * bandwidth);
-            const double arithmetic =
-                waves * resident * Instructions(p, plan) / (device.multiprocessors * 2.2 * 1.7e9);
-            const double seconds = 4e-6 + std::max(traffic, arithmetic) + waves * 1.5e-6;
-            if (seconds < best.seconds) {
-              best = plan;
-              best.seconds = seconds;
-            }
-          }
-        }
-      }
+    a.xs[i] = static_cast<int>(xs.s[i]);
+    a.ys[i] = static_cast<int>(ys.s[i]);
+    if (i == 1 && folded) {
+      a.isize[1] = a.osize[1] = static_cast<int>(p.n);
+      a.xs[1] = static_cast<int>(xs.n);
+      a.ys[1] = static_cast<int>(ys.n);
+    }
+    // Positions, as the kernels define them: inputs, outputs, u or q.
+    const bool outputs = forward || (weight && !any && i != 1);
+    a.origin[i] = 0;
+    a.end[i] = outputs ? a.osize[i] : a.isize[i];
+    if (outputs && !any) {
+      const int64_t pad = p.pad[i] - (i == 2 && plan.pairs ? w.shift() : 0);
+      const int64_t first = FloorDiv(pad, p.stride[i]), end = a.osize[i] + pad;
+      a.origin[i] = static_cast<int>(i == 0 ? first * p.stride[i] : first);
+      a.end[i] = static_cast<int>(i == 0 ? end : FloorDiv(end - 1, p.stride[i]) + 1);
     }
   }
-  if (best.seconds == std::numeric_limits<double>::infinity()) return best;
-  DepthwiseArgs& b = best.args;
-  b.parts = 1;
-  best.blocks = b.boxes_total * b.channel_blocks;
-  if (p.pass == Pass::kWeightGrad) {
-    const int64_t resident =
-        device.multiprocessors *
-        std::max<int64_t>(1, std::min<int64_t>(8, 226 * 1024 / (b.shared + 1024)));
-    const int64_t limit = p.YElements() * size / 10 / (4 * p.WElements());
-    b.parts = static_cast<int>(
-        std::max<int64_t>(1, std::min({resident / b.channel_blocks, limit, b.boxes_total})));
-    best.blocks = int64_t{b.parts} * b.channel_blocks;
-    if (b.parts > 1) best.workspace = 4 * b.parts * p.WElements();
-    best.seconds += 3e-6;
+  const auto span = [&](int i) { return int64_t{a.end[i]} - a.origin[i]; };
+
+  // Threads are filled with channels, then positions of axis 2, or the other way round, by layout;
+  // a few positions of axis 0 share what L1 holds.
+  const int limit = kDepthwiseThreads;
+  const int residues = any || p.pass == Pass::kInputGrad ? 1 : a.stride[0],
+            of_thread = staged ? kDepthwiseInputs : 1;
+  const int64_t vectors = CeilDiv(p.ci, plan.channels), most = limit / residues;
+  const int64_t span0 = CeilDiv(span(0), of_thread);
+  const auto tile0_for = [&](int64_t room) {
+    return residues * Even(CeilDiv(span0, residues),
+                           std::clamp<int64_t>(room, 1, std::max<int64_t>(span0, 1)));
+  };
+  int tile_c, tile2, tile0;
+  if (p.channels_last) {
+    tile_c = Even(vectors, std::min<int64_t>(most, 32));
+    const int chunk = ElementsOfChunk(p);  // a block's channels begin with one
+    if (staged) tile_c = static_cast<int>(CeilDiv(tile_c, chunk)) * chunk;
+    tile0 = tile0_for(std::min<int64_t>(most / tile_c, 2));
+    tile2 = Even(span(2), limit / (tile_c * tile0));
+    tile0 = tile0_for(most / (tile_c * tile2));
+  } else {
+    tile2 = Even(span(2), most);
+    tile0 = tile0_for(most / tile2);
+    tile_c = Even(vectors, limit / (tile2 * tile0));
   }
-  if (best.blocks >= int64_t{1} << 31) best.refusal = "wants too many blocks";
-  return best;
+  const auto threads = [&] { return static_cast<int>(CeilDiv(tile_c * tile2 * tile0, 32)) * 32; };
+  while (staged && !Stage(p, w, tile_c, tile2, tile0, threads(), device, plan)) {
+    if (!p.channels_last && tile_c > 1) {
+      tile_c = (tile_c + 1) / 2;
+    } else if (tile2 > 1 && (tile2 * residues >= tile0 * of_thread || tile0 == residues)) {
+      tile2 = (tile2 + 1) / 2;
+    } else if (tile0 > residues) {
+      tile0 = (tile0 / residues + 1) / 2 * residues;
+    } else {
+      plan.refusal = "finds no tile that fits into shared memory";
+      return plan;
+    }
+  }
+  a.by_c = DivisorOf(tile_c);
+  a.by2 = DivisorOf(tile2);
+  a.by0 = DivisorOf(tile0);
+  a.by_residue = DivisorOf(residues);
+  plan.threads = threads();
+  plan.channel_blocks = static_cast<int>(CeilDiv(vectors, tile_c));
+  a.tiles2 = static_cast<int>(CeilDiv(span(2), tile2));
+  a.tiles0 = static_cast<int>(CeilDiv(span0, tile0));
+  // Marches are cut where there would be few blocks.
+  const int64_t columns = int64_t{a.tiles0} * a.tiles2 * images;
+  const int64_t resident = 2 * device.multiprocessors, wanted = 4 * resident;
+  const int taps = any && weight ? static_cast<int>(Product(p.k)) : 1;
+  const int64_t cuts =
+      std::clamp<int64_t>(wanted / (columns * plan.channel_blocks * taps), 1, CeilDiv(span(1), 4));
+  a.steps = Even(span(1), CeilDiv(span(1), cuts));
+  a.segments = static_cast<int>(CeilDiv(span(1), a.steps));
+  const int64_t tiles = columns * a.segments;
+  if (tiles >= int64_t{1} << 30) plan.refusal = "wants too many blocks";
+  a.tiles = static_cast<int>(tiles);
+
+  // How many blocks share the tiles of the same channels: all that are resident for sums, else as
+  // many as need not load weights too often.
+  int64_t parts = std::max<int64_t>(1, 8 * wanted / plan.channel_blocks);
+  if (weight) {
+    const int64_t limit = p.YElements() * SizeOf(p.in_dtype) / 10 / (4 * p.WElements());
+    parts = std::clamp<int64_t>(resident / (int64_t{plan.channel_blocks} * taps), 1,
+                                std::max<int64_t>(limit, 1));
+  }
+  parts = std::min(parts, tiles);
+  a.parts = static_cast<int>(CeilDiv(tiles, CeilDiv(tiles, parts)));
+  if (a.parts > 65535 || taps > 65535) plan.refusal = "wants too many blocks";
+  if (weight && a.parts > 1) plan.workspace = 4 * a.parts * p.WElements();
+
+  // Memory at four fifths of what it copies; instructions of the warps, of which a multiprocessor
+  // issues about two a cycle; and the march of one block.
+  const double rounds = static_cast<double>(CeilDiv(tiles, a.parts));
+  const double bytes = static_cast<double>((p.XElements() + p.YElements()) * SizeOf(p.in_dtype));
+  const double step = any ? 60 + 15 * static_cast<double>(weight ? 1 : Product(p.k))
+                          : Instructions(p, w, plan.channels);
+  const double warp_steps =
+      static_cast<double>(taps) * plan.channel_blocks * tiles * a.steps * plan.threads / 32;
+  plan.seconds = 4e-6 + (weight ? 6e-6 : 0) +
+                 std::max({bytes / (device.multiprocessors * 24e9),
+                           warp_steps * step / (device.multiprocessors * 3.5e9),
+                           rounds * (2e-6 + a.steps * (2e-7 + step * 2e-9))});
+  return plan;
 }
+
+namespace {
+
+cudaError_t LaunchDepthwise(const Problem& p, const Operands& ops, const Device& device,
+                            cudaStream_t stream) {
+  const DepthwisePlan plan = PlanDepthwise(p, device);
+  if (!plan.refusal.empty()) return cudaErrorInvalidValue;
+  DepthwiseArgs a = plan.args;
+  a.x = ops.x;
+  a.w = ops.w;
+  a.y = ops.y;
+  a.bias = ops.bias;
+  const bool summed = p.pass == Pass::kWeightGrad && a.parts > 1;
+  a.out = summed ? ops.workspace : ops.out;
+  const cudaError_t status =
+      p.in_dtype == DType::kF32    ? EnqueueDepthwise<float>(p.pass, plan, a, stream)
+      : p.in_dtype == DType::kBF16 ? EnqueueDepthwise<__nv_bfloat16>(p.pass, plan, a, stream)
+                                   : EnqueueDepthwise<__half>(p.pass, plan, a, stream);
+  if (status != cudaSuccess || !summed) return status;
+  return SumParts(static_cast<const float*>(ops.workspace), a.parts, p.WElements(), p.out_dtype,
+                  ops.out, stream);
+}
+
+}  // namespace
 
 void AddDepthwise(std::vector<Row>& rows) {
   for (const Pass pass : {Pass::kForward, Pass::kInputGrad, Pass::kWeightGrad}) {

@@ -1,10 +1,10 @@
 // "depthwise": groups = channels, one input and one output channel a group. CUDA cores, float32
-// sums of exact products; bound by memory.
+// sums of exact products.
 //
-// A block stages the piece of its input that a box of input positions needs in shared memory, as
-// float32 and channel by channel whatever the layout. Each thread then takes runs of neighbouring
-// positions of the innermost axis, which share loads over the taps. Outputs go back through shared
-// memory, so that both reads and writes of device memory are whole rows.
+// In u = o + pad an output u = s * q + r takes tap t = r + s * j from input q - j. A thread keeps
+// the weights (weight gradient: the sums) of its channels and of one residue of axis 0 in
+// registers and marches along axis 1, one input row a step; nothing is staged in shared memory, L1
+// serves what neighbouring threads share. Lanes are neighbours in memory in either layout.
 #ifndef JAXCONV_CUDA_DEPTHWISE_H_
 #define JAXCONV_CUDA_DEPTHWISE_H_
 
@@ -18,18 +18,45 @@ namespace jaxconv::cuda {
 
 void AddDepthwise(std::vector<Row>& rows);
 
-// Compile-time choices: the stride and the taps of the innermost axis; 0, 0: any.
-#define JAXCONV_DEPTHWISE_WINDOWS(X) X(0, 0) X(1, 3) X(1, 5) X(1, 7) X(2, 2) X(2, 3) X(2, 4)
+// Compile-time windows: taps of axis 0, stride and taps of axes 1 and 2. Of axis 0 the input
+// gradient counts all taps, the others those of a residue, whatever the stride.
+struct DepthwiseWindow {
+  int t0, s1, k1, s2, k2;
+
+  // Channels of a thread, channels last, forward and weight gradient: weights fit into registers.
+  constexpr int channels() const { return 2 * t0 * k1 * k2 <= 64 ? 2 : 1; }
+  // The parity of the padding for which forward writes pairs, channels first: that of the window's
+  // usual padding.
+  constexpr int shift() const { return (k2 - s2 + 1) / 2 % 2; }
+};
+// clang-format off
+#define JAXCONV_DEPTHWISE_WINDOWS(X)                                                 \
+  X(4, 2, 4, 2, 4) X(3, 2, 3, 2, 3) X(2, 2, 4, 2, 4) X(2, 2, 3, 2, 3) X(2, 2, 2, 2, 2) \
+  X(3, 1, 3, 1, 3) X(1, 2, 4, 2, 4) X(1, 2, 3, 2, 3) X(1, 2, 2, 2, 2) X(1, 1, 3, 1, 3) \
+  X(1, 1, 7, 1, 7) X(1, 1, 1, 2, 4) X(1, 1, 1, 3, 6)
+// clang-format on
+
+// Which pass has which of them: not those with no problem.
+constexpr bool DepthwiseHas(Pass pass, const DepthwiseWindow& w) {
+  const int residue_taps = (w.k1 + w.s1 - 1) / w.s1;
+  return w.t0 == 1 || w.t0 == (pass == Pass::kInputGrad ? w.k1 : residue_taps);
+}
 
 inline constexpr int kDepthwiseThreads = 256;
-inline constexpr int kDepthwiseTapRows = 4;  // of a thread, weight gradient
 
-constexpr int DepthwiseRun(int stride) { return stride == 0 ? 1 : stride == 1 ? 8 : 4; }
+// Input gradient with several taps along axis 0: stages of its ring of rows, and chunks of a row
+// that a thread copies.
+inline constexpr int kDepthwiseStages = 4, kDepthwiseChunks = 4;
 
-// A staged row has a gap after as many positions: those of a run.
-constexpr int DepthwiseRowRun(int stride, bool outputs) {
-  return stride == 0 ? 32 : DepthwiseRun(stride) * (outputs ? stride : 1);
-}
+// And neighbouring inputs of axis 0 that a thread computes: their stride is that of axis 1.
+inline constexpr int kDepthwiseInputs = 2;
+
+// A row of the box of y that a block stages: digits of the index of a chunk, elements of a
+// chunk, and between planes, channels and rows.
+struct DepthwiseStage {
+  SmallDivisor by_first, by_second;
+  int count, each, plane, channel, elements;
+};
 
 struct DepthwiseArgs {
   const void* x;
@@ -37,37 +64,38 @@ struct DepthwiseArgs {
   const void* y;
   const void* bias;
   void* out;
-  int32_t in_dtype, out_dtype;  // DType
+  bool wide;  // float32 results of 16-bit inputs
   bool channels_last;
-  int n, c;
+  int c;
   int isize[kAxes], osize[kAxes], k[kAxes], stride[kAxes], dilation[kAxes], pad[kAxes];
-  Strides xs, ys;
+  int64_t xn, yn;  // strides of images, channels and positions, in elements
+  int xc, yc, xs[kAxes], ys[kAxes];
   int64_t w_elements;
-  // A block takes `channels` channels and boxes of `box` input positions (forward: of outputs
-  // stride * box, whose positions are counted from -pad).
-  int channels, channels_log, channel_blocks;
-  int box[kAxes], boxes[kAxes], origin[kAxes];
-  int64_t boxes_total;  // of all images
-  int parts;            // weight gradient: blocks that share the boxes of the same channels
-  int x_extent[kAxes], y_extent[kAxes];                       // staged of x and of y
-  int x_pitch, y_pitch;                                       // floats of a staged row
-  int x_plane, y_plane;                                       // floats of a staged channel
-  SmallDivisor by_x_rows, by_x_rows1, by_y_rows, by_y_rows1;  // rows of a staged channel, of axis 1
-  int tap_step[kAxes], row_step[kAxes];  // taps of one output row: stride / gcd, dilation / gcd
-  int shared;                            // bytes
+  // A block's threads are by_c.divisor channels (or vectors of them) x by2.divisor positions of
+  // axis 2 x by0.divisor of axis 0, and march over `steps` positions of axis 1. Positions begin at
+  // origin. Of axis 0 a thread keeps its residue by by_residue.
+  SmallDivisor by_c, by2, by0, by_residue;
+  DepthwiseStage stage;
+  int steps, origin[kAxes], end[kAxes];
+  int tiles2, tiles0, segments, tiles;  // tiles: of all images
+  int parts;                            // blocks that share the tiles of the same channels
 };
 
 struct DepthwisePlan {
   std::string refusal;
-  int stride, taps;  // the window
+  int window;    // index, or -1: any, by the generic kernels
+  int channels;  // of a thread: 1 or 2
+  int threads, channel_blocks, shared;
+  bool pairs;  // neighbouring outputs of a row are read or written as one
   DepthwiseArgs args;
-  int64_t blocks, workspace;
+  int64_t workspace;
   double seconds;
 };
 
 DepthwisePlan PlanDepthwise(const Problem&, const Device&);
 
-cudaError_t LaunchDepthwise(const Problem&, const Operands&, const Device&, cudaStream_t);
+template <class In>
+cudaError_t EnqueueDepthwise(Pass, const DepthwisePlan&, const DepthwiseArgs&, cudaStream_t);
 
 }  // namespace jaxconv::cuda
 
