@@ -116,15 +116,14 @@ bool Stage(const Problem& p, const DepthwiseWindow& w, int tile_c, int tile2, in
 
 // Instructions of a thread for a step of its march, about: as counted in the compiled kernels.
 double Instructions(const Problem& p, const DepthwiseWindow& w, int channels) {
-  const int taps = w.t0 * w.k1 * w.k2;
-  if (p.pass == Pass::kInputGrad) {
-    const int inputs = w.t0 > 1 ? kDepthwiseInputs : 1;
-    const int loads = (w.t0 + (inputs - 1) * w.s1) * w.k2 * std::min(w.s1, w.k1);
-    return inputs * taps + 1.5 * loads + 130;
+  const int taps = w.t0 * w.k1 * w.k2, rows = std::min(w.s1, w.k1);
+  if (p.pass == Pass::kInputGrad && w.t0 > 1) {
+    const int loads = (w.t0 + (kDepthwiseInputs - 1) * w.s1) * w.k2 * rows;
+    return kDepthwiseInputs * taps + 1.5 * loads + 130;
   }
+  if (p.pass == Pass::kInputGrad) return taps * channels + rows * w.k2 * (channels + 3) + 30;
   const int sources = w.t0 * static_cast<int>(CeilDiv(w.k2, w.s2)), outputs = w.s1 * w.s2;
-  const int copies = p.pass == Pass::kWeightGrad ? 100 : 60;
-  return taps * channels + (sources + outputs) * (channels + 2) + copies;
+  return (taps + 40) * channels + (sources + outputs) * (channels + 2);
 }
 
 }  // namespace
@@ -186,10 +185,9 @@ DepthwisePlan PlanDepthwise(const Problem& p, const Device& device) {
 
   // Threads are filled with channels, then positions of axis 2, or the other way round, by layout;
   // a few positions of axis 0 share what L1 holds.
-  const int limit = kDepthwiseThreads;
   const int residues = any || p.pass == Pass::kInputGrad ? 1 : a.stride[0],
             of_thread = staged ? kDepthwiseInputs : 1;
-  const int64_t vectors = CeilDiv(p.ci, plan.channels), most = limit / residues;
+  const int64_t vectors = CeilDiv(p.ci, plan.channels), most = kDepthwiseThreads / residues;
   const int64_t span0 = CeilDiv(span(0), of_thread);
   const auto tile0_for = [&](int64_t room) {
     return residues * Even(CeilDiv(span0, residues),
@@ -201,12 +199,12 @@ DepthwisePlan PlanDepthwise(const Problem& p, const Device& device) {
     const int chunk = ElementsOfChunk(p);  // a block's channels begin with one
     if (staged) tile_c = static_cast<int>(CeilDiv(tile_c, chunk)) * chunk;
     tile0 = tile0_for(std::min<int64_t>(most / tile_c, 2));
-    tile2 = Even(span(2), limit / (tile_c * tile0));
+    tile2 = Even(span(2), kDepthwiseThreads / (tile_c * tile0));
     tile0 = tile0_for(most / (tile_c * tile2));
   } else {
     tile2 = Even(span(2), most);
     tile0 = tile0_for(most / tile2);
-    tile_c = Even(vectors, limit / (tile2 * tile0));
+    tile_c = Even(vectors, kDepthwiseThreads / (tile2 * tile0));
   }
   const auto threads = [&] { return static_cast<int>(CeilDiv(tile_c * tile2 * tile0, 32)) * 32; };
   while (staged && !Stage(p, w, tile_c, tile2, tile0, threads(), device, plan)) {

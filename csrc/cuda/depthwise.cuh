@@ -24,7 +24,8 @@ __device__ inline Raw<In, V> Ask(const In* from, bool inside) {
   return inside ? __ldg(reinterpret_cast<const Raw<In, V>*>(from)) : Raw<In, V>{};
 }
 
-// Brings into L2 what is asked for kAhead steps later: that needs no registers.
+// Brings into L2 what is asked for kAhead steps (input gradient: rows) later, which needs no
+// registers: a march meets new rows of device memory at every step.
 constexpr int kAhead = 4;
 
 __device__ inline void Announce(const void* from, bool inside) {

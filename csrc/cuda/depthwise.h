@@ -3,8 +3,10 @@
 //
 // In u = o + pad an output u = s * q + r takes tap t = r + s * j from input q - j. A thread keeps
 // the weights (weight gradient: the sums) of its channels and of one residue of axis 0 in
-// registers and marches along axis 1, one input row a step; nothing is staged in shared memory, L1
-// serves what neighbouring threads share. Lanes are neighbours in memory in either layout.
+// registers and marches along axis 1, one input row a step. L1 serves what neighbouring threads
+// share; only the input gradient with several taps along axis 0, which reads each output eight
+// times in 3D, has rows of y come through shared memory. Lanes are neighbours in memory in either
+// layout.
 #ifndef JAXCONV_CUDA_DEPTHWISE_H_
 #define JAXCONV_CUDA_DEPTHWISE_H_
 
@@ -23,10 +25,11 @@ void AddDepthwise(std::vector<Row>& rows);
 struct DepthwiseWindow {
   int t0, s1, k1, s2, k2;
 
-  // Channels of a thread, channels last, forward and weight gradient: weights fit into registers.
+  // Channels of a thread, channels last: their weights or sums fit into registers. (But one where
+  // rows come through shared memory.)
   constexpr int channels() const { return 2 * t0 * k1 * k2 <= 64 ? 2 : 1; }
-  // The parity of the padding for which forward writes pairs, channels first: that of the window's
-  // usual padding.
+  // The parity of the padding for which rows are read and written in pairs, channels first: that of
+  // the window's usual padding.
   constexpr int shift() const { return (k2 - s2 + 1) / 2 % 2; }
 };
 // clang-format off
@@ -36,7 +39,7 @@ struct DepthwiseWindow {
   X(1, 1, 7, 1, 7) X(1, 1, 1, 2, 4) X(1, 1, 1, 3, 6)
 // clang-format on
 
-// Which pass has which of them: not those with no problem.
+// Which pass has which of them: each those with as many taps along axis 0 as along the others.
 constexpr bool DepthwiseHas(Pass pass, const DepthwiseWindow& w) {
   const int residue_taps = (w.k1 + w.s1 - 1) / w.s1;
   return w.t0 == 1 || w.t0 == (pass == Pass::kInputGrad ? w.k1 : residue_taps);
@@ -48,7 +51,7 @@ inline constexpr int kDepthwiseThreads = 256;
 // that a thread copies.
 inline constexpr int kDepthwiseStages = 4, kDepthwiseChunks = 4;
 
-// And neighbouring inputs of axis 0 that a thread computes: their stride is that of axis 1.
+// There a thread computes as many neighbours along axis 0, whose stride is that of axis 1.
 inline constexpr int kDepthwiseInputs = 2;
 
 // A row of the box of y that a block stages: digits of the index of a chunk, elements of a
