@@ -54,6 +54,115 @@ __device__ inline uint32_t ThinWord(T low, T high) {
   }
 }
 
+// Rows [h, h_end) of plane d of x, pixels from w on, channels from channel0 on: zeros outside.
+template <class T, bool kLast>
+__device__ inline void ThinCopyX(const ThinX& s, int n, int channel0, int d, int h, int h_end,
+                                 int w, uint32_t to, int thread) {
+  constexpr int kSize = sizeof(T);
+  const T* x = static_cast<const T*>(s.x) + n * s.n_step;
+  const int elements = s.unit / kSize, channels = min(s.channels, s.ci - channel0);
+  const bool plane = static_cast<unsigned>(d) < static_cast<unsigned>(s.size[0]);
+  h_end = min(h_end, s.size[1]);
+  const int count = (kLast ? s.width * s.rows : channels * s.rows) * s.by_units.divisor;
+  const int base = d * s.d_step + channel0 * s.c_step;
+#pragma unroll 4
+  for (int u = thread; u < count; u += 32 * kThinCopiers) {
+    const int row = Divide(u, s.by_units), unit = u - row * s.by_units.divisor;
+    const int outer = Divide(row, s.by_rows), inner = row - outer * s.by_rows.divisor;
+    // Channels first: outer is a channel, inner a row. Last: outer is a row, inner a pixel.
+    const int at_h = h + (kLast ? outer : inner), at_w = w + (kLast ? inner : unit * elements);
+    const bool valid = plane && at_h >= 0 && at_h < h_end &&
+                       static_cast<unsigned>(at_w) < static_cast<unsigned>(s.size[2]) &&
+                       (!kLast || unit * elements < channels);
+    const int from = base + at_h * s.h_step +
+                     (kLast ? at_w * s.ci + unit * elements : outer * s.c_step + at_w);
+    const int place = kLast ? row * s.pitch + unit * s.unit
+                            : outer * s.pitch + (inner * s.width + unit * elements) * kSize;
+    ThinCopy(to + place, x + (valid ? from : 0), s.unit, valid);
+  }
+}
+
+struct ThinOrigin {
+  int n, d, h, w;
+};
+__device__ inline ThinOrigin ThinOriginOf(const ThinTiles& a, int tile) {
+  const int rest = tile / a.cuts[2], up = rest / a.cuts[1], n = up / a.cuts[0];
+  return {n, up - n * a.cuts[0], (rest - up * a.cuts[1]) * a.rows,
+          (tile - rest * a.cuts[2]) * a.width};
+}
+
+// The element of a row of y that is staged first: a multiple of a copy's elements; the one that the
+// first pixel's first tap reads lies `ahead` of it.
+struct ThinStart {
+  int element, ahead;
+};
+template <bool kLast>
+__device__ inline ThinStart ThinStartOf(const ThinY& s, int w) {
+  const int wanted = (w * s.stride[2] - s.pad[2]) * (kLast ? s.co : 1);
+  const int ahead = wanted & (s.unit_elements - 1);
+  return {wanted - ahead, ahead};
+}
+
+template <class T, bool kLast>
+__device__ inline void ThinCopyY(const ThinY& s, const ThinOrigin& at, uint32_t to, int thread) {
+  const T* y = static_cast<const T*>(s.y) + at.n * s.n_step;
+  const int start = ThinStartOf<kLast>(s, at.w).element;
+  const int length = s.size[2] * (kLast ? s.co : 1);
+  const int count = (kLast ? 1 : s.co) * s.k[0] * s.rows * s.by_units.divisor;
+  const int d0 = at.d * s.stride[0] - s.pad[0], h0 = at.h * s.stride[1] - s.pad[1];
+#pragma unroll 4
+  for (int u = thread; u < count; u += 32 * kThinCopiers) {
+    const int row = Divide(u, s.by_units), unit = u - row * s.by_units.divisor;
+    const int plane = Divide(row, s.by_rows), h = row - plane * s.rows;
+    const int co = kLast ? 0 : Divide(plane, s.by_planes);
+    const int od = d0 + (plane - co * s.k[0]) * s.dilation[0], oh = h0 + h;
+    const int e = start + unit * s.unit_elements;
+    const bool valid = static_cast<unsigned>(od) < static_cast<unsigned>(s.size[0]) &&
+                       static_cast<unsigned>(oh) < static_cast<unsigned>(s.size[1]) &&
+                       static_cast<unsigned>(e) < static_cast<unsigned>(length);
+    const int from = co * s.c_step + od * s.d_step + oh * s.h_step + e;
+    const int place = plane * s.plane_step + h * s.row_step + unit * s.unit_elements;
+    ThinCopy(to + place * static_cast<int>(sizeof(T)), y + (valid ? from : 0), s.unit, valid);
+  }
+}
+
+// The place, in bytes, of column (co, tap) of staged y, from a pixel's.
+template <class T>
+__device__ inline int ThinPlaceOf(const ThinY& s, int column) {
+  const int taps = s.k[0] * s.k[1] * s.k[2], co = column / taps, tap = column - co * taps;
+  const int kdh = tap / s.k[2], kd = kdh / s.k[1], kh = kdh - kd * s.k[1], kw = tap - kdh * s.k[2];
+  return static_cast<int>(sizeof(T)) * (co * s.channel_step + kd * s.plane_step +
+                                        kh * s.dilation[1] * s.row_step + kw * s.tap_step);
+}
+
+// A word for the tensor cores: a float32, rounded to TF32, or two 16-bit values.
+template <class T>
+__device__ inline uint32_t ThinLoadWord(uint32_t low, uint32_t high) {
+  if constexpr (sizeof(T) == 4) {
+    float v;
+    asm volatile("ld.shared.f32 %0, [%1];" : "=f"(v) : "r"(low));
+    return RoundTF32(v);
+  } else {
+    uint16_t a, b;
+    asm volatile("ld.shared.u16 %0, [%1];" : "=h"(a) : "r"(low));
+    asm volatile("ld.shared.u16 %0, [%1];" : "=h"(b) : "r"(high));
+    return a | static_cast<uint32_t>(b) << 16;
+  }
+}
+
+template <bool kTransposed>
+__device__ inline void ThinLoadMatrices(uint32_t (&v)[4], uint32_t from) {
+  if constexpr (kTransposed) {
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0,%1,%2,%3}, [%4];"
+                 : "=r"(v[0]), "=r"(v[1]), "=r"(v[2]), "=r"(v[3])
+                 : "r"(from));
+  } else {
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];"
+                 : "=r"(v[0]), "=r"(v[1]), "=r"(v[2]), "=r"(v[3])
+                 : "r"(from));
+  }
+}
+
 // ---------------------------------------------------------------------------------------------
 // Forward
 
@@ -81,7 +190,7 @@ __device__ inline bool ThinEnter(const ThinForwardArgs& a, ThinCursor& c) {
 
 // To the next step; false after the last one.
 __device__ inline bool ThinNext(const ThinForwardArgs& a, ThinCursor& c) {
-  c.h += a.rows;
+  c.h += a.x.rows;
   if (c.h < c.h_end) return true;
   c.h = c.h_begin;
   if (++c.d < c.d_end) return true;
@@ -89,55 +198,18 @@ __device__ inline bool ThinNext(const ThinForwardArgs& a, ThinCursor& c) {
   return ThinEnter(a, c);
 }
 
-template <class T, bool kLast>
-__device__ inline void ThinCopySources(const ThinForwardArgs& a, const ThinCursor& c, uint32_t to,
-                                       int thread) {
-  constexpr int kThreads = 32 * kThinCopiers;
-  const T* x = static_cast<const T*>(a.x) + c.n * a.x_n;
-  const int elements = a.unit / static_cast<int>(sizeof(T));
-  const int start = c.run + a.first;
-  const bool plane = static_cast<unsigned>(c.d) < static_cast<unsigned>(a.isize[0]);
-  const int h_end = min(c.h_end, a.isize[1]);
-  const int count = (kLast ? a.width : a.ci) * a.rows * a.by_units.divisor;
-  const int base = c.d * a.x_d;
-#pragma unroll 4
-  for (int u = thread; u < count; u += kThreads) {
-    const int row = Divide(u, a.by_units), unit = u - row * a.by_units.divisor;
-    const int outer = Divide(row, a.by_rows), inner = row - outer * a.by_rows.divisor;
-    // Channels first: outer is a channel, inner a row. Last: outer is a row, inner a pixel.
-    const int h = c.h + (kLast ? outer : inner);
-    const int w = start + (kLast ? inner : unit * elements);
-    const bool valid =
-        plane && h >= 0 && h < h_end && static_cast<unsigned>(w) < static_cast<unsigned>(a.isize[2]);
-    const int from = kLast ? base + h * a.x_h + w * a.ci + unit * elements
-                           : base + outer * a.x_c + h * a.x_h + w;
-    const int place = kLast ? row * a.x_pitch + unit * a.unit
-                            : outer * a.x_pitch +
-                                  (inner * a.width + unit * elements) * static_cast<int>(sizeof(T));
-    ThinCopy(to + place, x + (valid ? from : 0), a.unit, valid);
-  }
-}
-
 // Eight pixels by two steps of channels.
 template <class T, bool kLast>
 __device__ inline void ThinLoad(uint32_t (&v)[4], uint32_t from, int pitch) {
   if constexpr (sizeof(T) == 4 && !kLast) {
 #pragma unroll
-    for (int r = 0; r < 4; ++r) {
-      asm volatile("ld.shared.b32 %0, [%1];" : "=r"(v[r]) : "r"(from + 4 * r * pitch));
-    }
-  } else if constexpr (kLast) {
-    asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];"
-                 : "=r"(v[0]), "=r"(v[1]), "=r"(v[2]), "=r"(v[3])
-                 : "r"(from));
+    for (int r = 0; r < 4; ++r) v[r] = ThinLoadWord<T>(from + 4 * r * pitch, 0);
   } else {
-    asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0,%1,%2,%3}, [%4];"
-                 : "=r"(v[0]), "=r"(v[1]), "=r"(v[2]), "=r"(v[3])
-                 : "r"(from));
-  }
-  if constexpr (sizeof(T) == 4) {
+    ThinLoadMatrices<!kLast>(v, from);
+    if constexpr (sizeof(T) == 4) {
 #pragma unroll
-    for (int r = 0; r < 4; ++r) v[r] = RoundTF32(__uint_as_float(v[r]));
+      for (int r = 0; r < 4; ++r) v[r] = RoundTF32(__uint_as_float(v[r]));
+    }
   }
 }
 
@@ -172,6 +244,11 @@ __global__ void __launch_bounds__(kThinThreads, 1)
   now.item = blockIdx.x;
   bool more = ThinEnter(a, now), more_ahead = more;
   ThinCursor ahead = now;
+  const auto copy = [&](int stage) {
+    ThinCopyX<T, kLast>(a.x, ahead.n, 0, ahead.d, ahead.h, ahead.h_end, ahead.run + a.first,
+                        sources + stage * a.x.stage, copier);
+    more_ahead = ThinNext(a, ahead);
+  };
   uint32_t w[MT][KS][4];
   const int set = warp % a.sets, group = warp / a.sets, groups = kThinMultipliers / a.sets;
   if (multiplies) {
@@ -186,7 +263,7 @@ __global__ void __launch_bounds__(kThinThreads, 1)
           const int column = (set * MT + mt) * 16 + lane / 4 + r % 2 * 8;
           const int c = k * kStep + (lane % 4 + r / 2 * 4) * (kStep / 8);
           const auto weight = [&](int ci) {
-            return column < a.columns && ci < a.ci ? weights[ci * a.columns + column] : T{};
+            return column < a.columns && ci < a.x.ci ? weights[ci * a.columns + column] : T{};
           };
           w[mt][k][r] = ThinWord<T>(weight(c), sizeof(T) == 4 ? T{} : weight(c + 1));
         }
@@ -196,14 +273,11 @@ __global__ void __launch_bounds__(kThinThreads, 1)
     for (int i = copier; i < a.spots; i += 32 * kThinCopiers) {
       int rest = i / a.stride[0];
       const int rd = i - rest * a.stride[0], rows = rest / a.stride[1];
-      const int rh = rest - rows * a.stride[1], chunk = rows / a.rows;
-      spots[i] = rd | rh << 8 | (rows - chunk * a.rows) << 16 | chunk << 24;
+      const int rh = rest - rows * a.stride[1], chunk = rows / a.x.rows;
+      spots[i] = rd | rh << 8 | (rows - chunk * a.x.rows) << 16 | chunk << 24;
     }
     for (int i = 0; i < a.ahead; ++i) {
-      if (more_ahead) {
-        ThinCopySources<T, kLast>(a, ahead, sources + i * a.x_stage, copier);
-        more_ahead = ThinNext(a, ahead);
-      }
+      if (more_ahead) copy(i);
       ThinCommit();
     }
     ThinWait(a.ahead);
@@ -211,13 +285,13 @@ __global__ void __launch_bounds__(kThinThreads, 1)
   __syncthreads();
 
   // A step's product: P's rows of the step, for the warp's columns.
-  const int tiles_of_row = a.width / 8, tiles = a.rows * tiles_of_row;
-  const int lane_place = ThinLanePlace<T, kLast>(lane, a.x_pitch);
-  const int tile_step = kLast ? 8 * a.x_pitch : 8 * static_cast<int>(sizeof(T));
-  const int k_step = kLast ? 64 : (64 / static_cast<int>(sizeof(T))) * a.x_pitch;
+  const int tiles_of_row = a.x.width / 8, tiles = a.x.rows * tiles_of_row;
+  const int lane_place = ThinLanePlace<T, kLast>(lane, a.x.pitch);
+  const int tile_step = kLast ? 8 * a.x.pitch : 8 * static_cast<int>(sizeof(T));
+  const int k_step = kLast ? 64 : 64 / static_cast<int>(sizeof(T)) * a.x.pitch;
   const auto multiply = [&](int stage, int base) {
     if (group >= groups) return;
-    const uint32_t from = sources + stage * a.x_stage + lane_place;
+    const uint32_t from = sources + stage * a.x.stage + lane_place;
     for (int first = group * kNT; first < tiles; first += groups * kNT) {
       float acc[MT][kNT][4] = {};
 #pragma unroll
@@ -227,7 +301,7 @@ __global__ void __launch_bounds__(kThinThreads, 1)
         for (int t = 0; t < kNT; ++t) {
           uint32_t v[4];
           ThinLoad<T, kLast>(v, from + k / 2 * k_step + min(first + t, tiles - 1) * tile_step,
-                             a.x_pitch);
+                             a.x.pitch);
 #pragma unroll
           for (int mt = 0; mt < MT; ++mt) Mma<T>::Whole(acc[mt][t], w[mt][k], v[0], v[1]);
 #pragma unroll
@@ -381,11 +455,7 @@ __global__ void __launch_bounds__(kThinThreads, 1)
     if (multiplies) {
       if (more) multiply(stage, base);
     } else {
-      if (more_ahead) {
-        const int to = stage == 0 ? a.ahead : stage - 1;
-        ThinCopySources<T, kLast>(a, ahead, sources + to * a.x_stage, copier);
-        more_ahead = ThinNext(a, ahead);
-      }
+      if (more_ahead) copy(stage == 0 ? a.ahead : stage - 1);
       ThinCommit();
       if (had) gather(before, base_before);
       ThinWait(a.ahead);
@@ -396,65 +466,13 @@ __global__ void __launch_bounds__(kThinThreads, 1)
     base_before = base;
     if (more) more = ThinNext(a, now);
     if (++stage == stages) stage = 0;
-    base += a.rows;
+    base += a.x.rows;
     if (base >= a.p_rows) base -= a.p_rows;
   }
 }
 
 // ---------------------------------------------------------------------------------------------
 // Input gradient
-
-struct ThinOrigin {
-  int n, d, h, w;
-};
-__device__ inline ThinOrigin ThinOriginOf(const ThinInputGradArgs& a, int tile) {
-  ThinOrigin at;
-  int rest = tile / a.cuts[2];
-  at.w = (tile - rest * a.cuts[2]) * a.width;
-  int up = rest / a.cuts[1];
-  at.h = (rest - up * a.cuts[1]) * a.rows;
-  at.n = up / a.isize[0];
-  at.d = up - at.n * a.isize[0];
-  return at;
-}
-
-// The element of a row of y that is staged first: a multiple of a copy's elements; the one that the
-// first pixel's first tap reads lies `ahead` of it.
-struct ThinStart {
-  int element, ahead;
-};
-template <bool kLast>
-__device__ inline ThinStart ThinStartOf(const ThinInputGradArgs& a, const ThinOrigin& at) {
-  const int wanted = (at.w * a.stride[2] - a.pad[2]) * (kLast ? a.co : 1);
-  const int ahead = wanted & (a.unit_elements - 1);
-  return {wanted - ahead, ahead};
-}
-
-template <class T, bool kLast>
-__device__ inline void ThinCopyOutputs(const ThinInputGradArgs& a, const ThinOrigin& at,
-                                       uint32_t to, int thread) {
-  constexpr int kThreads = 32 * kThinCopiers;
-  const T* y = static_cast<const T*>(a.y) + at.n * a.y_n;
-  const ThinStart start = ThinStartOf<kLast>(a, at);
-  const int length = a.osize[2] * (kLast ? a.co : 1);
-  const int planes = (kLast ? 1 : a.co) * a.k[0];
-  const int count = planes * a.staged_rows * a.by_units.divisor;
-  const int d0 = at.d * a.stride[0] - a.pad[0], h0 = at.h * a.stride[1] - a.pad[1];
-#pragma unroll 4
-  for (int u = thread; u < count; u += kThreads) {
-    const int row = Divide(u, a.by_units), unit = u - row * a.by_units.divisor;
-    const int plane = Divide(row, a.by_staged_rows), lh = row - plane * a.staged_rows;
-    const int co = kLast ? 0 : Divide(plane, a.by_planes);
-    const int od = d0 + (plane - co * a.k[0]) * a.dilation[0], oh = h0 + lh;
-    const int e = start.element + unit * a.unit_elements;
-    const bool valid = static_cast<unsigned>(od) < static_cast<unsigned>(a.osize[0]) &&
-                       static_cast<unsigned>(oh) < static_cast<unsigned>(a.osize[1]) &&
-                       static_cast<unsigned>(e) < static_cast<unsigned>(length);
-    const int from = co * a.y_c + od * a.y_d + oh * a.y_h + e;
-    const int place = plane * a.plane_step + lh * a.row_step + unit * a.unit_elements;
-    ThinCopy(to + place * static_cast<int>(sizeof(T)), y + (valid ? from : 0), a.unit, valid);
-  }
-}
 
 template <class Out>
 __device__ inline void ThinStore4(Out* to, const float (&v)[4]) {
@@ -480,17 +498,23 @@ __global__ void __launch_bounds__(kThinThreads, 1)
   const int warp = __shfl_sync(~0u, tid / 32, 0);
   const bool multiplies = warp < kThinMultipliers;
   const int copier = tid - 32 * kThinMultipliers;
-  const int stages = a.ahead + 1;
+  const int stages = a.at.ahead + 1;
   const uint32_t staged = SharedAddress(smem);
   int tile = blockIdx.x, tile_ahead = tile;
 
+  const auto copy = [&](int stage) {
+    if (tile_ahead < a.at.tiles) {
+      ThinCopyY<T, kLast>(a.y, ThinOriginOf(a.at, tile_ahead), staged + stage * a.y.stage, copier);
+    }
+    tile_ahead += gridDim.x;
+    ThinCommit();
+  };
   uint32_t w[MT][KS][4];
   int place[KS][2][kPair];  // of the taps that this lane reads, from its pixel
   const int set = warp % a.sets, group = warp / a.sets, groups = kThinMultipliers / a.sets;
   const int channel0 = (blockIdx.y * a.sets + set) * 16 * MT;
   if (multiplies) {
     const T* weights = static_cast<const T*>(a.w);
-    const int taps = a.k[0] * a.k[1] * a.k[2];
 #pragma unroll
     for (int k = 0; k < KS; ++k) {
 #pragma unroll
@@ -499,13 +523,8 @@ __global__ void __launch_bounds__(kThinThreads, 1)
 #pragma unroll
         for (int i = 0; i < kPair; ++i) {
           column[i] = (k * 8 + half * 4 + lane % 4) * kPair + i;
-          const int some = column[i] < a.columns ? column[i] : 0;  // times a weight of zero
-          const int co = some / taps, tap = some - co * taps, kdh = tap / a.k[2];
-          const int kd = kdh / a.k[1], kh = kdh - kd * a.k[1], kw = tap - kdh * a.k[2];
-          place[k][half][i] =
-              static_cast<int>(sizeof(T)) *
-              (co * a.channel_step + kd * a.plane_step + kh * a.dilation[1] * a.row_step +
-               kw * a.tap_step);
+          // Beyond the last one: times a weight of zero.
+          place[k][half][i] = ThinPlaceOf<T>(a.y, column[i] < a.columns ? column[i] : 0);
         }
 #pragma unroll
         for (int mt = 0; mt < MT; ++mt) {
@@ -524,22 +543,17 @@ __global__ void __launch_bounds__(kThinThreads, 1)
       }
     }
   } else {
-    for (int i = 0; i < a.ahead; ++i, tile_ahead += gridDim.x) {
-      if (tile_ahead < a.tiles) {
-        ThinCopyOutputs<T, kLast>(a, ThinOriginOf(a, tile_ahead), staged + i * a.y_stage, copier);
-      }
-      ThinCommit();
-    }
-    ThinWait(a.ahead);
+    for (int i = 0; i < a.at.ahead; ++i) copy(i);
+    ThinWait(a.at.ahead);
   }
   __syncthreads();
 
   const auto multiply = [&](auto* out, int stage) {
     using Out = std::remove_reference_t<decltype(*out)>;
-    const ThinOrigin at = ThinOriginOf(a, tile);
-    const uint32_t from = staged + stage * a.y_stage +
-                          ThinStartOf<kLast>(a, at).ahead * static_cast<int>(sizeof(T));
-    const int tiles_of_row = a.width / 16, tiles = a.rows * tiles_of_row;
+    const ThinOrigin at = ThinOriginOf(a.at, tile);
+    const uint32_t from = staged + stage * a.y.stage +
+                          ThinStartOf<kLast>(a.y, at.w).ahead * static_cast<int>(sizeof(T));
+    const int tiles_of_row = a.at.width / 16, tiles = a.at.rows * tiles_of_row;
     out += at.n * a.x_n + static_cast<int64_t>(at.d) * a.x_d;
     for (int first = group * kNT; first < tiles; first += groups * kNT) {
       float acc[MT][kNT][2][4] = {};
@@ -551,7 +565,7 @@ __global__ void __launch_bounds__(kThinThreads, 1)
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
           const int m = lane / 4, x = kLast ? 8 * half + m : m / 2 * 4 + 2 * half + m % 2;
-          pixel[t][half] = from + (row * a.stride[1] * a.row_step + (across + x) * a.pixel_step) *
+          pixel[t][half] = from + (row * a.y.stride[1] * a.y.row_step + (across + x) * a.y.pixel_step) *
                                       static_cast<int>(sizeof(T));
         }
       }
@@ -565,22 +579,8 @@ __global__ void __launch_bounds__(kThinThreads, 1)
           for (int x = 0; x < 2; ++x) {
 #pragma unroll
             for (int half = 0; half < 2; ++half) {
-              if constexpr (sizeof(T) == 4) {
-                float f;
-                asm volatile("ld.shared.f32 %0, [%1];"
-                             : "=f"(f)
-                             : "r"(pixel[t][x] + place[k][half][0]));
-                v[x][half] = RoundTF32(f);
-              } else {
-                uint16_t low, high;
-                asm volatile("ld.shared.u16 %0, [%1];"
-                             : "=h"(low)
-                             : "r"(pixel[t][x] + place[k][half][0]));
-                asm volatile("ld.shared.u16 %0, [%1];"
-                             : "=h"(high)
-                             : "r"(pixel[t][x] + place[k][half][kPair - 1]));
-                v[x][half] = low | static_cast<uint32_t>(high) << 16;
-              }
+              v[x][half] = ThinLoadWord<T>(pixel[t][x] + place[k][half][0],
+                                           pixel[t][x] + place[k][half][kPair - 1]);
             }
           }
 #pragma unroll
@@ -605,7 +605,7 @@ __global__ void __launch_bounds__(kThinThreads, 1)
         if (first + t >= tiles) break;
         const int row = Divide(first + t, a.by_width);
         const int h = at.h + row, x0 = at.w + (first + t - row * tiles_of_row) * 16;
-        if (h >= a.isize[1]) continue;
+        if (h >= a.size[1]) continue;
         Out* to = out + static_cast<int64_t>(h) * a.x_h;
 #pragma unroll
         for (int mt = 0; mt < MT; ++mt) {
@@ -616,14 +616,14 @@ __global__ void __launch_bounds__(kThinThreads, 1)
             // Channels first: a channel of four pixels; last: a pixel of four channels.
             const int x = x0 + (kLast ? lane / 4 + 8 * r : lane % 4 * 4);
             const int ci = channel0 + 16 * mt + (kLast ? lane % 4 * 4 : lane / 4 + 8 * r);
-            if (x >= a.isize[2] || ci >= a.ci) continue;
+            if (x >= a.size[2] || ci >= a.ci) continue;
             Out* element = to + (kLast ? x * a.ci + ci : static_cast<int64_t>(ci) * a.x_c + x);
             if (a.vector) {
               ThinStore4(element, v);
             } else {
 #pragma unroll
               for (int i = 0; i < 4; ++i) {
-                if ((kLast ? ci + i < a.ci : x + i < a.isize[2])) {
+                if ((kLast ? ci + i < a.ci : x + i < a.size[2])) {
                   element[i] = FromAccumulator<Out>(v[i]);
                 }
               }
@@ -635,7 +635,7 @@ __global__ void __launch_bounds__(kThinThreads, 1)
   };
 
   int stage = 0;
-  for (; tile < a.tiles; tile += gridDim.x) {
+  for (; tile < a.at.tiles; tile += gridDim.x) {
     if (multiplies) {
       if (group < groups) {
         if (sizeof(T) == 4 || a.out_f32) {
@@ -645,13 +645,8 @@ __global__ void __launch_bounds__(kThinThreads, 1)
         }
       }
     } else {
-      if (tile_ahead < a.tiles) {
-        ThinCopyOutputs<T, kLast>(a, ThinOriginOf(a, tile_ahead),
-                                  staged + (stage == 0 ? a.ahead : stage - 1) * a.y_stage, copier);
-      }
-      tile_ahead += gridDim.x;
-      ThinCommit();
-      ThinWait(a.ahead);
+      copy(stage == 0 ? a.at.ahead : stage - 1);
+      ThinWait(a.at.ahead);
     }
     __syncthreads();
     if (++stage == stages) stage = 0;
@@ -659,10 +654,166 @@ __global__ void __launch_bounds__(kThinThreads, 1)
 }
 
 // ---------------------------------------------------------------------------------------------
+// Weight gradient
 
-template <class Kernel, class Args>
-cudaError_t EnqueueThin(Kernel kernel, const ThinPlan& plan, const Args& args,
-                        cudaStream_t stream) {
+template <class T, bool kLast>
+__global__ void __launch_bounds__(kThinThreads, 1)
+    ThinWeightGrad(const __grid_constant__ ThinWeightGradArgs a) {
+  constexpr int kMT = 4, kNT = 4, kSize = sizeof(T), kPixels = 32 / kSize;
+  constexpr int kSums = kMT * kNT * 4;
+  extern __shared__ __align__(128) char smem[];
+  const int tid = threadIdx.x, lane = tid % 32;
+  const int warp = __shfl_sync(~0u, tid / 32, 0);
+  const bool multiplies = warp < kThinMultipliers;
+  const int copier = tid - 32 * kThinMultipliers;
+  const int stages = a.at.ahead + 1;
+  const uint32_t staged_y = SharedAddress(smem), staged_x = SharedAddress(smem + a.smem_x);
+  float* sums = reinterpret_cast<float*>(smem + a.smem_sums);
+  const int sets = a.channel_sets * a.column_sets, groups = kThinMultipliers / sets;
+  const int set = warp % sets, group = warp / sets;
+  const int channel_set = set / a.column_sets, column_set = set - channel_set * a.column_sets;
+  const int channel0 = blockIdx.y * a.x.channels;
+  int tile = blockIdx.x, tile_ahead = tile;
+
+  // Channels that are not there stay zero, and so do the sums at first.
+  for (int i = a.smem_x + 16 * tid; i < a.smem; i += 16 * kThinThreads) {
+    *reinterpret_cast<uint4*>(smem + i) = make_uint4(0, 0, 0, 0);
+  }
+  __syncthreads();
+
+  const auto copy = [&](int stage) {
+    if (tile_ahead < a.at.tiles) {
+      const ThinOrigin at = ThinOriginOf(a.at, tile_ahead);
+      ThinCopyY<T, kLast>(a.y, at, staged_y + stage * a.y.stage, copier);
+      ThinCopyX<T, kLast>(a.x, at.n, channel0, at.d, at.h, at.h + a.x.rows, at.w,
+                          staged_x + stage * a.x.stage, copier);
+    }
+    tile_ahead += gridDim.x;
+    ThinCommit();
+  };
+  if (!multiplies) {
+    for (int i = 0; i < a.at.ahead; ++i) copy(i);
+    ThinWait(a.at.ahead);
+  }
+  int place[kNT];  // of this lane's column of y, from its pixel
+  if (multiplies) {
+#pragma unroll
+    for (int nt = 0; nt < kNT; ++nt) {
+      const int column = (column_set * kNT + nt) * 8 + lane / 4;
+      place[nt] = ThinPlaceOf<T>(a.y, column < a.columns ? column : 0);
+    }
+  }
+  __syncthreads();
+
+  float acc[kMT][kNT][4] = {};
+  const auto keep = [&] {
+    float* to = sums + warp * kSums * 32 + lane;
+#pragma unroll
+    for (int i = 0; i < kSums; ++i) {
+      float& sum = acc[i / (4 * kNT)][i / 4 % kNT][i % 4];
+      to[i * 32] += sum;
+      sum = 0;
+    }
+  };
+  // A lane's words of x: rows are channels. Channels first, or of 16 bits, by matrices of eight
+  // rows of 16 bytes.
+  const bool matrices = !kLast || kSize == 2;
+  const int matrix_row = lane % 8 + (kLast ? lane / 16 : lane / 8 % 2) * 8;
+  const int matrix_half = kLast ? lane / 8 % 2 : lane / 16;
+  int x_place, x_tile, x_step;  // of this lane, from tile to tile of channels, of pixels
+  if (kLast) {
+    x_step = kPixels * a.x.pitch;
+    x_tile = 16 * kSize;
+    x_place = matrices ? matrix_row * a.x.pitch + matrix_half * 16
+                       : lane % 4 * a.x.pitch + lane / 4 * kSize;
+  } else {
+    x_step = 32;
+    x_tile = 16 * a.x.pitch;
+    x_place = matrix_row * a.x.pitch + matrix_half * 16;
+  }
+  const auto multiply = [&](int stage) {
+    const ThinOrigin at = ThinOriginOf(a.at, tile);
+    const uint32_t from_y = staged_y + stage * a.y.stage +
+                            (ThinStartOf<kLast>(a.y, at.w).ahead +
+                             lane % 4 * (4 / kSize) * a.y.pixel_step) * kSize;
+    const uint32_t from_x =
+        staged_x + stage * a.x.stage + x_place + channel_set * kMT * x_tile;
+    const int steps = a.at.rows * a.steps_of_row;
+    const int half = kPixels / 2 * a.y.pixel_step * kSize, next = a.y.pixel_step * kSize;
+    for (int step = group; step < steps; step += groups) {
+      const int row = Divide(step, a.by_steps), across = (step - row * a.steps_of_row) * kPixels;
+      const uint32_t y = from_y + (row * a.y.stride[1] * a.y.row_step +
+                                   across * a.y.pixel_step) * kSize;
+      uint32_t v[kNT][2];
+#pragma unroll
+      for (int nt = 0; nt < kNT; ++nt) {
+#pragma unroll
+        for (int r = 0; r < 2; ++r) {
+          const uint32_t word = y + place[nt] + r * half;
+          v[nt][r] = ThinLoadWord<T>(word, word + next);
+        }
+      }
+#pragma unroll
+      for (int mt = 0; mt < kMT; ++mt) {
+        uint32_t u[4];
+        const uint32_t x = from_x + step * x_step + mt * x_tile;
+        if constexpr (kLast && kSize == 4) {
+#pragma unroll
+          for (int r = 0; r < 4; ++r) {
+            u[r] = ThinLoadWord<T>(x + r % 2 * 32 + r / 2 * 4 * a.x.pitch, 0);
+          }
+        } else {
+          ThinLoadMatrices<kLast>(u, x);
+          if constexpr (kSize == 4) {
+#pragma unroll
+            for (int r = 0; r < 4; ++r) u[r] = RoundTF32(__uint_as_float(u[r]));
+          }
+        }
+#pragma unroll
+        for (int nt = 0; nt < kNT; ++nt) Mma<T>::Whole(acc[mt][nt], u, v[nt][0], v[nt][1]);
+      }
+    }
+  };
+
+  int stage = 0, kept = 0;
+  for (; tile < a.at.tiles; tile += gridDim.x) {
+    if (multiplies) {
+      if (group < groups) {
+        multiply(stage);
+        if (++kept == a.flush) {
+          keep();
+          kept = 0;
+        }
+      }
+    } else {
+      copy(stage == 0 ? a.at.ahead : stage - 1);
+      ThinWait(a.at.ahead);
+    }
+    __syncthreads();
+    if (++stage == stages) stage = 0;
+  }
+  if (multiplies) keep();
+  __syncthreads();
+  // The warps that shared pixels, in order.
+  float* out = a.out + blockIdx.x * a.out_step;
+  for (int i = tid; i < sets * kSums * 32; i += kThinThreads) {
+    const int of = i / (kSums * 32), sum = i / 32 % kSums, from = i % 32;
+    const int channel = (of / a.column_sets * kMT + sum / (4 * kNT)) * 16 + from / 4 +
+                        sum / 2 % 2 * 8;
+    const int column =
+        (of % a.column_sets * kNT + sum / 4 % kNT) * 8 + from % 4 * 2 + sum % 2;
+    if (channel >= a.x.channels || channel0 + channel >= a.x.ci || column >= a.columns) continue;
+    float total = 0;
+    for (int g = 0; g < groups; ++g) total += sums[(g * sets * kSums) * 32 + i];
+    out[static_cast<int64_t>(channel0 + channel) * a.columns + column] = total;
+  }
+}
+
+// ---------------------------------------------------------------------------------------------
+
+template <class Args>
+cudaError_t EnqueueThinKernel(void (*kernel)(Args), const ThinPlan& plan, const Args& args,
+                              cudaStream_t stream) {
   const cudaError_t status =
       cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, args.smem);
   if (status != cudaSuccess) return status;
@@ -670,39 +821,36 @@ cudaError_t EnqueueThin(Kernel kernel, const ThinPlan& plan, const Args& args,
   return cudaGetLastError();
 }
 
-template <class T, int MT, int KS, bool kLast>
-cudaError_t EnqueueThinForwardTile(const ThinPlan& plan, const ThinForwardArgs& args,
-                                   cudaStream_t stream) {
-  return args.window ? EnqueueThin(ThinForward<T, MT, KS, kLast, true>, plan, args, stream)
-                     : EnqueueThin(ThinForward<T, MT, KS, kLast, false>, plan, args, stream);
+template <class T, int MT, int KS>
+void (*ThinForwardOf(bool last, bool window))(ThinForwardArgs) {
+  if (last) {
+    return window ? ThinForward<T, MT, KS, true, true> : ThinForward<T, MT, KS, true, false>;
+  }
+  return window ? ThinForward<T, MT, KS, false, true> : ThinForward<T, MT, KS, false, false>;
 }
 
 template <class T>
-cudaError_t EnqueueThinForward(const ThinPlan& plan, const ThinForwardArgs& args, bool last,
-                               cudaStream_t stream) {
-  if (plan.mt == 2 && plan.ks == 8) {
-    return last ? EnqueueThinForwardTile<T, 2, 8, true>(plan, args, stream)
-                : EnqueueThinForwardTile<T, 2, 8, false>(plan, args, stream);
-  }
-  if (plan.mt == 4 && plan.ks == 4) {
-    return last ? EnqueueThinForwardTile<T, 4, 4, true>(plan, args, stream)
-                : EnqueueThinForwardTile<T, 4, 4, false>(plan, args, stream);
-  }
-  return cudaErrorInvalidConfiguration;
+cudaError_t EnqueueThin(const ThinPlan& plan, const ThinForwardArgs& args, bool last,
+                        cudaStream_t stream) {
+  return EnqueueThinKernel(plan.mt == 2 ? ThinForwardOf<T, 2, 8>(last, args.window)
+                                        : ThinForwardOf<T, 4, 4>(last, args.window),
+                           plan, args, stream);
 }
 
 template <class T>
-cudaError_t EnqueueThinInputGrad(const ThinPlan& plan, const ThinInputGradArgs& args, bool last,
-                                 cudaStream_t stream) {
-  if (plan.mt == 2 && plan.ks == 8) {
-    return last ? EnqueueThin(ThinInputGrad<T, 2, 8, true>, plan, args, stream)
-                : EnqueueThin(ThinInputGrad<T, 2, 8, false>, plan, args, stream);
-  }
-  if (plan.mt == 4 && plan.ks == 4) {
-    return last ? EnqueueThin(ThinInputGrad<T, 4, 4, true>, plan, args, stream)
-                : EnqueueThin(ThinInputGrad<T, 4, 4, false>, plan, args, stream);
-  }
-  return cudaErrorInvalidConfiguration;
+cudaError_t EnqueueThin(const ThinPlan& plan, const ThinInputGradArgs& args, bool last,
+                        cudaStream_t stream) {
+  return EnqueueThinKernel(
+      plan.mt == 2 ? (last ? ThinInputGrad<T, 2, 8, true> : ThinInputGrad<T, 2, 8, false>)
+                   : (last ? ThinInputGrad<T, 4, 4, true> : ThinInputGrad<T, 4, 4, false>),
+      plan, args, stream);
+}
+
+template <class T>
+cudaError_t EnqueueThin(const ThinPlan& plan, const ThinWeightGradArgs& args, bool last,
+                        cudaStream_t stream) {
+  return EnqueueThinKernel(last ? ThinWeightGrad<T, true> : ThinWeightGrad<T, false>, plan, args,
+                           stream);
 }
 
 }  // namespace jaxconv::cuda

@@ -31,70 +31,109 @@ struct ThinTaps {
   ThinTap tap[kThinMaxTaps];
 };
 
+// x as it is staged: steps of `rows` rows of `width` pixels, channel by channel (channels last:
+// pixel by pixel). Steps are in elements.
+struct ThinX {
+  const void* x;
+  int64_t n_step;
+  int c_step, d_step, h_step;
+  int ci, size[kAxes];
+  int channels;  // of a block
+  int rows, width;
+  int unit;                        // bytes of a copy
+  SmallDivisor by_units, by_rows;  // of a staged row (channels last: pixel), and how many follow it
+  int pitch, stage;                // bytes of a channel (channels last: pixel), of a step
+};
+
+// y as it is staged: the planes and rows that the taps of a tile of x's pixels reach. Steps are in
+// elements, those of the second line from tap to tap and from pixel to pixel, where it is staged.
+struct ThinY {
+  const void* y;
+  int64_t n_step;
+  int c_step, d_step, h_step;
+  int co, size[kAxes], k[kAxes], stride[kAxes], pad[kAxes], dilation[kAxes];
+  int unit, unit_elements;  // of a copy: bytes, elements
+  int rows;                 // of a plane
+  SmallDivisor by_units, by_rows, by_planes;
+  int pixel_step, tap_step, channel_step, row_step, plane_step;
+  int stage;  // bytes
+};
+
 // Forward. P[co, tap; pixel] = the sum over ci of w[ci, co, tap] * x[ci, pixel] is a dense product;
 // each output is the sum of its taps' values of P. A block's items are pieces of the output; it
-// walks over an item's planes of sources, and in each over steps of `rows` rows of `width` sources.
+// walks over an item's planes of sources, and in each over steps.
 struct ThinForwardArgs {
-  const void* x;
+  ThinX x;
   const void* w;
   const void* bias;
   void* out;
   bool out_f32;
-  int ci, co, columns;  // columns: of P, co * taps
-  int isize[kAxes], osize[kAxes], k[kAxes], stride[kAxes], pad[kAxes];
-  int64_t x_n, y_n;        // elements between neighbours
-  int x_c, x_d, x_h, y_d, y_h, y_c;
+  int co, columns;  // columns: of P, co * taps
+  int osize[kAxes], k[kAxes], stride[kAxes], pad[kAxes];
+  int64_t y_n;
+  int y_c, y_d, y_h;  // elements between neighbours
   ThinTaps taps[kAxes];
+  bool window;  // innermost: stride 2, no dilation, up to four taps
   // An item: outputs q of `box` on the outer axes, and runs j of the innermost one.
   int items, cuts[kAxes], box[kAxes];
   int q_begin[2], q_end[2], reach[2];  // reach: the largest `back`
-  int runs;                            // of the innermost axis, all
-  int rows, width, first;              // of a step; its sources begin at its item's first j + first
+  int first;                           // the sources of an item begin at its first j + first
   int ahead;                           // steps that are under way
-  // Warps: `sets` of 16 * MT columns, of as many pixels as there are warps for. Steps of 32 bytes
-  // of channels.
-  int sets, ksteps;
-  bool window;                          // stride 2, no dilation and up to four taps, innermost
-  int unit;                             // bytes of a copy
-  SmallDivisor by_units, by_rows;       // of a row (a pixel, channels last), and rows (width)
-  SmallDivisor by_tiles;                // of 8 pixels in a row
-  // Shared memory, in bytes, but for P: floats.
-  int x_pitch, x_stage;                       // of a channel (a pixel)
-  int p_column, p_row, p_margin, p_rows;      // p_rows: of the ring
-  int run_chunks, spots;                      // of 32 runs; rows of outputs a step
+  int sets, ksteps;                    // sets of 16 * mt columns; steps of 32 bytes of channels
+  SmallDivisor by_tiles;               // of 8 pixels in a row
+  int run_chunks, spots;               // of 32 runs; rows of outputs a step
+  // Shared memory: P is a ring of rows for each column (in floats), the rest are bytes.
+  int p_column, p_row, p_margin, p_rows;
   int smem_p, smem_sums, smem_stage, smem_spots, smem_x, smem;
 };
 
-// Input gradient. A block walks over tiles of `rows` rows of `width` pixels, for which it stages
-// the planes and rows of y that their taps reach.
-struct ThinInputGradArgs {
-  const void* y;
-  const void* w;
-  void* out;
-  bool out_f32;
-  int ci, co, columns;
-  int isize[kAxes], osize[kAxes], k[kAxes], stride[kAxes], pad[kAxes], dilation[kAxes];
-  int64_t x_n, y_n;
-  int x_c, x_d, x_h, y_c, y_d, y_h;
+// The two gradients walk over tiles: `rows` rows of `width` pixels of a plane.
+struct ThinTiles {
   int tiles, cuts[kAxes];
   int rows, width;
   int ahead;
-  int sets, ksteps;  // ksteps: of 8 columns (16 of 16 bits)
-  int unit, unit_elements;
-  bool vector;  // whether four neighbours of the output can be written at once
-  int staged_rows, staged_length;  // of a plane; elements of a row
-  SmallDivisor by_units, by_staged_rows, by_planes, by_width;
-  int pixel_step, tap_step, channel_step, row_step, plane_step;  // elements of staged y
-  int y_stage, smem;
+};
+
+// Input gradient: for each pixel the product of w and of y's values at its taps.
+struct ThinInputGradArgs {
+  ThinTiles at;
+  ThinY y;
+  const void* w;
+  void* out;
+  bool out_f32;
+  int ci, columns, size[kAxes];
+  int64_t x_n;
+  int x_c, x_d, x_h;
+  int sets, ksteps;       // sets of 16 * mt channels; steps of 8 columns (16 of 16 bits)
+  SmallDivisor by_width;  // of 16 pixels
+  bool vector;            // whether four neighbours of the output can be written at once
+  int smem;
+};
+
+// Weight gradient: the product of x and of y's values at the taps, over all pixels. A block adds up
+// its tiles; what the blocks have is added by a second kernel.
+struct ThinWeightGradArgs {
+  ThinTiles at;
+  ThinX x;
+  ThinY y;
+  float* out;  // [part][ci][co * taps]
+  int64_t out_step;
+  int columns;
+  int channel_sets, column_sets;  // of 64 channels and 32 columns, a warp each
+  int steps_of_row;               // of the tensor cores: 32 bytes of pixels
+  SmallDivisor by_steps;
+  int flush;  // a warp adds its sums to those in shared memory after as many tiles
+  int smem_x, smem_sums, smem;
 };
 
 struct ThinPlan {
   std::string refusal;
-  bool forward;
   int mt, ks, grid_x, grid_y;
+  int64_t workspace;
   double seconds;
-  ThinForwardArgs f;
-  ThinInputGradArgs g;
+  ThinForwardArgs forward;
+  ThinInputGradArgs input;
+  ThinWeightGradArgs weight;
 };
 
 // A tile: 0 means that the cost model chooses.
@@ -107,10 +146,11 @@ cudaError_t LaunchThin(const Problem&, const Operands&, const ThinPlan&, cudaStr
 
 // Defined in one small file a dtype.
 template <class T>
-cudaError_t EnqueueThinForward(const ThinPlan&, const ThinForwardArgs&, bool last, cudaStream_t);
+cudaError_t EnqueueThin(const ThinPlan&, const ThinForwardArgs&, bool last, cudaStream_t);
 template <class T>
-cudaError_t EnqueueThinInputGrad(const ThinPlan&, const ThinInputGradArgs&, bool last,
-                                 cudaStream_t);
+cudaError_t EnqueueThin(const ThinPlan&, const ThinInputGradArgs&, bool last, cudaStream_t);
+template <class T>
+cudaError_t EnqueueThin(const ThinPlan&, const ThinWeightGradArgs&, bool last, cudaStream_t);
 
 }  // namespace jaxconv::cuda
 
