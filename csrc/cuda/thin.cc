@@ -22,7 +22,8 @@ constexpr int64_t kIntMax = std::numeric_limits<int32_t>::max();
 struct Shape {
   int mt, ks;
 };
-constexpr Shape kShapes[] = {{2, 8}, {4, 4}};
+constexpr Shape kShapes[] = {{1, 16}, {2, 8}, {4, 4}};
+constexpr int kMostSteps = 16;
 
 constexpr int64_t RoundUp(int64_t a, int64_t b) { return CeilDiv(a, b) * b; }
 
@@ -38,8 +39,8 @@ std::string Refuse(const Problem& p, const Device& device) {
   const int64_t columns = p.co * Product(p.k);
   if (p.co > 8) return "takes at most 8 output channels";
   if (columns > 256) return "takes at most 256 taps and output channels";
-  if (p.pass != Pass::kWeightGrad && (p.pass == Pass::kForward ? p.ci : columns) > 8 * step) {
-    return "keeps weights in registers, of " + std::to_string(8 * step) + " terms a sum";
+  if (p.pass != Pass::kWeightGrad && (p.pass == Pass::kForward ? p.ci : columns) > kMostSteps * step) {
+    return "keeps weights in registers, of " + std::to_string(kMostSteps * step) + " terms a sum";
   }
   for (int a = 0; a < kAxes; ++a) {
     if (p.stride[a] > kThinMaxStride) {
@@ -235,7 +236,7 @@ bool FillForward(const Problem& p, const Device& device, const Shape& shape, con
   a.p_rows = 2 * cut.rows + a.reach[1];
   a.p_column = static_cast<int>(Pitch(int64_t{a.p_rows} * a.p_row, 16, 8));
   a.run_chunks = static_cast<int>(CeilDiv(cut.box_w, 32));
-  a.spots = static_cast<int>(p.stride[0] * p.stride[1] * cut.rows * a.run_chunks);
+  a.spots = static_cast<int>((a.window ? 1 : p.stride[0]) * p.stride[1] * cut.rows * a.run_chunks);
   if (cut.rows > 255 || a.run_chunks > 255) return false;
 
   int64_t smem = 0;
@@ -249,6 +250,7 @@ bool FillForward(const Problem& p, const Device& device, const Shape& shape, con
         a.reach[0] * p.co * cut.box_h * Product(p.stride) * 32 * a.run_chunks * 4);
   place(a.smem_stage, kThinCopiers * 32 * p.stride[2] * (last ? p.co : 1) * 4);
   place(a.smem_spots, int64_t{a.spots} * 4);
+  place(a.smem_bias, p.co * 4);
   place(a.smem_x, int64_t{cut.ahead + 1} * a.x.stage);
   if (smem > SharedMemoryOfBlock(device.compute_capability)) return false;
   a.smem = static_cast<int>(smem);
@@ -264,11 +266,14 @@ bool FillForward(const Problem& p, const Device& device, const Shape& shape, con
   const double shared =
       (read + Real(pixels) * (a.sets * a.ksteps * 32 + Real(columns) * 4 + a.columns * 4)) / 128 +
       a.spots * 4.0;
-  const double gathered = Real(CeilDiv(a.spots, kThinCopiers)) *
-                          (100 + 4.0 * a.columns * cut.rows * a.run_chunks / a.spots);
-  const double copied = read / a.x.unit / (32 * kThinCopiers) * 12;
-  const double step =
-      std::max({tensor, shared, 2.5 * (gathered + copied), read / kL2BytesACycle}) + 250;
+  // Instructions of a gathering warp: for a spot, an output's phases and channels, and a tap.
+  const double gathered =
+      std::ceil(Real(a.spots) / kThinCopiers) *
+      (60 + 40.0 * p.co * p.stride[0] * (a.window ? 1 : 2 * p.stride[2]) / (a.window ? 1 : p.stride[0]) +
+       (a.window ? 4.0 : 8.0) * a.columns * cut.rows * a.run_chunks / a.spots);
+  const double copied = read / a.x.unit / kThinThreads * 14;
+  const double step = std::max({tensor + 2.5 * copied, shared, 3.0 * (gathered + copied),
+                                read / kL2BytesACycle}) + 500;
   const auto walked = [&](int i) {
     return Real(std::min(all[i], box[i]) + (a.cuts[i] > 1 ? a.reach[i] : 0));
   };
@@ -303,7 +308,11 @@ ThinPlan PlanForward(const Problem& p, const Device& device, const ThinTile& for
     a.q_end[i] = static_cast<int>(FloorDiv(p.osize[i] - 1 + p.pad[i], p.stride[i]) + 1);
     a.reach[i] = static_cast<int>((p.k[i] - 1) * p.dilation[i] / p.stride[i]);
   }
-  a.window = p.stride[2] == 2 && p.dilation[2] == 1 && p.k[2] <= 4;
+  a.window = p.stride[2] == 2;
+  for (int i = 0; i < kAxes; ++i) {
+    a.window = a.window && p.dilation[i] == 1 && p.k[i] <= 2 * p.stride[i];
+  }
+  a.pairs = p.osize[2] % 2 == 0 && (p.co == 1 || !p.channels_last);
   a.ksteps = static_cast<int>(RoundUp(CeilDiv(p.ci, step), 2));
   ListTaps(p, a);
   Span sources{kIntMax, -kIntMax};
@@ -396,7 +405,7 @@ bool FillInputGrad(const Problem& p, const Device& device, const Shape& shape, i
   plan.grid_y = static_cast<int>(CeilDiv(blocks, a.sets));
   plan.grid_x = std::min(a.at.tiles, std::max(1, device.multiprocessors / plan.grid_y));
   a.by_width = DivisorOf(static_cast<int>(width / 16));
-  const int64_t smem = int64_t{a.y.stage} * (ahead + 1);
+  const int64_t smem = kThinOrigins + int64_t{a.y.stage} * (ahead + 1);
   if (smem > SharedMemoryOfBlock(device.compute_capability)) return false;
   a.smem = static_cast<int>(smem);
   plan.mt = shape.mt;
@@ -410,7 +419,7 @@ bool FillInputGrad(const Problem& p, const Device& device, const Shape& shape, i
                          std::min(Real(p.ci), 16.0 * shape.mt * a.sets) * Real(out_size);
   const double stored = written / 32 * (a.vector ? 1.0 : 4.0);
   const double step = std::max({tensor, issue, stored, 2.5 * CopiedY(a.y, p),
-                                written / kL2BytesACycle}) + 250;
+                                written / kL2BytesACycle}) + 1500;
   const double steps = std::ceil(Real(a.at.tiles) / plan.grid_x);
   plan.seconds = 5e-6 + std::max(steps * step + 3000, Traffic(p, device)) / kClock;
   return true;
@@ -462,9 +471,9 @@ bool FillWeightGrad(const Problem& p, const Device& device, int64_t rows, int64_
   }
   a.steps_of_row = static_cast<int>(width / step_pixels);
   a.by_steps = DivisorOf(a.steps_of_row);
-  a.smem_x = a.y.stage * (ahead + 1);
+  a.smem_x = kThinOrigins + a.y.stage * (ahead + 1);
   a.smem_sums = a.smem_x + a.x.stage * (ahead + 1);
-  const int64_t smem = int64_t{a.y.stage + a.x.stage} * (ahead + 1) +
+  const int64_t smem = kThinOrigins + int64_t{a.y.stage + a.x.stage} * (ahead + 1) +
                        int64_t{kThinMultipliers} * kChannels * kColumns * 4;
   if (smem > SharedMemoryOfBlock(device.compute_capability)) return false;
   a.smem = static_cast<int>(smem);

@@ -1,7 +1,7 @@
 // Device part of "thin"; docs/gpu_kernels.md tells the whole story.
 //
-// Eight warps multiply, four copy and (forward) gather. All meet at one barrier a step: while step
-// s is multiplied, step s + ahead is asked for and step s - 1 is gathered.
+// Eight warps multiply, four copy (forward: gather, and all copy). All meet at one barrier a step:
+// while step s is multiplied, step s + ahead is asked for and step s - 1 is gathered.
 #ifndef JAXCONV_CUDA_THIN_CUH_
 #define JAXCONV_CUDA_THIN_CUH_
 
@@ -55,34 +55,46 @@ __device__ inline uint32_t ThinWord(T low, T high) {
 }
 
 // Rows [h, h_end) of plane d of x, pixels from w on, channels from channel0 on: zeros outside.
-template <class T, bool kLast>
-__device__ inline void ThinCopyX(const ThinX& s, int n, int channel0, int d, int h, int h_end,
-                                 int w, uint32_t to, int thread) {
+// kUnit: bytes of a copy, or 0: known when it runs.
+template <class T, bool kLast, int kUnit>
+__device__ inline void ThinCopyXBy(const ThinX& s, int n, int channel0, int d, int h, int h_end,
+                                   int w, uint32_t to, int thread, int threads) {
   constexpr int kSize = sizeof(T);
   const T* x = static_cast<const T*>(s.x) + n * s.n_step;
-  const int elements = s.unit / kSize, channels = min(s.channels, s.ci - channel0);
+  const int bytes = kUnit > 0 ? kUnit : s.unit, elements = bytes / kSize;
+  const int channels = min(s.channels, s.ci - channel0);
   const bool plane = static_cast<unsigned>(d) < static_cast<unsigned>(s.size[0]);
-  h_end = min(h_end, s.size[1]);
+  const int end = plane ? min(h_end, s.size[1]) : 0;
   const int count = (kLast ? s.width * s.rows : channels * s.rows) * s.by_units.divisor;
-  const int base = d * s.d_step + channel0 * s.c_step;
+  x += d * s.d_step + channel0 * s.c_step;
 #pragma unroll 4
-  for (int u = thread; u < count; u += 32 * kThinCopiers) {
+  for (int u = thread; u < count; u += threads) {
     const int row = Divide(u, s.by_units), unit = u - row * s.by_units.divisor;
     const int outer = Divide(row, s.by_rows), inner = row - outer * s.by_rows.divisor;
     // Channels first: outer is a channel, inner a row. Last: outer is a row, inner a pixel.
     const int at_h = h + (kLast ? outer : inner), at_w = w + (kLast ? inner : unit * elements);
-    const bool valid = plane && at_h >= 0 && at_h < h_end &&
+    const bool valid = at_h >= 0 && at_h < end &&
                        static_cast<unsigned>(at_w) < static_cast<unsigned>(s.size[2]) &&
                        (!kLast || unit * elements < channels);
-    const int from = base + at_h * s.h_step +
-                     (kLast ? at_w * s.ci + unit * elements : outer * s.c_step + at_w);
-    const int place = kLast ? row * s.pitch + unit * s.unit
+    const int from =
+        at_h * s.h_step + (kLast ? at_w * s.ci + unit * elements : outer * s.c_step + at_w);
+    const int place = kLast ? row * s.pitch + unit * bytes
                             : outer * s.pitch + (inner * s.width + unit * elements) * kSize;
-    ThinCopy(to + place, x + (valid ? from : 0), s.unit, valid);
+    ThinCopy(to + place, x + (valid ? from : 0), bytes, valid);
+  }
+}
+template <class T, bool kLast>
+__device__ inline void ThinCopyX(const ThinX& s, int n, int channel0, int d, int h, int h_end,
+                                 int w, uint32_t to, int thread, int threads) {
+  if (s.unit == 16) {
+    ThinCopyXBy<T, kLast, 16>(s, n, channel0, d, h, h_end, w, to, thread, threads);
+  } else {
+    ThinCopyXBy<T, kLast, 0>(s, n, channel0, d, h, h_end, w, to, thread, threads);
   }
 }
 
-struct ThinOrigin {
+// Where a tile begins. The warps that copy tell the others, through shared memory.
+struct __align__(16) ThinOrigin {
   int n, d, h, w;
 };
 __device__ inline ThinOrigin ThinOriginOf(const ThinTiles& a, int tile) {
@@ -103,26 +115,37 @@ __device__ inline ThinStart ThinStartOf(const ThinY& s, int w) {
   return {wanted - ahead, ahead};
 }
 
-template <class T, bool kLast>
-__device__ inline void ThinCopyY(const ThinY& s, const ThinOrigin& at, uint32_t to, int thread) {
+template <class T, bool kLast, int kUnit>
+__device__ inline void ThinCopyYBy(const ThinY& s, const ThinOrigin& at, uint32_t to, int thread,
+                                   int threads) {
   const T* y = static_cast<const T*>(s.y) + at.n * s.n_step;
+  const int bytes = kUnit > 0 ? kUnit : s.unit, elements = bytes / static_cast<int>(sizeof(T));
   const int start = ThinStartOf<kLast>(s, at.w).element;
   const int length = s.size[2] * (kLast ? s.co : 1);
   const int count = (kLast ? 1 : s.co) * s.k[0] * s.rows * s.by_units.divisor;
   const int d0 = at.d * s.stride[0] - s.pad[0], h0 = at.h * s.stride[1] - s.pad[1];
 #pragma unroll 4
-  for (int u = thread; u < count; u += 32 * kThinCopiers) {
+  for (int u = thread; u < count; u += threads) {
     const int row = Divide(u, s.by_units), unit = u - row * s.by_units.divisor;
     const int plane = Divide(row, s.by_rows), h = row - plane * s.rows;
     const int co = kLast ? 0 : Divide(plane, s.by_planes);
     const int od = d0 + (plane - co * s.k[0]) * s.dilation[0], oh = h0 + h;
-    const int e = start + unit * s.unit_elements;
+    const int e = start + unit * elements;
     const bool valid = static_cast<unsigned>(od) < static_cast<unsigned>(s.size[0]) &&
                        static_cast<unsigned>(oh) < static_cast<unsigned>(s.size[1]) &&
                        static_cast<unsigned>(e) < static_cast<unsigned>(length);
     const int from = co * s.c_step + od * s.d_step + oh * s.h_step + e;
-    const int place = plane * s.plane_step + h * s.row_step + unit * s.unit_elements;
-    ThinCopy(to + place * static_cast<int>(sizeof(T)), y + (valid ? from : 0), s.unit, valid);
+    const int place = plane * s.plane_step + h * s.row_step + unit * elements;
+    ThinCopy(to + place * static_cast<int>(sizeof(T)), y + (valid ? from : 0), bytes, valid);
+  }
+}
+template <class T, bool kLast>
+__device__ inline void ThinCopyY(const ThinY& s, const ThinOrigin& at, uint32_t to, int thread,
+                                 int threads) {
+  if (s.unit == 16) {
+    ThinCopyYBy<T, kLast, 16>(s, at, to, thread, threads);
+  } else {
+    ThinCopyYBy<T, kLast, 0>(s, at, to, thread, threads);
   }
 }
 
@@ -213,6 +236,10 @@ __device__ inline void ThinLoad(uint32_t (&v)[4], uint32_t from, int pitch) {
   }
 }
 
+__device__ inline void ThinStorePair(uint32_t to, float a, float b) {
+  asm volatile("st.shared.v2.f32 [%0], {%1, %2};" ::"r"(to), "f"(a), "f"(b) : "memory");
+}
+
 // Where a lane's part of the first tile lies.
 template <class T, bool kLast>
 __device__ inline int ThinLanePlace(int lane, int pitch) {
@@ -220,17 +247,208 @@ __device__ inline int ThinLanePlace(int lane, int pitch) {
   return sizeof(T) == 4 ? lane % 4 * pitch + lane / 4 * 4 : lane * pitch;
 }
 
+__device__ inline void ThinMeet() {
+  asm volatile("bar.sync 0, %0;" ::"n"(kThinThreads) : "memory");
+}
+
+template <class T>
+__device__ inline float ThinBias(const ThinForwardArgs& a, int co) {
+  if (a.bias == nullptr) return 0;
+  return sizeof(T) == 4 || a.out_f32 ? static_cast<const float*>(a.bias)[co]
+                                     : ToAccumulator(static_cast<const T*>(a.bias)[co]);
+}
+
+// What a step's gathering warps share.
+struct ThinGather {
+  const float* p;
+  float* sums;  // of outputs of later planes: [ring of planes][phase][co][row][phases][run]
+  float* stage;  // the warp's: outputs of 32 runs
+  const uint32_t* spots;
+  const float* bias;
+  int warp, lane;
+};
+
+// The warp's staged row of outputs, from run `run` on, of which `count` elements are written.
+template <class T>
+__device__ inline void ThinWriteRow(const ThinForwardArgs& a, const float* stage, int64_t at,
+                                    int count, int lane) {
+  if (sizeof(T) == 4 || a.out_f32) {
+    for (int x = lane; x < count; x += 32) static_cast<float*>(a.out)[at + x] = stage[x];
+  } else {
+    for (int x = lane; x < count; x += 32) {
+      static_cast<T*>(a.out)[at + x] = FromAccumulator<T>(stage[x]);
+    }
+  }
+}
+
+// The outputs that a step completes, and what it adds to those of later planes. `base`: the ring's
+// slot of the step's first row. A spot is a row of outputs: a row of sources, a phase of rows (and
+// of planes, unless kWindow) and a chunk of 32 runs; a lane has a run.
+template <class T, bool kLast>
+__device__ inline void ThinGatherAny(const ThinForwardArgs& a, const ThinGather& g,
+                                     const ThinCursor& c, int base) {
+  const ThinTaps &td = a.taps[0], &th = a.taps[1], &tw = a.taps[2];
+  const int staged_step = kLast ? a.co : 1;
+  for (int i = g.warp; i < a.spots; i += kThinCopiers) {
+    const uint32_t spot = g.spots[i];
+    const int rd = spot & 255, rh = spot >> 8 & 255, row = spot >> 16 & 255, chunk = spot >> 24;
+    const int q = c.h + row, oh = q * a.stride[1] + rh - a.pad[1];
+    if (q < c.q_h || q >= c.h_end || oh < 0 || oh >= a.osize[1]) continue;
+    const int od = c.d * a.stride[0] + rd - a.pad[0];
+    const bool completes = c.d >= c.q_d && od >= 0 && od < a.osize[0];
+    const int j = 32 * chunk + g.lane;
+    const float* from = g.p + a.p_margin + min(j, a.box[2] - 1) - a.first;
+    const int tap_end = td.first[rd + 1];
+    const auto sum = [&](int co, int kd, int rw) {
+      float v = 0;
+      for (int e = th.first[rh]; e < th.first[rh + 1]; ++e) {
+        const int back = th.tap[e].back;
+        if (q - back < c.h_begin) break;  // the nearest come first
+        int slot = base + row - back;
+        slot += slot < 0 ? a.p_rows : slot >= a.p_rows ? -a.p_rows : 0;
+        const int column = ((co * a.k[0] + kd) * a.k[1] + th.tap[e].tap) * a.k[2];
+        const float* at = from + column * a.p_column + slot * a.p_row;
+#pragma unroll 4
+        for (int t = tw.first[rw]; t < tw.first[rw + 1]; ++t) {
+          v += at[tw.tap[t].tap * a.p_column + tw.tap[t].back];
+        }
+      }
+      return v;
+    };
+    // The sums so far of outputs of plane `plane`.
+    const auto so_far = [&](int co, int plane, int rw) {
+      const int slot = a.reach[0] == 1 ? 0 : (plane - a.q_begin[0]) % a.reach[0];
+      const int outer = ((slot * a.stride[0] + rd) * a.co + co) * a.box[1] + q - c.q_h;
+      return g.sums + ((outer * a.stride[1] + rh) * a.stride[2] + rw) * 32 * a.run_chunks + j;
+    };
+    for (int co = 0; co < a.co; ++co) {
+      for (int rw = 0; rw < a.stride[2]; ++rw) {
+        int e = td.first[rd];
+        const bool now = e < tap_end && td.tap[e].back == 0;
+        const int next = e + now;
+        if (completes) {
+          float v = g.bias[co];
+          if (now) v += sum(co, td.tap[e].tap, rw);
+          if (next < tap_end && c.d - td.tap[next].back >= c.d_begin) v += *so_far(co, c.d, rw);
+          g.stage[(g.lane * a.stride[2] + rw) * staged_step + (kLast ? co : 0)] = v;
+        }
+        for (e = next; e < tap_end; ++e) {
+          const int plane = c.d + td.tap[e].back;
+          if (plane < c.q_d || plane >= c.d_end) continue;
+          float v = sum(co, td.tap[e].tap, rw);
+          float* before = so_far(co, plane, rw);
+          if (e + 1 < tap_end && plane - td.tap[e + 1].back >= c.d_begin) v += *before;
+          *before = v;
+        }
+      }
+      if (!completes || (kLast && co + 1 < a.co)) continue;
+      __syncwarp();
+      const int first = (c.run + 32 * chunk) * a.stride[2];
+      const int runs = min(a.box[2] - 32 * chunk, 32);  // beyond, another item's
+      ThinWriteRow<T>(a, g.stage,
+                      c.n * a.y_n + static_cast<int64_t>(od) * a.y_d +
+                          static_cast<int64_t>(oh) * a.y_h +
+                          (kLast ? first * a.co : co * static_cast<int64_t>(a.y_c) + first),
+                      min(runs * a.stride[2], a.osize[2] - first) * staged_step, g.lane);
+      __syncwarp();
+    }
+  }
+}
+
+// The same where no phase has more than two taps, neighbours, and the innermost stride is 2.
+template <class T, bool kLast>
+__device__ inline void ThinGatherWindow(const ThinForwardArgs& a, const ThinGather& g,
+                                        const ThinCursor& c, int base, const int (&window)[4],
+                                        bool swapped) {
+  const int staged_step = kLast ? a.co : 1, plane_columns = a.k[1] * a.k[2] * a.p_column;
+  for (int i = g.warp; i < a.spots; i += kThinCopiers) {
+    const uint32_t spot = g.spots[i];
+    const int rh = spot >> 8 & 255, row = spot >> 16 & 255, chunk = spot >> 24;
+    const int q = c.h + row, oh = q * a.stride[1] + rh - a.pad[1];
+    if (q < c.q_h || q >= c.h_end || oh < 0 || oh >= a.osize[1]) continue;
+    const int j = 32 * chunk + g.lane;
+    const bool first_row = rh < a.k[1], second_row = rh + a.stride[1] < a.k[1] && q > c.h_begin;
+    int slot = base + row;
+    if (slot >= a.p_rows) slot -= a.p_rows;
+    const float* row0 = g.p + a.p_margin + min(j, a.box[2] - 1) - a.first +
+                        rh * a.k[2] * a.p_column + slot * a.p_row;
+    const float* row1 = row0 + a.stride[1] * a.k[2] * a.p_column +
+                        (slot == 0 ? a.p_rows - 1 : -1) * a.p_row;
+    const int later_step = 32 * a.run_chunks;
+    const int first = (c.run + 32 * chunk) * 2;
+    const int count = min(min(a.box[2] - 32 * chunk, 32) * 2, a.osize[2] - first);
+    const auto add = [&](const float* at, float(&v)[2]) {
+#pragma unroll
+      for (int t = 0; t < 4; ++t) {
+        if (t < a.k[2]) v[t % 2] += at[window[t]];
+      }
+    };
+    for (int rd = 0; rd < a.stride[0]; ++rd) {
+      const int od = c.d * a.stride[0] + rd - a.pad[0];
+      const bool completes = c.d >= c.q_d && od >= 0 && od < a.osize[0];
+      const bool has_later = rd + a.stride[0] < a.k[0];
+      const int64_t out = c.n * a.y_n + static_cast<int64_t>(od) * a.y_d +
+                          static_cast<int64_t>(oh) * a.y_h;
+      for (int co = 0; co < a.co; ++co) {
+        const int place = (co * a.k[0] + rd) * plane_columns;
+        const int place_later = place + a.stride[0] * plane_columns;
+        float now[2] = {}, later[2] = {};
+        if (first_row) {
+          if (rd < a.k[0]) add(row0 + place, now);
+          if (has_later) add(row0 + place_later, later);
+        }
+        if (second_row) {
+          if (rd < a.k[0]) add(row1 + place, now);
+          if (has_later) add(row1 + place_later, later);
+        }
+        float* sums = g.sums + ((((rd * a.co + co) * a.box[1] + q - c.q_h) * a.stride[1] + rh) * 2) *
+                                   later_step + j;
+        if (has_later) {
+          if (c.d > c.d_begin) {
+            now[0] += sums[0];
+            now[1] += sums[later_step];
+          }
+          sums[0] = later[0];
+          sums[later_step] = later[1];
+        }
+        if (!completes) continue;
+        const float bias = g.bias[co];
+        const float low = (swapped ? now[1] : now[0]) + bias;
+        const float high = (swapped ? now[0] : now[1]) + bias;
+        if (a.pairs) {
+          if (2 * g.lane >= count) continue;
+          const int64_t at = out + co * static_cast<int64_t>(a.y_c) + first + 2 * g.lane;
+          if (sizeof(T) == 4 || a.out_f32) {
+            *reinterpret_cast<float2*>(static_cast<float*>(a.out) + at) = make_float2(low, high);
+          } else {
+            *reinterpret_cast<uint32_t*>(static_cast<T*>(a.out) + at) =
+                ThinWord<T>(FromAccumulator<T>(low), FromAccumulator<T>(high));
+          }
+          continue;
+        }
+        float* stage = g.stage + 2 * g.lane * staged_step + (kLast ? co : 0);
+        stage[0] = low;
+        stage[staged_step] = high;
+        if (kLast && co + 1 < a.co) continue;
+        __syncwarp();
+        ThinWriteRow<T>(a, g.stage,
+                        out + (kLast ? first * a.co : co * static_cast<int64_t>(a.y_c) + first),
+                        count * staged_step, g.lane);
+        __syncwarp();
+      }
+    }
+  }
+}
+
 template <class T, int MT, int KS, bool kLast, bool kWindow>
 __global__ void __launch_bounds__(kThinThreads, 1)
     ThinForward(const __grid_constant__ ThinForwardArgs a) {
-  constexpr int kNT = MT == 4 ? 3 : 4, kOutputs = kWindow ? 2 : 1;
+  constexpr int kNT = MT == 4 ? 3 : 4;
   extern __shared__ __align__(128) char smem[];
   const int tid = threadIdx.x, lane = tid % 32;
   const int warp = __shfl_sync(~0u, tid / 32, 0);  // known to be the same in all lanes
-  const bool multiplies = warp < kThinMultipliers;
-  const int copier = tid - 32 * kThinMultipliers;
-  const int stages = a.ahead + 1;
   float* p = reinterpret_cast<float*>(smem + a.smem_p);
+  float* biases = reinterpret_cast<float*>(smem + a.smem_bias);
   uint32_t* spots = reinterpret_cast<uint32_t*>(smem + a.smem_spots);
   const uint32_t sources = SharedAddress(smem + a.smem_x);
 
@@ -240,59 +458,110 @@ __global__ void __launch_bounds__(kThinThreads, 1)
   }
   __syncthreads();
 
-  ThinCursor now;
-  now.item = blockIdx.x;
-  bool more = ThinEnter(a, now), more_ahead = more;
-  ThinCursor ahead = now;
-  const auto copy = [&](int stage) {
-    ThinCopyX<T, kLast>(a.x, ahead.n, 0, ahead.d, ahead.h, ahead.h_end, ahead.run + a.first,
-                        sources + stage * a.x.stage, copier);
-    more_ahead = ThinNext(a, ahead);
+  ThinCursor ahead;
+  ahead.item = blockIdx.x;
+  bool more_ahead = ThinEnter(a, ahead);
+  int asked = 0, stage = 0, base = 0;  // steps; those of the step that is multiplied
+  const auto copy = [&](int to) {
+    if (more_ahead) {
+      ThinCopyX<T, kLast>(a.x, ahead.n, 0, ahead.d, ahead.h, ahead.h_end, ahead.run + a.first,
+                          sources + to * a.x.stage, tid, kThinThreads);
+      more_ahead = ThinNext(a, ahead);
+      ++asked;
+    }
+    ThinCommit();
   };
-  uint32_t w[MT][KS][4];
-  const int set = warp % a.sets, group = warp / a.sets, groups = kThinMultipliers / a.sets;
-  if (multiplies) {
-    const T* weights = static_cast<const T*>(a.w);
-    constexpr int kStep = 32 / sizeof(T);
+  const auto next = [&] {
+    ThinWait(a.ahead);
+    ThinMeet();
+    if (stage++ == a.ahead) stage = 0;
+    base += a.x.rows;
+    if (base >= a.p_rows) base -= a.p_rows;
+  };
+  for (int i = 0; i < a.ahead; ++i) copy(i);
+  for (int i = tid; i < a.spots; i += kThinThreads) {
+    const int phases = kWindow ? 1 : a.stride[0];
+    int rest = i / phases;
+    const int rd = i - rest * phases, rows = rest / a.stride[1];
+    const int rh = rest - rows * a.stride[1], chunk = rows / a.x.rows;
+    spots[i] = rd | rh << 8 | (rows - chunk * a.x.rows) << 16 | chunk << 24;
+  }
+  if (tid < a.co) biases[tid] = ThinBias<T>(a, tid);
+
+  if (warp >= kThinMultipliers) {
+    ThinGather g{p,
+                 reinterpret_cast<float*>(smem + a.smem_sums),
+                 reinterpret_cast<float*>(smem + a.smem_stage) +
+                     (warp - kThinMultipliers) * 32 * a.stride[2] * (kLast ? a.co : 1),
+                 spots,
+                 biases,
+                 warp - kThinMultipliers,
+                 lane};
+    int window[4] = {};  // of tap kw: from P's column of tap 0, and the place of its source
+    bool swapped = false;
+    if (kWindow) {
+      const ThinTaps& tw = a.taps[2];
+      for (int e = 0; e < a.k[2]; ++e) {
 #pragma unroll
-    for (int mt = 0; mt < MT; ++mt) {
-#pragma unroll
-      for (int k = 0; k < KS; ++k) {
-#pragma unroll
-        for (int r = 0; r < 4; ++r) {
-          const int column = (set * MT + mt) * 16 + lane / 4 + r % 2 * 8;
-          const int c = k * kStep + (lane % 4 + r / 2 * 4) * (kStep / 8);
-          const auto weight = [&](int ci) {
-            return column < a.columns && ci < a.x.ci ? weights[ci * a.columns + column] : T{};
-          };
-          w[mt][k][r] = ThinWord<T>(weight(c), sizeof(T) == 4 ? T{} : weight(c + 1));
+        for (int t = 0; t < 4; ++t) {
+          if (tw.tap[e].tap == t) window[t] = t * a.p_column + tw.tap[e].back;
         }
+        if (tw.tap[e].tap == 0) swapped = e >= tw.first[1];
       }
     }
-  } else {
-    for (int i = copier; i < a.spots; i += 32 * kThinCopiers) {
-      int rest = i / a.stride[0];
-      const int rd = i - rest * a.stride[0], rows = rest / a.stride[1];
-      const int rh = rest - rows * a.stride[1], chunk = rows / a.x.rows;
-      spots[i] = rd | rh << 8 | (rows - chunk * a.x.rows) << 16 | chunk << 24;
-    }
-    for (int i = 0; i < a.ahead; ++i) {
-      if (more_ahead) copy(i);
-      ThinCommit();
-    }
+    ThinCursor c;
+    c.item = blockIdx.x;
+    bool more = ThinEnter(a, c);
     ThinWait(a.ahead);
+    ThinMeet();
+    for (int s = 0; s <= asked; ++s) {
+      const int before = base - a.x.rows + (base < a.x.rows ? a.p_rows : 0);
+      copy(stage == 0 ? a.ahead : stage - 1);
+      if (s > 0 && more) {
+        if constexpr (kWindow) {
+          ThinGatherWindow<T, kLast>(a, g, c, before, window, swapped);
+        } else {
+          ThinGatherAny<T, kLast>(a, g, c, before);
+        }
+        more = ThinNext(a, c);
+      }
+      next();
+    }
+    return;
   }
-  __syncthreads();
 
-  // A step's product: P's rows of the step, for the warp's columns.
+  uint32_t w[MT][KS][4];
+  const int set = warp % a.sets, group = warp / a.sets, groups = kThinMultipliers / a.sets;
+  const T* weights = static_cast<const T*>(a.w);
+  constexpr int kStep = 32 / sizeof(T);
+#pragma unroll
+  for (int mt = 0; mt < MT; ++mt) {
+#pragma unroll
+    for (int k = 0; k < KS; ++k) {
+#pragma unroll
+      for (int r = 0; r < 4; ++r) {
+        const int column = (set * MT + mt) * 16 + lane / 4 + r % 2 * 8;
+        const int c = k * kStep + (lane % 4 + r / 2 * 4) * (kStep / 8);
+        const auto weight = [&](int ci) {
+          return column < a.columns && ci < a.x.ci ? weights[ci * a.columns + column] : T{};
+        };
+        w[mt][k][r] = ThinWord<T>(weight(c), sizeof(T) == 4 ? T{} : weight(c + 1));
+      }
+    }
+  }
   const int tiles_of_row = a.x.width / 8, tiles = a.x.rows * tiles_of_row;
   const int lane_place = ThinLanePlace<T, kLast>(lane, a.x.pitch);
   const int tile_step = kLast ? 8 * a.x.pitch : 8 * static_cast<int>(sizeof(T));
   const int k_step = kLast ? 64 : 64 / static_cast<int>(sizeof(T)) * a.x.pitch;
-  const auto multiply = [&](int stage, int base) {
-    if (group >= groups) return;
+  const uint32_t to = SharedAddress(p + (set * MT * 16 + lane / 4) * a.p_column + a.p_margin +
+                                    lane % 4 * 2);
+  ThinWait(a.ahead);
+  ThinMeet();
+  for (int s = 0; s <= asked; ++s) {
+    copy(stage == 0 ? a.ahead : stage - 1);
     const uint32_t from = sources + stage * a.x.stage + lane_place;
-    for (int first = group * kNT; first < tiles; first += groups * kNT) {
+    const int end = s < asked && group < groups ? tiles : 0;
+    for (int first = group * kNT; first < end; first += groups * kNT) {
       float acc[MT][kNT][4] = {};
 #pragma unroll
       for (int k = 0; k < KS; k += 2) {
@@ -308,166 +577,22 @@ __global__ void __launch_bounds__(kThinThreads, 1)
           for (int mt = 0; mt < MT; ++mt) Mma<T>::Whole(acc[mt][t], w[mt][k + 1], v[2], v[3]);
         }
       }
-      float* to = p + (set * MT * 16 + lane / 4) * a.p_column + a.p_margin + lane % 4 * 2;
 #pragma unroll
       for (int t = 0; t < kNT; ++t) {
         if (first + t >= tiles) break;
         const int row = Divide(first + t, a.by_tiles);
         int slot = base + row;
         if (slot >= a.p_rows) slot -= a.p_rows;
-        float* at = to + slot * a.p_row + (first + t - row * tiles_of_row) * 8;
+        const uint32_t at = to + 4 * (slot * a.p_row + (first + t - row * tiles_of_row) * 8);
 #pragma unroll
         for (int mt = 0; mt < MT; ++mt) {
-          *reinterpret_cast<float2*>(at + mt * 16 * a.p_column) =
-              make_float2(acc[mt][t][0], acc[mt][t][1]);
-          *reinterpret_cast<float2*>(at + (mt * 16 + 8) * a.p_column) =
-              make_float2(acc[mt][t][2], acc[mt][t][3]);
+          const uint32_t cell = at + mt * 16 * 4 * a.p_column;
+          ThinStorePair(cell, acc[mt][t][0], acc[mt][t][1]);
+          ThinStorePair(cell + 8 * 4 * a.p_column, acc[mt][t][2], acc[mt][t][3]);
         }
       }
     }
-  };
-
-  // The outputs that a step completes, and what it adds to those of later planes.
-  const ThinTaps &td = a.taps[0], &th = a.taps[1], &tw = a.taps[2];
-  const int stage_step = kLast ? a.co : 1;
-  float* out_stage =
-      reinterpret_cast<float*>(smem + a.smem_stage) + (warp - kThinMultipliers) * 32 *
-                                                          a.stride[2] * stage_step;
-  float* sums = reinterpret_cast<float*>(smem + a.smem_sums);
-  int window[4];  // of tap kw: from P's column of tap 0, and the place of its source
-  bool swapped = false;
-  if (kWindow) {
-#pragma unroll
-    for (int r = 0; r < 2; ++r) {
-      for (int e = tw.first[r]; e < tw.first[r + 1]; ++e) {
-#pragma unroll
-        for (int t = 0; t < 4; ++t) {
-          if (tw.tap[e].tap == t) window[t] = t * a.p_column + tw.tap[e].back;
-        }
-        if (tw.tap[e].tap == 0) swapped = r == 1;
-      }
-    }
-  }
-  const auto gather = [&](const ThinCursor& c, int base) {
-    for (int i = warp - kThinMultipliers; i < a.spots; i += kThinCopiers) {
-      const uint32_t spot = spots[i];
-      const int rd = spot & 255, rh = spot >> 8 & 255, row = spot >> 16 & 255, chunk = spot >> 24;
-      const int q = c.h + row, oh = q * a.stride[1] + rh - a.pad[1];
-      if (q < c.q_h || q >= c.h_end || oh < 0 || oh >= a.osize[1]) continue;
-      const int od = c.d * a.stride[0] + rd - a.pad[0];
-      const bool completes = c.d >= c.q_d && od >= 0 && od < a.osize[0];
-      const int j = 32 * chunk + lane;
-      const float* from = p + a.p_margin + min(j, a.box[2] - 1) - a.first;
-      const int tap_begin = td.first[rd], tap_end = td.first[rd + 1];
-      const auto add = [&](int co, int kd, int rw, float(&v)[kOutputs]) {
-        for (int e = th.first[rh]; e < th.first[rh + 1]; ++e) {
-          const int back = th.tap[e].back;
-          if (q - back < c.h_begin) break;  // the nearest come first
-          int slot = base + row - back;
-          slot += slot < 0 ? a.p_rows : slot >= a.p_rows ? -a.p_rows : 0;
-          const float* at =
-              from + (((co * a.k[0] + kd) * a.k[1] + th.tap[e].tap) * a.k[2]) * a.p_column +
-              slot * a.p_row;
-          if (kWindow) {
-#pragma unroll
-            for (int t = 0; t < 4; ++t) {
-              if (t < a.k[2]) v[t % 2] += at[window[t]];
-            }
-          } else {
-            for (int t = tw.first[rw]; t < tw.first[rw + 1]; ++t) {
-              v[0] += at[tw.tap[t].tap * a.p_column + tw.tap[t].back];
-            }
-          }
-        }
-      };
-      // The sums so far of output plane `plane`.
-      const auto so_far = [&](int co, int plane, int rw) {
-        const int slot = a.reach[0] == 1 ? 0 : (plane - a.q_begin[0]) % a.reach[0];
-        const int outer = ((slot * a.stride[0] + rd) * a.co + co) * a.box[1] + q - c.q_h;
-        return sums + ((outer * a.stride[1] + rh) * a.stride[2] + rw) * 32 * a.run_chunks + j;
-      };
-      const int so_far_step = 32 * a.run_chunks;
-      for (int co = 0; co < a.co; ++co) {
-        float bias = 0;
-        if (a.bias != nullptr) {
-          bias = sizeof(T) == 4 || a.out_f32 ? static_cast<const float*>(a.bias)[co]
-                                             : ToAccumulator(static_cast<const T*>(a.bias)[co]);
-        }
-        for (int rw = 0; rw < a.stride[2]; rw += kOutputs) {
-          int e = tap_begin;
-          const bool now = e < tap_end && td.tap[e].back == 0;
-          const int next = e + now;
-          if (completes) {
-            float v[kOutputs] = {};
-            if (now) add(co, td.tap[e].tap, rw, v);
-            if (next < tap_end && c.d - td.tap[next].back >= c.d_begin) {
-              const float* before = so_far(co, c.d, rw);
-#pragma unroll
-              for (int o = 0; o < kOutputs; ++o) v[o] += before[o * so_far_step];
-            }
-#pragma unroll
-            for (int o = 0; o < kOutputs; ++o) {
-              const int phase = kWindow && swapped ? 1 - o : o;
-              out_stage[(lane * a.stride[2] + rw + phase) * stage_step + (kLast ? co : 0)] =
-                  v[o] + bias;
-            }
-          }
-          for (e = next; e < tap_end; ++e) {
-            const int plane = c.d + td.tap[e].back;
-            if (plane < c.q_d || plane >= c.d_end) continue;
-            float v[kOutputs] = {};
-            add(co, td.tap[e].tap, rw, v);
-            float* before = so_far(co, plane, rw);
-            if (e + 1 < tap_end && plane - td.tap[e + 1].back >= c.d_begin) {
-#pragma unroll
-              for (int o = 0; o < kOutputs; ++o) v[o] += before[o * so_far_step];
-            }
-#pragma unroll
-            for (int o = 0; o < kOutputs; ++o) before[o * so_far_step] = v[o];
-          }
-        }
-        if (!completes || (kLast && co + 1 < a.co)) continue;
-        __syncwarp();
-        const int first = (c.run + 32 * chunk) * a.stride[2];
-        const int runs = min(a.box[2] - 32 * chunk, 32);  // beyond, another item's
-        const int count = min(runs * a.stride[2], a.osize[2] - first) * stage_step;
-        const int64_t at = c.n * a.y_n + static_cast<int64_t>(od) * a.y_d +
-                           static_cast<int64_t>(oh) * a.y_h +
-                           (kLast ? first * a.co : co * static_cast<int64_t>(a.y_c) + first);
-        if (sizeof(T) == 4 || a.out_f32) {
-          for (int x = lane; x < count; x += 32) {
-            static_cast<float*>(a.out)[at + x] = out_stage[x];
-          }
-        } else {
-          for (int x = lane; x < count; x += 32) {
-            static_cast<T*>(a.out)[at + x] = FromAccumulator<T>(out_stage[x]);
-          }
-        }
-        __syncwarp();
-      }
-    }
-  };
-
-  ThinCursor before = now;
-  int stage = 0, base = 0, base_before = 0;
-  bool had = false;
-  while (more || had) {
-    if (multiplies) {
-      if (more) multiply(stage, base);
-    } else {
-      if (more_ahead) copy(stage == 0 ? a.ahead : stage - 1);
-      ThinCommit();
-      if (had) gather(before, base_before);
-      ThinWait(a.ahead);
-    }
-    __syncthreads();
-    had = more;
-    before = now;
-    base_before = base;
-    if (more) more = ThinNext(a, now);
-    if (++stage == stages) stage = 0;
-    base += a.x.rows;
-    if (base >= a.p_rows) base -= a.p_rows;
+    next();
   }
 }
 
@@ -499,12 +624,15 @@ __global__ void __launch_bounds__(kThinThreads, 1)
   const bool multiplies = warp < kThinMultipliers;
   const int copier = tid - 32 * kThinMultipliers;
   const int stages = a.at.ahead + 1;
-  const uint32_t staged = SharedAddress(smem);
+  ThinOrigin* origins = reinterpret_cast<ThinOrigin*>(smem);
+  const uint32_t staged = SharedAddress(smem + kThinOrigins);
   int tile = blockIdx.x, tile_ahead = tile;
 
   const auto copy = [&](int stage) {
     if (tile_ahead < a.at.tiles) {
-      ThinCopyY<T, kLast>(a.y, ThinOriginOf(a.at, tile_ahead), staged + stage * a.y.stage, copier);
+      const ThinOrigin at = ThinOriginOf(a.at, tile_ahead);
+      if (copier == 0) origins[stage] = at;
+      ThinCopyY<T, kLast>(a.y, at, staged + stage * a.y.stage, copier, 32 * kThinCopiers);
     }
     tile_ahead += gridDim.x;
     ThinCommit();
@@ -550,7 +678,7 @@ __global__ void __launch_bounds__(kThinThreads, 1)
 
   const auto multiply = [&](auto* out, int stage) {
     using Out = std::remove_reference_t<decltype(*out)>;
-    const ThinOrigin at = ThinOriginOf(a.at, tile);
+    const ThinOrigin at = origins[stage];
     const uint32_t from = staged + stage * a.y.stage +
                           ThinStartOf<kLast>(a.y, at.w).ahead * static_cast<int>(sizeof(T));
     const int tiles_of_row = a.at.width / 16, tiles = a.at.rows * tiles_of_row;
@@ -667,7 +795,8 @@ __global__ void __launch_bounds__(kThinThreads, 1)
   const bool multiplies = warp < kThinMultipliers;
   const int copier = tid - 32 * kThinMultipliers;
   const int stages = a.at.ahead + 1;
-  const uint32_t staged_y = SharedAddress(smem), staged_x = SharedAddress(smem + a.smem_x);
+  ThinOrigin* origins = reinterpret_cast<ThinOrigin*>(smem);
+  const uint32_t staged_y = SharedAddress(smem + kThinOrigins), staged_x = SharedAddress(smem + a.smem_x);
   float* sums = reinterpret_cast<float*>(smem + a.smem_sums);
   const int sets = a.channel_sets * a.column_sets, groups = kThinMultipliers / sets;
   const int set = warp % sets, group = warp / sets;
@@ -684,9 +813,10 @@ __global__ void __launch_bounds__(kThinThreads, 1)
   const auto copy = [&](int stage) {
     if (tile_ahead < a.at.tiles) {
       const ThinOrigin at = ThinOriginOf(a.at, tile_ahead);
-      ThinCopyY<T, kLast>(a.y, at, staged_y + stage * a.y.stage, copier);
+      if (copier == 0) origins[stage] = at;
+      ThinCopyY<T, kLast>(a.y, at, staged_y + stage * a.y.stage, copier, 32 * kThinCopiers);
       ThinCopyX<T, kLast>(a.x, at.n, channel0, at.d, at.h, at.h + a.x.rows, at.w,
-                          staged_x + stage * a.x.stage, copier);
+                          staged_x + stage * a.x.stage, copier, 32 * kThinCopiers);
     }
     tile_ahead += gridDim.x;
     ThinCommit();
@@ -732,7 +862,7 @@ __global__ void __launch_bounds__(kThinThreads, 1)
     x_place = matrix_row * a.x.pitch + matrix_half * 16;
   }
   const auto multiply = [&](int stage) {
-    const ThinOrigin at = ThinOriginOf(a.at, tile);
+    const ThinOrigin at = origins[stage];
     const uint32_t from_y = staged_y + stage * a.y.stage +
                             (ThinStartOf<kLast>(a.y, at.w).ahead +
                              lane % 4 * (4 / kSize) * a.y.pixel_step) * kSize;
@@ -832,8 +962,9 @@ void (*ThinForwardOf(bool last, bool window))(ThinForwardArgs) {
 template <class T>
 cudaError_t EnqueueThin(const ThinPlan& plan, const ThinForwardArgs& args, bool last,
                         cudaStream_t stream) {
-  return EnqueueThinKernel(plan.mt == 2 ? ThinForwardOf<T, 2, 8>(last, args.window)
-                                        : ThinForwardOf<T, 4, 4>(last, args.window),
+  return EnqueueThinKernel(plan.mt == 1   ? ThinForwardOf<T, 1, 16>(last, args.window)
+                           : plan.mt == 2 ? ThinForwardOf<T, 2, 8>(last, args.window)
+                                          : ThinForwardOf<T, 4, 4>(last, args.window),
                            plan, args, stream);
 }
 
@@ -841,8 +972,9 @@ template <class T>
 cudaError_t EnqueueThin(const ThinPlan& plan, const ThinInputGradArgs& args, bool last,
                         cudaStream_t stream) {
   return EnqueueThinKernel(
-      plan.mt == 2 ? (last ? ThinInputGrad<T, 2, 8, true> : ThinInputGrad<T, 2, 8, false>)
-                   : (last ? ThinInputGrad<T, 4, 4, true> : ThinInputGrad<T, 4, 4, false>),
+      plan.mt == 1   ? (last ? ThinInputGrad<T, 1, 16, true> : ThinInputGrad<T, 1, 16, false>)
+      : plan.mt == 2 ? (last ? ThinInputGrad<T, 2, 8, true> : ThinInputGrad<T, 2, 8, false>)
+                     : (last ? ThinInputGrad<T, 4, 4, true> : ThinInputGrad<T, 4, 4, false>),
       plan, args, stream);
 }
 

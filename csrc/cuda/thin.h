@@ -18,6 +18,7 @@ inline constexpr int kThinMultipliers = 8, kThinCopiers = 4;  // warps
 inline constexpr int kThinThreads = 32 * (kThinMultipliers + kThinCopiers);
 inline constexpr int kThinMaxStride = 8, kThinMaxTaps = 64;  // of an axis
 inline constexpr int kThinMostAhead = 3;
+inline constexpr int kThinOrigins = 128;  // bytes of shared memory: where the tiles begin
 
 // Where the forward's taps reach. On the outer two axes outputs are counted from -pad: output
 // q * stride + r - pad is reached by a tap of phase r from source q - back, so a source is needed
@@ -73,7 +74,8 @@ struct ThinForwardArgs {
   int64_t y_n;
   int y_c, y_d, y_h;  // elements between neighbours
   ThinTaps taps[kAxes];
-  bool window;  // innermost: stride 2, no dilation, up to four taps
+  bool window;  // no dilation, at most two taps a phase, and an innermost stride of 2
+  bool pairs;   // whether the innermost phases can be written together
   // An item: outputs q of `box` on the outer axes, and runs j of the innermost one.
   int items, cuts[kAxes], box[kAxes];
   int q_begin[2], q_end[2], reach[2];  // reach: the largest `back`
@@ -84,7 +86,7 @@ struct ThinForwardArgs {
   int run_chunks, spots;               // of 32 runs; rows of outputs a step
   // Shared memory: P is a ring of rows for each column (in floats), the rest are bytes.
   int p_column, p_row, p_margin, p_rows;
-  int smem_p, smem_sums, smem_stage, smem_spots, smem_x, smem;
+  int smem_p, smem_sums, smem_stage, smem_spots, smem_bias, smem_x, smem;
 };
 
 // The two gradients walk over tiles: `rows` rows of `width` pixels of a plane.
