@@ -17,13 +17,20 @@ namespace {
 
 constexpr int64_t kIntMax = std::numeric_limits<int32_t>::max();
 
-// Compiled shapes: weights of 16 * mt columns (channels of x, input gradient) by ks steps of the
-// tensor cores stay in a warp's registers.
+// Compiled shapes: weights of 16 * mt columns (input gradient: channels) by ks steps of the tensor
+// cores, of 32 bytes of terms, stay in a warp's registers.
 struct Shape {
   int mt, ks;
 };
-constexpr Shape kShapes[] = {{1, 16}, {2, 8}, {4, 4}};
-constexpr int kMostSteps = 16;
+constexpr Shape kShapes[] = {{4, 4}, {2, 8}, {1, 16}};
+
+// The shape for sums of so many terms; ks is 0 where there is none.
+Shape ShapeFor(int64_t terms, int64_t size) {
+  for (const Shape& shape : kShapes) {
+    if (terms * size <= 32 * shape.ks) return shape;
+  }
+  return {0, 0};
+}
 
 constexpr int64_t RoundUp(int64_t a, int64_t b) { return CeilDiv(a, b) * b; }
 
@@ -35,12 +42,13 @@ std::string Refuse(const Problem& p, const Device& device) {
   if (p.in_dtype == DType::kF32 && p.precision == Precision::kHighest) {
     return "rounds float32 products to TF32";
   }
-  const int64_t step = 32 / SizeOf(p.in_dtype);
   const int64_t columns = p.co * Product(p.k);
   if (p.co > 8) return "takes at most 8 output channels";
   if (columns > 256) return "takes at most 256 taps and output channels";
-  if (p.pass != Pass::kWeightGrad && (p.pass == Pass::kForward ? p.ci : columns) > kMostSteps * step) {
-    return "keeps weights in registers, of " + std::to_string(kMostSteps * step) + " terms a sum";
+  if (p.pass != Pass::kWeightGrad &&
+      ShapeFor(p.pass == Pass::kForward ? p.ci : columns, SizeOf(p.in_dtype)).ks == 0) {
+    return "keeps weights in registers: sums of at most " +
+           std::to_string(512 / SizeOf(p.in_dtype)) + " terms";
   }
   for (int a = 0; a < kAxes; ++a) {
     if (p.stride[a] > kThinMaxStride) {
@@ -224,9 +232,9 @@ bool FillForward(const Problem& p, const Device& device, const Shape& shape, con
 
   // Pitches keep the tensor cores' loads free of bank conflicts.
   const int64_t pixels = cut.rows * cut.width, bytes = pixels * size;
-  const int64_t pitch = last ? a.ksteps * 32 + 16 : size == 4 ? Pitch(bytes, 128, 32)
+  const int64_t pitch = last ? shape.ks * 32 + 16 : size == 4 ? Pitch(bytes, 128, 32)
                                                              : Pitch(bytes, 32, 16);
-  if (!CutSources(p, p.ci, cut.rows, cut.width, pitch, last ? pixels : a.ksteps * 32 / size, a.x)) {
+  if (!CutSources(p, p.ci, cut.rows, cut.width, pitch, last ? pixels : shape.ks * 32 / size, a.x)) {
     return false;
   }
   a.by_tiles = DivisorOf(a.x.width / 8);
@@ -260,20 +268,22 @@ bool FillForward(const Problem& p, const Device& device, const Shape& shape, con
   plan.grid_y = 1;
 
   const double read = Real(bytes * p.ci);
-  const int groups = kThinMultipliers / a.sets, nt = shape.mt == 4 ? 3 : 4;
+  const int groups = kThinMultipliers / a.sets, nt = shape.mt == 4 ? 2 : 4;
   const double rounds = std::ceil(Real(pixels) / 8 / (groups * nt));
-  const double tensor = rounds * nt * shape.mt * a.ksteps * 2 * 6;
+  const double tensor = rounds * nt * shape.mt * shape.ks * 2 * 6;
+  // Of a multiplying warp: loads, roundings, products, stores; and copies.
+  const double issue = rounds * nt * (shape.ks * (shape.mt + (size == 4 ? 3 : 1)) + 8 * shape.mt) +
+                       read / a.x.unit / (32 * kThinMultipliers) * (a.x.unit == 16 ? 16 : 40);
   const double shared =
-      (read + Real(pixels) * (a.sets * a.ksteps * 32 + Real(columns) * 4 + a.columns * 4)) / 128 +
+      (read + Real(pixels) * (a.sets * shape.ks * 32 + Real(columns) * 4 + a.columns * 4)) / 128 +
       a.spots * 4.0;
-  // Instructions of a gathering warp: for a spot, an output's phases and channels, and a tap.
-  const double gathered =
-      std::ceil(Real(a.spots) / kThinCopiers) *
-      (60 + 40.0 * p.co * p.stride[0] * (a.window ? 1 : 2 * p.stride[2]) / (a.window ? 1 : p.stride[0]) +
-       (a.window ? 4.0 : 8.0) * a.columns * cut.rows * a.run_chunks / a.spots);
-  const double copied = read / a.x.unit / kThinThreads * 14;
-  const double step = std::max({tensor + 2.5 * copied, shared, 3.0 * (gathered + copied),
-                                read / kL2BytesACycle}) + 500;
+  // Of a gathering warp: a spot, its outputs, their taps.
+  const double spot_outputs = (a.window ? 1 : p.stride[2] * 2) * p.co * (a.window ? p.stride[0] : 1);
+  const double gathered = std::ceil(Real(a.spots) / kThinCopiers) *
+                          (60 + 30 * spot_outputs + (a.window ? 3.0 : 8.0) * a.columns * cut.rows *
+                                                        a.run_chunks / a.spots);
+  const double step =
+      std::max({tensor, 4 * issue, shared, 5 * gathered, read / kL2BytesACycle}) + 300;
   const auto walked = [&](int i) {
     return Real(std::min(all[i], box[i]) + (a.cuts[i] > 1 ? a.reach[i] : 0));
   };
@@ -288,7 +298,7 @@ ThinPlan PlanForward(const Problem& p, const Device& device, const ThinTile& for
   best.seconds = std::numeric_limits<double>::infinity();
   ThinForwardArgs& a = plan.forward;
   const Strides ys = p.YStrides();
-  const int64_t step = 32 / SizeOf(p.in_dtype);
+  const Shape shape = ShapeFor(p.ci, SizeOf(p.in_dtype));
   a.x = SourcesOf(p);
   a.out_f32 = p.out_dtype == DType::kF32;
   a.co = static_cast<int>(p.co);
@@ -313,7 +323,6 @@ ThinPlan PlanForward(const Problem& p, const Device& device, const ThinTile& for
     a.window = a.window && p.dilation[i] == 1 && p.k[i] <= 2 * p.stride[i];
   }
   a.pairs = p.osize[2] % 2 == 0 && (p.co == 1 || !p.channels_last);
-  a.ksteps = static_cast<int>(RoundUp(CeilDiv(p.ci, step), 2));
   ListTaps(p, a);
   Span sources{kIntMax, -kIntMax};
   for (const int64_t source : TapsOf(p, 2).source) {
@@ -342,26 +351,23 @@ ThinPlan PlanForward(const Problem& p, const Device& device, const ThinTile& for
   };
   const std::vector<int64_t> boxes_d = boxes(a.q_end[0] - a.q_begin[0]);
   const std::vector<int64_t> boxes_h = boxes(a.q_end[1] - a.q_begin[1]);
-  for (const Shape& shape : kShapes) {
-    if (a.ksteps > shape.ks) continue;
-    for (ForwardCut cut : widths) {
-      if (!Allowed(forced.box_w, cut.box_w)) continue;
-      for (const int rows : {1, 2, 3, 4, 5, 6, 8, 11, 16}) {
-        if (!Allowed(forced.rows, rows) || rows * cut.width > 1024) continue;
-        cut.rows = rows;
-        for (const int64_t box_h : boxes_h) {
-          if (!Allowed(forced.box_h, box_h) || (rows > 1 && rows > box_h + a.reach[1])) continue;
-          cut.box_h = box_h;
-          for (const int64_t box_d : boxes_d) {
-            if (!Allowed(forced.box_d, box_d)) continue;
-            cut.box_d = box_d;
-            for (int ahead = kThinMostAhead; ahead >= 1; --ahead) {
-              if (!Allowed(forced.ahead, ahead)) continue;
-              cut.ahead = ahead;
-              if (!FillForward(p, device, shape, cut, sources, plan)) continue;
-              if (plan.seconds < best.seconds) best = plan;
-              break;
-            }
+  for (ForwardCut cut : widths) {
+    if (!Allowed(forced.box_w, cut.box_w)) continue;
+    for (const int rows : {1, 2, 3, 4, 5, 6, 8, 11, 16}) {
+      if (!Allowed(forced.rows, rows) || rows * cut.width > 1024) continue;
+      cut.rows = rows;
+      for (const int64_t box_h : boxes_h) {
+        if (!Allowed(forced.box_h, box_h) || (rows > 1 && rows > box_h + a.reach[1])) continue;
+        cut.box_h = box_h;
+        for (const int64_t box_d : boxes_d) {
+          if (!Allowed(forced.box_d, box_d)) continue;
+          cut.box_d = box_d;
+          for (int ahead = kThinMostAhead; ahead >= 1; --ahead) {
+            if (!Allowed(forced.ahead, ahead)) continue;
+            cut.ahead = ahead;
+            if (!FillForward(p, device, shape, cut, sources, plan)) continue;
+            if (plan.seconds < best.seconds) best = plan;
+            break;
           }
         }
       }
@@ -413,8 +419,8 @@ bool FillInputGrad(const Problem& p, const Device& device, const Shape& shape, i
 
   const int groups = kThinMultipliers / a.sets, nt = 2;
   const double rounds = std::ceil(Real(rows * width) / 16 / (groups * nt));
-  const double tensor = rounds * nt * shape.mt * 2 * a.ksteps * 2 * 6;
-  const double issue = rounds * nt * a.ksteps * (shape.mt * 2 + 4 * (size == 4 ? 3 : 4)) * 2;
+  const double tensor = rounds * nt * shape.mt * 2 * shape.ks * 2 * 6;
+  const double issue = rounds * nt * shape.ks * (shape.mt * 2 + 4 * (size == 4 ? 3 : 4)) * 2;
   const double written = Real(rows * width) *
                          std::min(Real(p.ci), 16.0 * shape.mt * a.sets) * Real(out_size);
   const double stored = written / 32 * (a.vector ? 1.0 : 4.0);
@@ -439,29 +445,25 @@ ThinPlan PlanInputGrad(const Problem& p, const Device& device, const ThinTile& f
   a.x_c = static_cast<int>(xs.c);
   a.x_d = static_cast<int>(xs.s[0]);
   a.x_h = static_cast<int>(xs.s[1]);
-  a.ksteps = static_cast<int>(CeilDiv(a.columns, 32 / SizeOf(p.in_dtype)));
   a.vector = (p.channels_last ? p.ci : p.isize[2]) % 4 == 0;
-  for (const Shape& shape : kShapes) {
-    if (a.ksteps > shape.ks) continue;
-    ForEachTile(p, forced, 16, [&](int64_t rows, int64_t width, int ahead) {
-      if (!FillInputGrad(p, device, shape, rows, width, ahead, plan)) return false;
-      if (plan.seconds < best.seconds) best = plan;
-      return true;
-    });
-  }
+  const Shape shape = ShapeFor(a.columns, SizeOf(p.in_dtype));
+  ForEachTile(p, forced, 16, [&](int64_t rows, int64_t width, int ahead) {
+    if (!FillInputGrad(p, device, shape, rows, width, ahead, plan)) return false;
+    if (plan.seconds < best.seconds) best = plan;
+    return true;
+  });
   return best;
 }
 
-// Channels and columns that a warp multiplies.
-constexpr int kChannels = 64, kColumns = 32;
+constexpr int kColumns = 32;  // that a warp multiplies, by 16 * mt channels
 
 bool FillWeightGrad(const Problem& p, const Device& device, int64_t rows, int64_t width, int ahead,
-                    int channel_sets, ThinPlan& plan) {
+                    int mt, int channel_sets, ThinPlan& plan) {
   ThinWeightGradArgs& a = plan.weight;
   const int64_t size = SizeOf(p.in_dtype), pixels = rows * width, step_pixels = 32 / size;
   if (!CutTiles(p, rows, width, ahead, a.at) || !CutTargets(p, rows, width, a.y)) return false;
   a.channel_sets = channel_sets;
-  const int64_t staged = int64_t{channel_sets} * kChannels;
+  const int64_t staged = int64_t{channel_sets} * 16 * mt;
   const int64_t channels = std::min<int64_t>(p.ci, staged);
   const int64_t pitch = p.channels_last ? Pitch(staged * size, size == 4 ? 128 : 32,
                                                 size == 4 ? 32 : 16)
@@ -474,7 +476,8 @@ bool FillWeightGrad(const Problem& p, const Device& device, int64_t rows, int64_
   a.smem_x = kThinOrigins + a.y.stage * (ahead + 1);
   a.smem_sums = a.smem_x + a.x.stage * (ahead + 1);
   const int64_t smem = kThinOrigins + int64_t{a.y.stage + a.x.stage} * (ahead + 1) +
-                       int64_t{kThinMultipliers} * kChannels * kColumns * 4;
+                       int64_t{kThinMultipliers} * 16 * mt * kColumns * 4;
+  plan.mt = mt;
   if (smem > SharedMemoryOfBlock(device.compute_capability)) return false;
   a.smem = static_cast<int>(smem);
   plan.grid_y = static_cast<int>(CeilDiv(p.ci, channels));
@@ -487,13 +490,13 @@ bool FillWeightGrad(const Problem& p, const Device& device, int64_t rows, int64_
   // As in "mma": the tensor cores cut off what they add to a sum.
   a.flush = std::max(1, static_cast<int>(1024 / products));
 
-  const double tensor = products * 16 * 2 * 6, read = Real(pixels * channels * size);
-  const double issue = products * (size == 4 ? 80 : 90) * 2;
+  const double tensor = products * 4 * mt * 2 * 6, read = Real(pixels * channels * size);
+  const double issue = products * ((size == 4 ? 30 : 40) + 12.0 * mt) * 4;
   const double shared = (2 * read * a.column_sets + Real(pixels) * kColumns * size * 4 *
                                                         channel_sets * a.column_sets) / 128;
   const double copied = CopiedY(a.y, p) + read / a.x.unit / (32 * kThinCopiers) * 12;
   const double step =
-      std::max({tensor, issue, shared, 2.5 * copied, read / kL2BytesACycle}) + 250;
+      std::max({tensor, issue, shared, 2.5 * copied, read / kL2BytesACycle}) + 500;
   const double steps = std::ceil(Real(a.at.tiles) / plan.grid_x);
   plan.seconds = 9e-6 + std::max(steps * step + 5000, Traffic(p, device)) / kClock;
   return true;
@@ -508,13 +511,15 @@ ThinPlan PlanWeightGrad(const Problem& p, const Device& device, const ThinTile& 
   a.columns = static_cast<int>(p.co * Product(p.k));
   a.out_step = p.WElements();
   a.column_sets = static_cast<int>(CeilDiv(a.columns, kColumns));
-  for (int sets = 1; sets * a.column_sets <= kThinMultipliers; sets *= 2) {
-    if (sets > 1 && sets / 2 * kChannels >= p.ci) break;
-    ForEachTile(p, forced, 16, [&](int64_t rows, int64_t width, int ahead) {
-      if (!FillWeightGrad(p, device, rows, width, ahead, sets, plan)) return false;
-      if (plan.seconds < best.seconds) best = plan;
-      return true;
-    });
+  for (const int mt : {4, 1}) {
+    for (int sets = 1; sets * a.column_sets <= kThinMultipliers; sets *= 2) {
+      if (sets > 1 && sets / 2 * 16 * mt >= p.ci) break;
+      ForEachTile(p, forced, 16, [&](int64_t rows, int64_t width, int ahead) {
+        if (!FillWeightGrad(p, device, rows, width, ahead, mt, sets, plan)) return false;
+        if (plan.seconds < best.seconds) best = plan;
+        return true;
+      });
+    }
   }
   return best;
 }

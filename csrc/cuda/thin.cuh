@@ -55,41 +55,50 @@ __device__ inline uint32_t ThinWord(T low, T high) {
 }
 
 // Rows [h, h_end) of plane d of x, pixels from w on, channels from channel0 on: zeros outside.
-// kUnit: bytes of a copy, or 0: known when it runs.
-template <class T, bool kLast, int kUnit>
+// kWhole: all of it is inside, and copies are of 16 bytes.
+template <class T, bool kLast, bool kWhole>
 __device__ inline void ThinCopyXBy(const ThinX& s, int n, int channel0, int d, int h, int h_end,
                                    int w, uint32_t to, int thread, int threads) {
   constexpr int kSize = sizeof(T);
-  const T* x = static_cast<const T*>(s.x) + n * s.n_step;
-  const int bytes = kUnit > 0 ? kUnit : s.unit, elements = bytes / kSize;
+  const int bytes = kWhole ? 16 : s.unit, elements = bytes / kSize;
   const int channels = min(s.channels, s.ci - channel0);
   const bool plane = static_cast<unsigned>(d) < static_cast<unsigned>(s.size[0]);
   const int end = plane ? min(h_end, s.size[1]) : 0;
   const int count = (kLast ? s.width * s.rows : channels * s.rows) * s.by_units.divisor;
-  x += d * s.d_step + channel0 * s.c_step;
+  const T* x = static_cast<const T*>(s.x) + n * s.n_step + (plane ? d * s.d_step : 0) +
+               channel0 * s.c_step;
+  if (kWhole) x += h * s.h_step + w * (kLast ? s.ci : 1);
 #pragma unroll 4
   for (int u = thread; u < count; u += threads) {
     const int row = Divide(u, s.by_units), unit = u - row * s.by_units.divisor;
     const int outer = Divide(row, s.by_rows), inner = row - outer * s.by_rows.divisor;
     // Channels first: outer is a channel, inner a row. Last: outer is a row, inner a pixel.
-    const int at_h = h + (kLast ? outer : inner), at_w = w + (kLast ? inner : unit * elements);
-    const bool valid = at_h >= 0 && at_h < end &&
-                       static_cast<unsigned>(at_w) < static_cast<unsigned>(s.size[2]) &&
-                       (!kLast || unit * elements < channels);
-    const int from =
-        at_h * s.h_step + (kLast ? at_w * s.ci + unit * elements : outer * s.c_step + at_w);
     const int place = kLast ? row * s.pitch + unit * bytes
                             : outer * s.pitch + (inner * s.width + unit * elements) * kSize;
-    ThinCopy(to + place, x + (valid ? from : 0), bytes, valid);
+    const int down = kLast ? outer : inner, across = kLast ? inner : unit * elements;
+    const int from = down * s.h_step + (kLast ? across * s.ci + unit * elements
+                                              : outer * s.c_step + across);
+    if (kWhole) {
+      ThinCopy(to + place, x + from, bytes, true);
+    } else {
+      const bool valid = h + down >= 0 && h + down < end &&
+                         static_cast<unsigned>(w + across) < static_cast<unsigned>(s.size[2]) &&
+                         (!kLast || unit * elements < channels);
+      ThinCopy(to + place, x + (valid ? from + h * s.h_step + w * (kLast ? s.ci : 1) : 0), bytes,
+               valid);
+    }
   }
 }
 template <class T, bool kLast>
 __device__ inline void ThinCopyX(const ThinX& s, int n, int channel0, int d, int h, int h_end,
                                  int w, uint32_t to, int thread, int threads) {
-  if (s.unit == 16) {
-    ThinCopyXBy<T, kLast, 16>(s, n, channel0, d, h, h_end, w, to, thread, threads);
+  const bool whole = s.unit == 16 && d >= 0 && d < s.size[0] && h >= 0 &&
+                     h + s.rows <= min(h_end, s.size[1]) && w >= 0 && w + s.width <= s.size[2] &&
+                     channel0 + s.channels <= s.ci;
+  if (whole) {
+    ThinCopyXBy<T, kLast, true>(s, n, channel0, d, h, h_end, w, to, thread, threads);
   } else {
-    ThinCopyXBy<T, kLast, 0>(s, n, channel0, d, h, h_end, w, to, thread, threads);
+    ThinCopyXBy<T, kLast, false>(s, n, channel0, d, h, h_end, w, to, thread, threads);
   }
 }
 
@@ -236,6 +245,14 @@ __device__ inline void ThinLoad(uint32_t (&v)[4], uint32_t from, int pitch) {
   }
 }
 
+__device__ inline float ThinRead(uint32_t from) {
+  float v;
+  asm volatile("ld.shared.f32 %0, [%1];" : "=f"(v) : "r"(from));
+  return v;
+}
+__device__ inline void ThinWrite(uint32_t to, float v) {
+  asm volatile("st.shared.f32 [%0], %1;" ::"r"(to), "f"(v) : "memory");
+}
 __device__ inline void ThinStorePair(uint32_t to, float a, float b) {
   asm volatile("st.shared.v2.f32 [%0], {%1, %2};" ::"r"(to), "f"(a), "f"(b) : "memory");
 }
@@ -260,9 +277,8 @@ __device__ inline float ThinBias(const ThinForwardArgs& a, int co) {
 
 // What a step's gathering warps share.
 struct ThinGather {
-  const float* p;
-  float* sums;  // of outputs of later planes: [ring of planes][phase][co][row][phases][run]
-  float* stage;  // the warp's: outputs of 32 runs
+  uint32_t p, sums;  // sums of outputs of later planes: [ring of planes][phase][co][row][phases][run]
+  float* stage;      // the warp's: outputs of 32 runs
   const uint32_t* spots;
   const float* bias;
   int warp, lane;
@@ -297,7 +313,7 @@ __device__ inline void ThinGatherAny(const ThinForwardArgs& a, const ThinGather&
     const int od = c.d * a.stride[0] + rd - a.pad[0];
     const bool completes = c.d >= c.q_d && od >= 0 && od < a.osize[0];
     const int j = 32 * chunk + g.lane;
-    const float* from = g.p + a.p_margin + min(j, a.box[2] - 1) - a.first;
+    const uint32_t from = g.p + 4 * (a.p_margin + min(j, a.box[2] - 1) - a.first);
     const int tap_end = td.first[rd + 1];
     const auto sum = [&](int co, int kd, int rw) {
       float v = 0;
@@ -307,10 +323,10 @@ __device__ inline void ThinGatherAny(const ThinForwardArgs& a, const ThinGather&
         int slot = base + row - back;
         slot += slot < 0 ? a.p_rows : slot >= a.p_rows ? -a.p_rows : 0;
         const int column = ((co * a.k[0] + kd) * a.k[1] + th.tap[e].tap) * a.k[2];
-        const float* at = from + column * a.p_column + slot * a.p_row;
+        const uint32_t at = from + 4 * (column * a.p_column + slot * a.p_row);
 #pragma unroll 4
         for (int t = tw.first[rw]; t < tw.first[rw + 1]; ++t) {
-          v += at[tw.tap[t].tap * a.p_column + tw.tap[t].back];
+          v += ThinRead(at + 4 * (tw.tap[t].tap * a.p_column + tw.tap[t].back));
         }
       }
       return v;
@@ -319,7 +335,8 @@ __device__ inline void ThinGatherAny(const ThinForwardArgs& a, const ThinGather&
     const auto so_far = [&](int co, int plane, int rw) {
       const int slot = a.reach[0] == 1 ? 0 : (plane - a.q_begin[0]) % a.reach[0];
       const int outer = ((slot * a.stride[0] + rd) * a.co + co) * a.box[1] + q - c.q_h;
-      return g.sums + ((outer * a.stride[1] + rh) * a.stride[2] + rw) * 32 * a.run_chunks + j;
+      return g.sums +
+             4 * (((outer * a.stride[1] + rh) * a.stride[2] + rw) * 32 * a.run_chunks + j);
     };
     for (int co = 0; co < a.co; ++co) {
       for (int rw = 0; rw < a.stride[2]; ++rw) {
@@ -329,16 +346,18 @@ __device__ inline void ThinGatherAny(const ThinForwardArgs& a, const ThinGather&
         if (completes) {
           float v = g.bias[co];
           if (now) v += sum(co, td.tap[e].tap, rw);
-          if (next < tap_end && c.d - td.tap[next].back >= c.d_begin) v += *so_far(co, c.d, rw);
+          if (next < tap_end && c.d - td.tap[next].back >= c.d_begin) {
+            v += ThinRead(so_far(co, c.d, rw));
+          }
           g.stage[(g.lane * a.stride[2] + rw) * staged_step + (kLast ? co : 0)] = v;
         }
         for (e = next; e < tap_end; ++e) {
           const int plane = c.d + td.tap[e].back;
           if (plane < c.q_d || plane >= c.d_end) continue;
           float v = sum(co, td.tap[e].tap, rw);
-          float* before = so_far(co, plane, rw);
-          if (e + 1 < tap_end && plane - td.tap[e + 1].back >= c.d_begin) v += *before;
-          *before = v;
+          const uint32_t before = so_far(co, plane, rw);
+          if (e + 1 < tap_end && plane - td.tap[e + 1].back >= c.d_begin) v += ThinRead(before);
+          ThinWrite(before, v);
         }
       }
       if (!completes || (kLast && co + 1 < a.co)) continue;
@@ -356,11 +375,14 @@ __device__ inline void ThinGatherAny(const ThinForwardArgs& a, const ThinGather&
 }
 
 // The same where no phase has more than two taps, neighbours, and the innermost stride is 2.
+// `window`: bytes from a plane's and row's first column to the source of tap kw.
 template <class T, bool kLast>
 __device__ inline void ThinGatherWindow(const ThinForwardArgs& a, const ThinGather& g,
                                         const ThinCursor& c, int base, const int (&window)[4],
                                         bool swapped) {
-  const int staged_step = kLast ? a.co : 1, plane_columns = a.k[1] * a.k[2] * a.p_column;
+  const int staged_step = kLast ? a.co : 1;
+  const int row_columns = 4 * a.k[2] * a.p_column, plane_columns = a.k[1] * row_columns;
+  const int sums_step = 4 * 32 * a.run_chunks;
   for (int i = g.warp; i < a.spots; i += kThinCopiers) {
     const uint32_t spot = g.spots[i];
     const int rh = spot >> 8 & 255, row = spot >> 16 & 255, chunk = spot >> 24;
@@ -370,23 +392,29 @@ __device__ inline void ThinGatherWindow(const ThinForwardArgs& a, const ThinGath
     const bool first_row = rh < a.k[1], second_row = rh + a.stride[1] < a.k[1] && q > c.h_begin;
     int slot = base + row;
     if (slot >= a.p_rows) slot -= a.p_rows;
-    const float* row0 = g.p + a.p_margin + min(j, a.box[2] - 1) - a.first +
-                        rh * a.k[2] * a.p_column + slot * a.p_row;
-    const float* row1 = row0 + a.stride[1] * a.k[2] * a.p_column +
-                        (slot == 0 ? a.p_rows - 1 : -1) * a.p_row;
-    const int later_step = 32 * a.run_chunks;
+    const uint32_t row0 = g.p + 4 * (a.p_margin + min(j, a.box[2] - 1) - a.first + slot * a.p_row) +
+                          rh * row_columns;
+    const uint32_t row1 =
+        row0 + a.stride[1] * row_columns + (slot == 0 ? a.p_rows - 1 : -1) * 4 * a.p_row;
+    uint32_t at0[4], at1[4];
+#pragma unroll
+    for (int t = 0; t < 4; ++t) {
+      at0[t] = row0 + window[t];
+      at1[t] = row1 + window[t];
+    }
+    const auto add = [&](const uint32_t(&at)[4], int place, float(&v)[2]) {
+      v[0] += ThinRead(at[0] + place);
+      if (a.k[2] > 1) v[1] += ThinRead(at[1] + place);
+      if (a.k[2] > 2) v[0] += ThinRead(at[2] + place);
+      if (a.k[2] > 3) v[1] += ThinRead(at[3] + place);
+    };
     const int first = (c.run + 32 * chunk) * 2;
     const int count = min(min(a.box[2] - 32 * chunk, 32) * 2, a.osize[2] - first);
-    const auto add = [&](const float* at, float(&v)[2]) {
-#pragma unroll
-      for (int t = 0; t < 4; ++t) {
-        if (t < a.k[2]) v[t % 2] += at[window[t]];
-      }
-    };
+    uint32_t sums = g.sums + (((q - c.q_h) * a.stride[1] + rh) * 2) * sums_step + 4 * j;
     for (int rd = 0; rd < a.stride[0]; ++rd) {
       const int od = c.d * a.stride[0] + rd - a.pad[0];
       const bool completes = c.d >= c.q_d && od >= 0 && od < a.osize[0];
-      const bool has_later = rd + a.stride[0] < a.k[0];
+      const bool has_now = rd < a.k[0], has_later = rd + a.stride[0] < a.k[0];
       const int64_t out = c.n * a.y_n + static_cast<int64_t>(od) * a.y_d +
                           static_cast<int64_t>(oh) * a.y_h;
       for (int co = 0; co < a.co; ++co) {
@@ -394,23 +422,22 @@ __device__ inline void ThinGatherWindow(const ThinForwardArgs& a, const ThinGath
         const int place_later = place + a.stride[0] * plane_columns;
         float now[2] = {}, later[2] = {};
         if (first_row) {
-          if (rd < a.k[0]) add(row0 + place, now);
-          if (has_later) add(row0 + place_later, later);
+          if (has_now) add(at0, place, now);
+          if (has_later) add(at0, place_later, later);
         }
         if (second_row) {
-          if (rd < a.k[0]) add(row1 + place, now);
-          if (has_later) add(row1 + place_later, later);
+          if (has_now) add(at1, place, now);
+          if (has_later) add(at1, place_later, later);
         }
-        float* sums = g.sums + ((((rd * a.co + co) * a.box[1] + q - c.q_h) * a.stride[1] + rh) * 2) *
-                                   later_step + j;
         if (has_later) {
           if (c.d > c.d_begin) {
-            now[0] += sums[0];
-            now[1] += sums[later_step];
+            now[0] += ThinRead(sums);
+            now[1] += ThinRead(sums + sums_step);
           }
-          sums[0] = later[0];
-          sums[later_step] = later[1];
+          ThinWrite(sums, later[0]);
+          ThinWrite(sums + sums_step, later[1]);
         }
+        sums += a.box[1] * a.stride[1] * 2 * sums_step;
         if (!completes) continue;
         const float bias = g.bias[co];
         const float low = (swapped ? now[1] : now[0]) + bias;
@@ -443,11 +470,10 @@ __device__ inline void ThinGatherWindow(const ThinForwardArgs& a, const ThinGath
 template <class T, int MT, int KS, bool kLast, bool kWindow>
 __global__ void __launch_bounds__(kThinThreads, 1)
     ThinForward(const __grid_constant__ ThinForwardArgs a) {
-  constexpr int kNT = MT == 4 ? 3 : 4;
+  constexpr int kNT = MT == 4 ? 2 : 4;
   extern __shared__ __align__(128) char smem[];
   const int tid = threadIdx.x, lane = tid % 32;
   const int warp = __shfl_sync(~0u, tid / 32, 0);  // known to be the same in all lanes
-  float* p = reinterpret_cast<float*>(smem + a.smem_p);
   float* biases = reinterpret_cast<float*>(smem + a.smem_bias);
   uint32_t* spots = reinterpret_cast<uint32_t*>(smem + a.smem_spots);
   const uint32_t sources = SharedAddress(smem + a.smem_x);
@@ -458,27 +484,13 @@ __global__ void __launch_bounds__(kThinThreads, 1)
   }
   __syncthreads();
 
-  ThinCursor ahead;
-  ahead.item = blockIdx.x;
-  bool more_ahead = ThinEnter(a, ahead);
-  int asked = 0, stage = 0, base = 0;  // steps; those of the step that is multiplied
-  const auto copy = [&](int to) {
-    if (more_ahead) {
-      ThinCopyX<T, kLast>(a.x, ahead.n, 0, ahead.d, ahead.h, ahead.h_end, ahead.run + a.first,
-                          sources + to * a.x.stage, tid, kThinThreads);
-      more_ahead = ThinNext(a, ahead);
-      ++asked;
-    }
-    ThinCommit();
-  };
+  int stage = 0, base = 0;  // of the step that is multiplied
   const auto next = [&] {
-    ThinWait(a.ahead);
     ThinMeet();
     if (stage++ == a.ahead) stage = 0;
     base += a.x.rows;
     if (base >= a.p_rows) base -= a.p_rows;
   };
-  for (int i = 0; i < a.ahead; ++i) copy(i);
   for (int i = tid; i < a.spots; i += kThinThreads) {
     const int phases = kWindow ? 1 : a.stride[0];
     int rest = i / phases;
@@ -489,8 +501,8 @@ __global__ void __launch_bounds__(kThinThreads, 1)
   if (tid < a.co) biases[tid] = ThinBias<T>(a, tid);
 
   if (warp >= kThinMultipliers) {
-    ThinGather g{p,
-                 reinterpret_cast<float*>(smem + a.smem_sums),
+    ThinGather g{SharedAddress(smem + a.smem_p),
+                 SharedAddress(smem + a.smem_sums),
                  reinterpret_cast<float*>(smem + a.smem_stage) +
                      (warp - kThinMultipliers) * 32 * a.stride[2] * (kLast ? a.co : 1),
                  spots,
@@ -504,7 +516,7 @@ __global__ void __launch_bounds__(kThinThreads, 1)
       for (int e = 0; e < a.k[2]; ++e) {
 #pragma unroll
         for (int t = 0; t < 4; ++t) {
-          if (tw.tap[e].tap == t) window[t] = t * a.p_column + tw.tap[e].back;
+          if (tw.tap[e].tap == t) window[t] = 4 * (t * a.p_column + tw.tap[e].back);
         }
         if (tw.tap[e].tap == 0) swapped = e >= tw.first[1];
       }
@@ -512,23 +524,34 @@ __global__ void __launch_bounds__(kThinThreads, 1)
     ThinCursor c;
     c.item = blockIdx.x;
     bool more = ThinEnter(a, c);
-    ThinWait(a.ahead);
     ThinMeet();
-    for (int s = 0; s <= asked; ++s) {
+    next();  // the first step has nothing before it
+    while (more) {
       const int before = base - a.x.rows + (base < a.x.rows ? a.p_rows : 0);
-      copy(stage == 0 ? a.ahead : stage - 1);
-      if (s > 0 && more) {
-        if constexpr (kWindow) {
-          ThinGatherWindow<T, kLast>(a, g, c, before, window, swapped);
-        } else {
-          ThinGatherAny<T, kLast>(a, g, c, before);
-        }
-        more = ThinNext(a, c);
+      if constexpr (kWindow) {
+        ThinGatherWindow<T, kLast>(a, g, c, before, window, swapped);
+      } else {
+        ThinGatherAny<T, kLast>(a, g, c, before);
       }
+      more = ThinNext(a, c);
       next();
     }
     return;
   }
+  ThinCursor ahead;
+  ahead.item = blockIdx.x;
+  bool more_ahead = ThinEnter(a, ahead);
+  int asked = 0;  // steps
+  const auto copy = [&](int to) {
+    if (more_ahead) {
+      ThinCopyX<T, kLast>(a.x, ahead.n, 0, ahead.d, ahead.h, ahead.h_end, ahead.run + a.first,
+                          sources + to * a.x.stage, tid, 32 * kThinMultipliers);
+      more_ahead = ThinNext(a, ahead);
+      ++asked;
+    }
+    ThinCommit();
+  };
+  for (int i = 0; i < a.ahead; ++i) copy(i);
 
   uint32_t w[MT][KS][4];
   const int set = warp % a.sets, group = warp / a.sets, groups = kThinMultipliers / a.sets;
@@ -553,8 +576,8 @@ __global__ void __launch_bounds__(kThinThreads, 1)
   const int lane_place = ThinLanePlace<T, kLast>(lane, a.x.pitch);
   const int tile_step = kLast ? 8 * a.x.pitch : 8 * static_cast<int>(sizeof(T));
   const int k_step = kLast ? 64 : 64 / static_cast<int>(sizeof(T)) * a.x.pitch;
-  const uint32_t to = SharedAddress(p + (set * MT * 16 + lane / 4) * a.p_column + a.p_margin +
-                                    lane % 4 * 2);
+  const uint32_t to = SharedAddress(smem + a.smem_p) +
+                      4 * ((set * MT * 16 + lane / 4) * a.p_column + a.p_margin + lane % 4 * 2);
   ThinWait(a.ahead);
   ThinMeet();
   for (int s = 0; s <= asked; ++s) {
@@ -565,7 +588,6 @@ __global__ void __launch_bounds__(kThinThreads, 1)
       float acc[MT][kNT][4] = {};
 #pragma unroll
       for (int k = 0; k < KS; k += 2) {
-        if (k >= a.ksteps) break;
 #pragma unroll
         for (int t = 0; t < kNT; ++t) {
           uint32_t v[4];
@@ -592,6 +614,7 @@ __global__ void __launch_bounds__(kThinThreads, 1)
         }
       }
     }
+    ThinWait(a.ahead);
     next();
   }
 }
@@ -699,7 +722,6 @@ __global__ void __launch_bounds__(kThinThreads, 1)
       }
 #pragma unroll
       for (int k = 0; k < KS; ++k) {
-        if (k >= a.ksteps) break;
 #pragma unroll
         for (int t = 0; t < kNT; ++t) {
           uint32_t v[2][2];  // half of the pixels, half of the taps
@@ -784,11 +806,12 @@ __global__ void __launch_bounds__(kThinThreads, 1)
 // ---------------------------------------------------------------------------------------------
 // Weight gradient
 
-template <class T, bool kLast>
+// A warp has 16 * MT channels by 32 columns.
+template <class T, int MT, bool kLast>
 __global__ void __launch_bounds__(kThinThreads, 1)
     ThinWeightGrad(const __grid_constant__ ThinWeightGradArgs a) {
-  constexpr int kMT = 4, kNT = 4, kSize = sizeof(T), kPixels = 32 / kSize;
-  constexpr int kSums = kMT * kNT * 4;
+  constexpr int kNT = 4, kSize = sizeof(T), kPixels = 32 / kSize;
+  constexpr int kSums = MT * kNT * 4;
   extern __shared__ __align__(128) char smem[];
   const int tid = threadIdx.x, lane = tid % 32;
   const int warp = __shfl_sync(~0u, tid / 32, 0);
@@ -835,7 +858,7 @@ __global__ void __launch_bounds__(kThinThreads, 1)
   }
   __syncthreads();
 
-  float acc[kMT][kNT][4] = {};
+  float acc[MT][kNT][4] = {};
   const auto keep = [&] {
     float* to = sums + warp * kSums * 32 + lane;
 #pragma unroll
@@ -867,7 +890,7 @@ __global__ void __launch_bounds__(kThinThreads, 1)
                             (ThinStartOf<kLast>(a.y, at.w).ahead +
                              lane % 4 * (4 / kSize) * a.y.pixel_step) * kSize;
     const uint32_t from_x =
-        staged_x + stage * a.x.stage + x_place + channel_set * kMT * x_tile;
+        staged_x + stage * a.x.stage + x_place + channel_set * MT * x_tile;
     const int steps = a.at.rows * a.steps_of_row;
     const int half = kPixels / 2 * a.y.pixel_step * kSize, next = a.y.pixel_step * kSize;
     for (int step = group; step < steps; step += groups) {
@@ -884,7 +907,7 @@ __global__ void __launch_bounds__(kThinThreads, 1)
         }
       }
 #pragma unroll
-      for (int mt = 0; mt < kMT; ++mt) {
+      for (int mt = 0; mt < MT; ++mt) {
         uint32_t u[4];
         const uint32_t x = from_x + step * x_step + mt * x_tile;
         if constexpr (kLast && kSize == 4) {
@@ -928,7 +951,7 @@ __global__ void __launch_bounds__(kThinThreads, 1)
   float* out = a.out + blockIdx.x * a.out_step;
   for (int i = tid; i < sets * kSums * 32; i += kThinThreads) {
     const int of = i / (kSums * 32), sum = i / 32 % kSums, from = i % 32;
-    const int channel = (of / a.column_sets * kMT + sum / (4 * kNT)) * 16 + from / 4 +
+    const int channel = (of / a.column_sets * MT + sum / (4 * kNT)) * 16 + from / 4 +
                         sum / 2 % 2 * 8;
     const int column =
         (of % a.column_sets * kNT + sum / 4 % kNT) * 8 + from % 4 * 2 + sum % 2;
@@ -981,8 +1004,10 @@ cudaError_t EnqueueThin(const ThinPlan& plan, const ThinInputGradArgs& args, boo
 template <class T>
 cudaError_t EnqueueThin(const ThinPlan& plan, const ThinWeightGradArgs& args, bool last,
                         cudaStream_t stream) {
-  return EnqueueThinKernel(last ? ThinWeightGrad<T, true> : ThinWeightGrad<T, false>, plan, args,
-                           stream);
+  return EnqueueThinKernel(
+      plan.mt == 1 ? (last ? ThinWeightGrad<T, 1, true> : ThinWeightGrad<T, 1, false>)
+                   : (last ? ThinWeightGrad<T, 4, true> : ThinWeightGrad<T, 4, false>),
+      plan, args, stream);
 }
 
 }  // namespace jaxconv::cuda

@@ -81,7 +81,7 @@ struct ThinForwardArgs {
   int q_begin[2], q_end[2], reach[2];  // reach: the largest `back`
   int first;                           // the sources of an item begin at its first j + first
   int ahead;                           // steps that are under way
-  int sets, ksteps;                    // sets of 16 * mt columns; steps of 32 bytes of channels
+  int sets;                            // of 16 * mt columns
   SmallDivisor by_tiles;               // of 8 pixels in a row
   int run_chunks, spots;               // of 32 runs; rows of outputs a step
   // Shared memory: P is a ring of rows for each column (in floats), the rest are bytes.
@@ -106,7 +106,7 @@ struct ThinInputGradArgs {
   int ci, columns, size[kAxes];
   int64_t x_n;
   int x_c, x_d, x_h;
-  int sets, ksteps;       // sets of 16 * mt channels; steps of 8 columns (16 of 16 bits)
+  int sets;               // of 16 * mt channels
   SmallDivisor by_width;  // of 16 pixels
   bool vector;            // whether four neighbours of the output can be written at once
   int smem;
@@ -121,7 +121,7 @@ struct ThinWeightGradArgs {
   float* out;  // [part][ci][co * taps]
   int64_t out_step;
   int columns;
-  int channel_sets, column_sets;  // of 64 channels and 32 columns, a warp each
+  int channel_sets, column_sets;  // of 16 * mt channels and 32 columns, a warp each
   int steps_of_row;               // of the tensor cores: 32 bytes of pixels
   SmallDivisor by_steps;
   int flush;  // a warp adds its sums to those in shared memory after as many tiles
