@@ -100,8 +100,7 @@ ThinX SourcesOf(const Problem& p) {
 // `pitch`: bytes of a staged channel (channels last: pixel), of which there are `staged`.
 bool CutSources(const Problem& p, int64_t channels, int64_t rows, int64_t width, int64_t pitch,
                 int64_t staged, ThinX& x) {
-  const int64_t units =
-      (p.channels_last ? channels : width) * SizeOf(p.in_dtype) / x.unit;
+  const int64_t units = (p.channels_last ? channels : width) * SizeOf(p.in_dtype) / x.unit;
   if ((p.channels_last ? width : channels) * rows * units >= 1 << 15) return false;
   x.channels = static_cast<int>(channels);
   x.rows = static_cast<int>(rows);
@@ -232,8 +231,9 @@ bool FillForward(const Problem& p, const Device& device, const Shape& shape, con
 
   // Pitches keep the tensor cores' loads free of bank conflicts.
   const int64_t pixels = cut.rows * cut.width, bytes = pixels * size;
-  const int64_t pitch = last ? shape.ks * 32 + 16 : size == 4 ? Pitch(bytes, 128, 32)
-                                                             : Pitch(bytes, 32, 16);
+  const int64_t pitch = last        ? shape.ks * 32 + 16
+                        : size == 4 ? Pitch(bytes, 128, 32)
+                                    : Pitch(bytes, 32, 16);
   if (!CutSources(p, p.ci, cut.rows, cut.width, pitch, last ? pixels : shape.ks * 32 / size, a.x)) {
     return false;
   }
@@ -254,11 +254,11 @@ bool FillForward(const Problem& p, const Device& device, const Shape& shape, con
   };
   const int64_t columns = int64_t{a.sets} * 16 * shape.mt;
   place(a.smem_p, columns * a.p_column * 4);
-  place(a.smem_sums,
-        a.reach[0] * p.co * cut.box_h * Product(p.stride) * 32 * a.run_chunks * 4);
+  place(a.smem_sums, a.reach[0] * p.co * cut.box_h * Product(p.stride) * 32 * a.run_chunks * 4);
   place(a.smem_stage, kThinCopiers * 32 * p.stride[2] * (last ? p.co : 1) * 4);
   place(a.smem_spots, int64_t{a.spots} * 4);
   place(a.smem_bias, p.co * 4);
+  place(a.smem_rows, cut.rows * (last ? cut.width : p.ci) * 8);
   place(a.smem_x, int64_t{cut.ahead + 1} * a.x.stage);
   if (smem > SharedMemoryOfBlock(device.compute_capability)) return false;
   a.smem = static_cast<int>(smem);
@@ -273,22 +273,23 @@ bool FillForward(const Problem& p, const Device& device, const Shape& shape, con
   const double tensor = rounds * nt * shape.mt * shape.ks * 2 * 6;
   // Of a multiplying warp: loads, roundings, products, stores; and copies.
   const double issue = rounds * nt * (shape.ks * (shape.mt + (size == 4 ? 3 : 1)) + 8 * shape.mt) +
-                       read / a.x.unit / (32 * kThinMultipliers) * (a.x.unit == 16 ? 16 : 40);
+                       read / a.x.unit / (32 * kThinMultipliers) * (a.x.unit == 16 ? 7 : 40);
   const double shared =
       (read + Real(pixels) * (a.sets * shape.ks * 32 + Real(columns) * 4 + a.columns * 4)) / 128 +
       a.spots * 4.0;
   // Of a gathering warp: a spot, its outputs, their taps.
-  const double spot_outputs = (a.window ? 1 : p.stride[2] * 2) * p.co * (a.window ? p.stride[0] : 1);
+  const double spot_outputs =
+      (a.window ? 1 : p.stride[2] * 2) * p.co * (a.window ? p.stride[0] : 1);
   const double gathered = std::ceil(Real(a.spots) / kThinCopiers) *
-                          (60 + 30 * spot_outputs + (a.window ? 3.0 : 8.0) * a.columns * cut.rows *
-                                                        a.run_chunks / a.spots);
+                          (60 + 30 * spot_outputs +
+                           (a.window ? 3.0 : 8.0) * a.columns * cut.rows * a.run_chunks / a.spots);
   const double step =
       std::max({tensor, 4 * issue, shared, 5 * gathered, read / kL2BytesACycle}) + 300;
   const auto walked = [&](int i) {
     return Real(std::min(all[i], box[i]) + (a.cuts[i] > 1 ? a.reach[i] : 0));
   };
-  const double steps = std::ceil(Real(items) / plan.grid_x) * walked(0) *
-                       std::ceil(walked(1) / cut.rows);
+  const double steps =
+      std::ceil(Real(items) / plan.grid_x) * walked(0) * std::ceil(walked(1) / cut.rows);
   plan.seconds = 5e-6 + std::max(steps * step + 3000, Traffic(p, device)) / kClock;
   return true;
 }
@@ -318,10 +319,11 @@ ThinPlan PlanForward(const Problem& p, const Device& device, const ThinTile& for
     a.q_end[i] = static_cast<int>(FloorDiv(p.osize[i] - 1 + p.pad[i], p.stride[i]) + 1);
     a.reach[i] = static_cast<int>((p.k[i] - 1) * p.dilation[i] / p.stride[i]);
   }
-  a.window = p.stride[2] == 2;
+  a.window = p.stride[2] == 2 && (p.k[2] == 3 || p.k[2] == 4) ? static_cast<int>(p.k[2]) : 0;
   for (int i = 0; i < kAxes; ++i) {
-    a.window = a.window && p.dilation[i] == 1 && p.k[i] <= 2 * p.stride[i];
+    if (p.dilation[i] != 1 || p.k[i] > 2 * p.stride[i]) a.window = 0;
   }
+  a.first_parity = static_cast<int>(p.pad[2] & 1);
   a.pairs = p.osize[2] % 2 == 0 && (p.co == 1 || !p.channels_last);
   ListTaps(p, a);
   Span sources{kIntMax, -kIntMax};
@@ -421,11 +423,11 @@ bool FillInputGrad(const Problem& p, const Device& device, const Shape& shape, i
   const double rounds = std::ceil(Real(rows * width) / 16 / (groups * nt));
   const double tensor = rounds * nt * shape.mt * 2 * shape.ks * 2 * 6;
   const double issue = rounds * nt * shape.ks * (shape.mt * 2 + 4 * (size == 4 ? 3 : 4)) * 2;
-  const double written = Real(rows * width) *
-                         std::min(Real(p.ci), 16.0 * shape.mt * a.sets) * Real(out_size);
+  const double written =
+      Real(rows * width) * std::min(Real(p.ci), 16.0 * shape.mt * a.sets) * Real(out_size);
   const double stored = written / 32 * (a.vector ? 1.0 : 4.0);
-  const double step = std::max({tensor, issue, stored, 2.5 * CopiedY(a.y, p),
-                                written / kL2BytesACycle}) + 1500;
+  const double step =
+      std::max({tensor, issue, stored, 2.5 * CopiedY(a.y, p), written / kL2BytesACycle}) + 1500;
   const double steps = std::ceil(Real(a.at.tiles) / plan.grid_x);
   plan.seconds = 5e-6 + std::max(steps * step + 3000, Traffic(p, device)) / kClock;
   return true;
@@ -465,17 +467,19 @@ bool FillWeightGrad(const Problem& p, const Device& device, int64_t rows, int64_
   a.channel_sets = channel_sets;
   const int64_t staged = int64_t{channel_sets} * 16 * mt;
   const int64_t channels = std::min<int64_t>(p.ci, staged);
-  const int64_t pitch = p.channels_last ? Pitch(staged * size, size == 4 ? 128 : 32,
-                                                size == 4 ? 32 : 16)
-                                        : Pitch(pixels * size, 32, 16);
+  const int64_t pitch = p.channels_last
+                            ? Pitch(staged * size, size == 4 ? 128 : 32, size == 4 ? 32 : 16)
+                            : Pitch(pixels * size, 32, 16);
   if (!CutSources(p, channels, rows, width, pitch, p.channels_last ? pixels : staged, a.x)) {
     return false;
   }
   a.steps_of_row = static_cast<int>(width / step_pixels);
   a.by_steps = DivisorOf(a.steps_of_row);
   a.smem_x = kThinOrigins + a.y.stage * (ahead + 1);
-  a.smem_sums = a.smem_x + a.x.stage * (ahead + 1);
-  const int64_t smem = kThinOrigins + int64_t{a.y.stage + a.x.stage} * (ahead + 1) +
+  const int64_t listed = RoundUp(rows * (p.channels_last ? width : channels) * 8, 128);
+  a.smem_rows = a.smem_x + a.x.stage * (ahead + 1);
+  a.smem_sums = static_cast<int>(a.smem_rows + listed);
+  const int64_t smem = kThinOrigins + int64_t{a.y.stage + a.x.stage} * (ahead + 1) + listed +
                        int64_t{kThinMultipliers} * 16 * mt * kColumns * 4;
   plan.mt = mt;
   if (smem > SharedMemoryOfBlock(device.compute_capability)) return false;
@@ -492,11 +496,12 @@ bool FillWeightGrad(const Problem& p, const Device& device, int64_t rows, int64_
 
   const double tensor = products * 4 * mt * 2 * 6, read = Real(pixels * channels * size);
   const double issue = products * ((size == 4 ? 30 : 40) + 12.0 * mt) * 4;
-  const double shared = (2 * read * a.column_sets + Real(pixels) * kColumns * size * 4 *
-                                                        channel_sets * a.column_sets) / 128;
-  const double copied = CopiedY(a.y, p) + read / a.x.unit / (32 * kThinCopiers) * 12;
-  const double step =
-      std::max({tensor, issue, shared, 2.5 * copied, read / kL2BytesACycle}) + 500;
+  const double shared = (2 * read * a.column_sets +
+                         Real(pixels) * kColumns * size * 4 * channel_sets * a.column_sets) /
+                        128;
+  const double copied =
+      CopiedY(a.y, p) + read / a.x.unit / (32 * kThinCopiers) * (a.x.unit == 16 ? 7 : 40);
+  const double step = std::max({tensor, issue, shared, 2.5 * copied, read / kL2BytesACycle}) + 500;
   const double steps = std::ceil(Real(a.at.tiles) / plan.grid_x);
   plan.seconds = 9e-6 + std::max(steps * step + 5000, Traffic(p, device)) / kClock;
   return true;

@@ -54,51 +54,61 @@ __device__ inline uint32_t ThinWord(T low, T high) {
   }
 }
 
+// Where the rows of a step (channels last: pixels) lie, from its first: elements of x, and bytes in
+// shared memory. A thread copies the same unit of every `step`th row.
+struct ThinRows {
+  const int2* table;
+  int first, step, count, unit;
+};
+// Lists them, by all threads of the block; those of `threads` copy.
+template <class T, bool kLast>
+__device__ inline ThinRows ThinListRows(const ThinX& s, int2* table, int thread, int threads) {
+  const int count = s.rows * (kLast ? s.width : s.channels), units = s.by_units.divisor;
+  for (int row = threadIdx.x; row < count; row += kThinThreads) {
+    const int outer = Divide(row, s.by_rows), inner = row - outer * s.by_rows.divisor;
+    table[row] = kLast ? make_int2(outer * s.h_step + inner * s.ci, row * s.pitch)
+                       : make_int2(outer * s.c_step + inner * s.h_step,
+                                   outer * s.pitch + inner * s.width * static_cast<int>(sizeof(T)));
+  }
+  const int step = threads / units, first = thread / units;
+  return {table, first < step ? first : count, step, count, thread - first * units};
+}
+
 // Rows [h, h_end) of plane d of x, pixels from w on, channels from channel0 on: zeros outside.
-// kWhole: all of it is inside, and copies are of 16 bytes.
-template <class T, bool kLast, bool kWhole>
-__device__ inline void ThinCopyXBy(const ThinX& s, int n, int channel0, int d, int h, int h_end,
-                                   int w, uint32_t to, int thread, int threads) {
+template <class T, bool kLast>
+__device__ inline void ThinCopyX(const ThinX& s, const ThinRows& rows, int n, int channel0, int d,
+                                 int h, int h_end, int w, uint32_t to, int thread, int threads) {
   constexpr int kSize = sizeof(T);
-  const int bytes = kWhole ? 16 : s.unit, elements = bytes / kSize;
-  const int channels = min(s.channels, s.ci - channel0);
-  const bool plane = static_cast<unsigned>(d) < static_cast<unsigned>(s.size[0]);
+  const int elements = s.unit / kSize, channels = min(s.channels, s.ci - channel0);
+  const bool plane = d >= 0 && d < s.size[0];
   const int end = plane ? min(h_end, s.size[1]) : 0;
-  const int count = (kLast ? s.width * s.rows : channels * s.rows) * s.by_units.divisor;
-  const T* x = static_cast<const T*>(s.x) + n * s.n_step + (plane ? d * s.d_step : 0) +
-               channel0 * s.c_step;
-  if (kWhole) x += h * s.h_step + w * (kLast ? s.ci : 1);
+  const T* x = static_cast<const T*>(s.x) + n * s.n_step;
+  const int begin = d * s.d_step + channel0 * s.c_step + h * s.h_step + w * (kLast ? s.ci : 1);
+  if (rows.step > 0 && s.unit == 16 && h >= 0 && h + s.rows <= end && w >= 0 &&
+      w + s.width <= s.size[2] && channels == s.channels) {
+    x += begin + rows.unit * elements;
+    to += rows.unit * 16;
 #pragma unroll 4
+    for (int row = rows.first; row < rows.count; row += rows.step) {
+      const int2 place = rows.table[row];
+      asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(to + place.y), "l"(x + place.x)
+                   : "memory");
+    }
+    return;
+  }
+  const int count = (kLast ? s.width * s.rows : channels * s.rows) * s.by_units.divisor;
+#pragma unroll 1
   for (int u = thread; u < count; u += threads) {
     const int row = Divide(u, s.by_units), unit = u - row * s.by_units.divisor;
     const int outer = Divide(row, s.by_rows), inner = row - outer * s.by_rows.divisor;
     // Channels first: outer is a channel, inner a row. Last: outer is a row, inner a pixel.
-    const int place = kLast ? row * s.pitch + unit * bytes
-                            : outer * s.pitch + (inner * s.width + unit * elements) * kSize;
     const int down = kLast ? outer : inner, across = kLast ? inner : unit * elements;
-    const int from = down * s.h_step + (kLast ? across * s.ci + unit * elements
-                                              : outer * s.c_step + across);
-    if (kWhole) {
-      ThinCopy(to + place, x + from, bytes, true);
-    } else {
-      const bool valid = h + down >= 0 && h + down < end &&
-                         static_cast<unsigned>(w + across) < static_cast<unsigned>(s.size[2]) &&
-                         (!kLast || unit * elements < channels);
-      ThinCopy(to + place, x + (valid ? from + h * s.h_step + w * (kLast ? s.ci : 1) : 0), bytes,
-               valid);
-    }
-  }
-}
-template <class T, bool kLast>
-__device__ inline void ThinCopyX(const ThinX& s, int n, int channel0, int d, int h, int h_end,
-                                 int w, uint32_t to, int thread, int threads) {
-  const bool whole = s.unit == 16 && d >= 0 && d < s.size[0] && h >= 0 &&
-                     h + s.rows <= min(h_end, s.size[1]) && w >= 0 && w + s.width <= s.size[2] &&
-                     channel0 + s.channels <= s.ci;
-  if (whole) {
-    ThinCopyXBy<T, kLast, true>(s, n, channel0, d, h, h_end, w, to, thread, threads);
-  } else {
-    ThinCopyXBy<T, kLast, false>(s, n, channel0, d, h, h_end, w, to, thread, threads);
+    const bool valid = h + down >= 0 && h + down < end &&
+                       static_cast<unsigned>(w + across) < static_cast<unsigned>(s.size[2]) &&
+                       (!kLast || unit * elements < channels);
+    const int2 place = rows.table[row];
+    ThinCopy(to + place.y + unit * s.unit, x + (valid ? begin + place.x + unit * elements : 0),
+             s.unit, valid);
   }
 }
 
@@ -277,8 +287,9 @@ __device__ inline float ThinBias(const ThinForwardArgs& a, int co) {
 
 // What a step's gathering warps share.
 struct ThinGather {
-  uint32_t p, sums;  // sums of outputs of later planes: [ring of planes][phase][co][row][phases][run]
-  float* stage;      // the warp's: outputs of 32 runs
+  uint32_t p,
+      sums;      // sums of outputs of later planes: [ring of planes][phase][co][row][phases][run]
+  float* stage;  // the warp's: outputs of 32 runs
   const uint32_t* spots;
   const float* bias;
   int warp, lane;
@@ -335,8 +346,7 @@ __device__ inline void ThinGatherAny(const ThinForwardArgs& a, const ThinGather&
     const auto so_far = [&](int co, int plane, int rw) {
       const int slot = a.reach[0] == 1 ? 0 : (plane - a.q_begin[0]) % a.reach[0];
       const int outer = ((slot * a.stride[0] + rd) * a.co + co) * a.box[1] + q - c.q_h;
-      return g.sums +
-             4 * (((outer * a.stride[1] + rh) * a.stride[2] + rw) * 32 * a.run_chunks + j);
+      return g.sums + 4 * (((outer * a.stride[1] + rh) * a.stride[2] + rw) * 32 * a.run_chunks + j);
     };
     for (int co = 0; co < a.co; ++co) {
       for (int rw = 0; rw < a.stride[2]; ++rw) {
@@ -376,9 +386,9 @@ __device__ inline void ThinGatherAny(const ThinForwardArgs& a, const ThinGather&
 
 // The same where no phase has more than two taps, neighbours, and the innermost stride is 2.
 // `window`: bytes from a plane's and row's first column to the source of tap kw.
-template <class T, bool kLast>
+template <class T, bool kLast, int KW>
 __device__ inline void ThinGatherWindow(const ThinForwardArgs& a, const ThinGather& g,
-                                        const ThinCursor& c, int base, const int (&window)[4],
+                                        const ThinCursor& c, int base, const int (&window)[KW],
                                         bool swapped) {
   const int staged_step = kLast ? a.co : 1;
   const int row_columns = 4 * a.k[2] * a.p_column, plane_columns = a.k[1] * row_columns;
@@ -392,21 +402,23 @@ __device__ inline void ThinGatherWindow(const ThinForwardArgs& a, const ThinGath
     const bool first_row = rh < a.k[1], second_row = rh + a.stride[1] < a.k[1] && q > c.h_begin;
     int slot = base + row;
     if (slot >= a.p_rows) slot -= a.p_rows;
-    const uint32_t row0 = g.p + 4 * (a.p_margin + min(j, a.box[2] - 1) - a.first + slot * a.p_row) +
-                          rh * row_columns;
+    const uint32_t row0 =
+        g.p + 4 * (a.p_margin + min(j, a.box[2] - 1) - a.first + slot * a.p_row) + rh * row_columns;
     const uint32_t row1 =
         row0 + a.stride[1] * row_columns + (slot == 0 ? a.p_rows - 1 : -1) * 4 * a.p_row;
-    uint32_t at0[4], at1[4];
+    uint32_t at0[KW], at1[KW];
 #pragma unroll
-    for (int t = 0; t < 4; ++t) {
+    for (int t = 0; t < KW; ++t) {
       at0[t] = row0 + window[t];
       at1[t] = row1 + window[t];
     }
-    const auto add = [&](const uint32_t(&at)[4], int place, float(&v)[2]) {
-      v[0] += ThinRead(at[0] + place);
-      if (a.k[2] > 1) v[1] += ThinRead(at[1] + place);
-      if (a.k[2] > 2) v[0] += ThinRead(at[2] + place);
-      if (a.k[2] > 3) v[1] += ThinRead(at[3] + place);
+    const auto read = [](const uint32_t (&at)[KW], int place, float (&v)[KW]) {
+#pragma unroll
+      for (int t = 0; t < KW; ++t) v[t] = ThinRead(at[t] + place);
+    };
+    const auto add = [](float (&sum)[2], const float (&v)[KW]) {
+#pragma unroll
+      for (int t = 0; t < KW; ++t) sum[t % 2] += v[t];
     };
     const int first = (c.run + 32 * chunk) * 2;
     const int count = min(min(a.box[2] - 32 * chunk, 32) * 2, a.osize[2] - first);
@@ -415,19 +427,38 @@ __device__ inline void ThinGatherWindow(const ThinForwardArgs& a, const ThinGath
       const int od = c.d * a.stride[0] + rd - a.pad[0];
       const bool completes = c.d >= c.q_d && od >= 0 && od < a.osize[0];
       const bool has_now = rd < a.k[0], has_later = rd + a.stride[0] < a.k[0];
-      const int64_t out = c.n * a.y_n + static_cast<int64_t>(od) * a.y_d +
-                          static_cast<int64_t>(oh) * a.y_h;
+      const int64_t out =
+          c.n * a.y_n + static_cast<int64_t>(od) * a.y_d + static_cast<int64_t>(oh) * a.y_h;
       for (int co = 0; co < a.co; ++co) {
         const int place = (co * a.k[0] + rd) * plane_columns;
         const int place_later = place + a.stride[0] * plane_columns;
-        float now[2] = {}, later[2] = {};
-        if (first_row) {
-          if (has_now) add(at0, place, now);
-          if (has_later) add(at0, place_later, later);
-        }
-        if (second_row) {
-          if (has_now) add(at1, place, now);
-          if (has_later) add(at1, place_later, later);
+        float now[2] = {}, later[2] = {}, v[4][KW];
+        if (first_row && second_row && has_now && has_later) {  // reads side by side
+          read(at0, place, v[0]);
+          read(at1, place, v[1]);
+          read(at0, place_later, v[2]);
+          read(at1, place_later, v[3]);
+          add(now, v[0]);
+          add(now, v[1]);
+          add(later, v[2]);
+          add(later, v[3]);
+        } else {
+          if (first_row && has_now) {
+            read(at0, place, v[0]);
+            add(now, v[0]);
+          }
+          if (second_row && has_now) {
+            read(at1, place, v[1]);
+            add(now, v[1]);
+          }
+          if (first_row && has_later) {
+            read(at0, place_later, v[2]);
+            add(later, v[2]);
+          }
+          if (second_row && has_later) {
+            read(at1, place_later, v[3]);
+            add(later, v[3]);
+          }
         }
         if (has_later) {
           if (c.d > c.d_begin) {
@@ -467,7 +498,8 @@ __device__ inline void ThinGatherWindow(const ThinForwardArgs& a, const ThinGath
   }
 }
 
-template <class T, int MT, int KS, bool kLast, bool kWindow>
+// KW: taps of the innermost axis where ThinGatherWindow takes the problem, or 0.
+template <class T, int MT, int KS, bool kLast, int KW>
 __global__ void __launch_bounds__(kThinThreads, 1)
     ThinForward(const __grid_constant__ ThinForwardArgs a) {
   constexpr int kNT = MT == 4 ? 2 : 4;
@@ -492,13 +524,16 @@ __global__ void __launch_bounds__(kThinThreads, 1)
     if (base >= a.p_rows) base -= a.p_rows;
   };
   for (int i = tid; i < a.spots; i += kThinThreads) {
-    const int phases = kWindow ? 1 : a.stride[0];
+    const int phases = KW > 0 ? 1 : a.stride[0];
     int rest = i / phases;
     const int rd = i - rest * phases, rows = rest / a.stride[1];
     const int rh = rest - rows * a.stride[1], chunk = rows / a.x.rows;
     spots[i] = rd | rh << 8 | (rows - chunk * a.x.rows) << 16 | chunk << 24;
   }
   if (tid < a.co) biases[tid] = ThinBias<T>(a, tid);
+  const ThinRows rows = ThinListRows<T, kLast>(a.x, reinterpret_cast<int2*>(smem + a.smem_rows),
+                                               tid, 32 * kThinMultipliers);
+  __syncthreads();
 
   if (warp >= kThinMultipliers) {
     ThinGather g{SharedAddress(smem + a.smem_p),
@@ -509,17 +544,17 @@ __global__ void __launch_bounds__(kThinThreads, 1)
                  biases,
                  warp - kThinMultipliers,
                  lane};
-    int window[4] = {};  // of tap kw: from P's column of tap 0, and the place of its source
+    int window[KW > 0 ? KW : 1];
     bool swapped = false;
-    if (kWindow) {
+    if constexpr (KW > 0) {
       const ThinTaps& tw = a.taps[2];
-      for (int e = 0; e < a.k[2]; ++e) {
 #pragma unroll
-        for (int t = 0; t < 4; ++t) {
-          if (tw.tap[e].tap == t) window[t] = 4 * (t * a.p_column + tw.tap[e].back);
-        }
-        if (tw.tap[e].tap == 0) swapped = e >= tw.first[1];
+      for (int t = 0; t < KW; ++t) {
+        // Taps are listed by phase: the even ones together, and the odd ones.
+        const int e = (t % 2 == a.first_parity ? 0 : tw.first[1]) + t / 2;
+        window[t] = 4 * (t * a.p_column + tw.tap[e].back);
       }
+      swapped = a.first_parity == 1;
     }
     ThinCursor c;
     c.item = blockIdx.x;
@@ -528,8 +563,8 @@ __global__ void __launch_bounds__(kThinThreads, 1)
     next();  // the first step has nothing before it
     while (more) {
       const int before = base - a.x.rows + (base < a.x.rows ? a.p_rows : 0);
-      if constexpr (kWindow) {
-        ThinGatherWindow<T, kLast>(a, g, c, before, window, swapped);
+      if constexpr (KW > 0) {
+        ThinGatherWindow<T, kLast, KW>(a, g, c, before, window, swapped);
       } else {
         ThinGatherAny<T, kLast>(a, g, c, before);
       }
@@ -544,7 +579,7 @@ __global__ void __launch_bounds__(kThinThreads, 1)
   int asked = 0;  // steps
   const auto copy = [&](int to) {
     if (more_ahead) {
-      ThinCopyX<T, kLast>(a.x, ahead.n, 0, ahead.d, ahead.h, ahead.h_end, ahead.run + a.first,
+      ThinCopyX<T, kLast>(a.x, rows, ahead.n, 0, ahead.d, ahead.h, ahead.h_end, ahead.run + a.first,
                           sources + to * a.x.stage, tid, 32 * kThinMultipliers);
       more_ahead = ThinNext(a, ahead);
       ++asked;
@@ -716,8 +751,9 @@ __global__ void __launch_bounds__(kThinThreads, 1)
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
           const int m = lane / 4, x = kLast ? 8 * half + m : m / 2 * 4 + 2 * half + m % 2;
-          pixel[t][half] = from + (row * a.y.stride[1] * a.y.row_step + (across + x) * a.y.pixel_step) *
-                                      static_cast<int>(sizeof(T));
+          pixel[t][half] =
+              from + (row * a.y.stride[1] * a.y.row_step + (across + x) * a.y.pixel_step) *
+                         static_cast<int>(sizeof(T));
         }
       }
 #pragma unroll
@@ -819,7 +855,8 @@ __global__ void __launch_bounds__(kThinThreads, 1)
   const int copier = tid - 32 * kThinMultipliers;
   const int stages = a.at.ahead + 1;
   ThinOrigin* origins = reinterpret_cast<ThinOrigin*>(smem);
-  const uint32_t staged_y = SharedAddress(smem + kThinOrigins), staged_x = SharedAddress(smem + a.smem_x);
+  const uint32_t staged_y = SharedAddress(smem + kThinOrigins),
+                 staged_x = SharedAddress(smem + a.smem_x);
   float* sums = reinterpret_cast<float*>(smem + a.smem_sums);
   const int sets = a.channel_sets * a.column_sets, groups = kThinMultipliers / sets;
   const int set = warp % sets, group = warp / sets;
@@ -832,13 +869,16 @@ __global__ void __launch_bounds__(kThinThreads, 1)
     *reinterpret_cast<uint4*>(smem + i) = make_uint4(0, 0, 0, 0);
   }
   __syncthreads();
+  const ThinRows rows = ThinListRows<T, kLast>(a.x, reinterpret_cast<int2*>(smem + a.smem_rows),
+                                               copier, 32 * kThinCopiers);
+  __syncthreads();
 
   const auto copy = [&](int stage) {
     if (tile_ahead < a.at.tiles) {
       const ThinOrigin at = ThinOriginOf(a.at, tile_ahead);
       if (copier == 0) origins[stage] = at;
       ThinCopyY<T, kLast>(a.y, at, staged_y + stage * a.y.stage, copier, 32 * kThinCopiers);
-      ThinCopyX<T, kLast>(a.x, at.n, channel0, at.d, at.h, at.h + a.x.rows, at.w,
+      ThinCopyX<T, kLast>(a.x, rows, at.n, channel0, at.d, at.h, at.h + a.x.rows, at.w,
                           staged_x + stage * a.x.stage, copier, 32 * kThinCopiers);
     }
     tile_ahead += gridDim.x;
@@ -886,17 +926,16 @@ __global__ void __launch_bounds__(kThinThreads, 1)
   }
   const auto multiply = [&](int stage) {
     const ThinOrigin at = origins[stage];
-    const uint32_t from_y = staged_y + stage * a.y.stage +
-                            (ThinStartOf<kLast>(a.y, at.w).ahead +
-                             lane % 4 * (4 / kSize) * a.y.pixel_step) * kSize;
-    const uint32_t from_x =
-        staged_x + stage * a.x.stage + x_place + channel_set * MT * x_tile;
+    const uint32_t from_y =
+        staged_y + stage * a.y.stage +
+        (ThinStartOf<kLast>(a.y, at.w).ahead + lane % 4 * (4 / kSize) * a.y.pixel_step) * kSize;
+    const uint32_t from_x = staged_x + stage * a.x.stage + x_place + channel_set * MT * x_tile;
     const int steps = a.at.rows * a.steps_of_row;
     const int half = kPixels / 2 * a.y.pixel_step * kSize, next = a.y.pixel_step * kSize;
     for (int step = group; step < steps; step += groups) {
       const int row = Divide(step, a.by_steps), across = (step - row * a.steps_of_row) * kPixels;
-      const uint32_t y = from_y + (row * a.y.stride[1] * a.y.row_step +
-                                   across * a.y.pixel_step) * kSize;
+      const uint32_t y =
+          from_y + (row * a.y.stride[1] * a.y.row_step + across * a.y.pixel_step) * kSize;
       uint32_t v[kNT][2];
 #pragma unroll
       for (int nt = 0; nt < kNT; ++nt) {
@@ -951,10 +990,9 @@ __global__ void __launch_bounds__(kThinThreads, 1)
   float* out = a.out + blockIdx.x * a.out_step;
   for (int i = tid; i < sets * kSums * 32; i += kThinThreads) {
     const int of = i / (kSums * 32), sum = i / 32 % kSums, from = i % 32;
-    const int channel = (of / a.column_sets * MT + sum / (4 * kNT)) * 16 + from / 4 +
-                        sum / 2 % 2 * 8;
-    const int column =
-        (of % a.column_sets * kNT + sum / 4 % kNT) * 8 + from % 4 * 2 + sum % 2;
+    const int channel =
+        (of / a.column_sets * MT + sum / (4 * kNT)) * 16 + from / 4 + sum / 2 % 2 * 8;
+    const int column = (of % a.column_sets * kNT + sum / 4 % kNT) * 8 + from % 4 * 2 + sum % 2;
     if (channel >= a.x.channels || channel0 + channel >= a.x.ci || column >= a.columns) continue;
     float total = 0;
     for (int g = 0; g < groups; ++g) total += sums[(g * sets * kSums) * 32 + i];
@@ -974,12 +1012,15 @@ cudaError_t EnqueueThinKernel(void (*kernel)(Args), const ThinPlan& plan, const 
   return cudaGetLastError();
 }
 
+template <class T, int MT, int KS, bool kLast>
+void (*ThinForwardOf(int window))(ThinForwardArgs) {
+  return window == 4   ? ThinForward<T, MT, KS, kLast, 4>
+         : window == 3 ? ThinForward<T, MT, KS, kLast, 3>
+                       : ThinForward<T, MT, KS, kLast, 0>;
+}
 template <class T, int MT, int KS>
-void (*ThinForwardOf(bool last, bool window))(ThinForwardArgs) {
-  if (last) {
-    return window ? ThinForward<T, MT, KS, true, true> : ThinForward<T, MT, KS, true, false>;
-  }
-  return window ? ThinForward<T, MT, KS, false, true> : ThinForward<T, MT, KS, false, false>;
+void (*ThinForwardOf(bool last, int window))(ThinForwardArgs) {
+  return last ? ThinForwardOf<T, MT, KS, true>(window) : ThinForwardOf<T, MT, KS, false>(window);
 }
 
 template <class T>
@@ -1004,10 +1045,10 @@ cudaError_t EnqueueThin(const ThinPlan& plan, const ThinInputGradArgs& args, boo
 template <class T>
 cudaError_t EnqueueThin(const ThinPlan& plan, const ThinWeightGradArgs& args, bool last,
                         cudaStream_t stream) {
-  return EnqueueThinKernel(
-      plan.mt == 1 ? (last ? ThinWeightGrad<T, 1, true> : ThinWeightGrad<T, 1, false>)
-                   : (last ? ThinWeightGrad<T, 4, true> : ThinWeightGrad<T, 4, false>),
-      plan, args, stream);
+  return EnqueueThinKernel(plan.mt == 1
+                               ? (last ? ThinWeightGrad<T, 1, true> : ThinWeightGrad<T, 1, false>)
+                               : (last ? ThinWeightGrad<T, 4, true> : ThinWeightGrad<T, 4, false>),
+                           plan, args, stream);
 }
 
 }  // namespace jaxconv::cuda

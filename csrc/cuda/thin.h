@@ -74,8 +74,10 @@ struct ThinForwardArgs {
   int64_t y_n;
   int y_c, y_d, y_h;  // elements between neighbours
   ThinTaps taps[kAxes];
-  bool window;  // no dilation, at most two taps a phase, and an innermost stride of 2
-  bool pairs;   // whether the innermost phases can be written together
+  // Taps of the innermost axis where its stride is 2, nothing is dilated and no phase has more than
+  // two taps; else 0. Then the taps of its phase 0 are the even ones, or the odd ones.
+  int window, first_parity;
+  bool pairs;  // whether the innermost phases can be written together
   // An item: outputs q of `box` on the outer axes, and runs j of the innermost one.
   int items, cuts[kAxes], box[kAxes];
   int q_begin[2], q_end[2], reach[2];  // reach: the largest `back`
@@ -86,7 +88,7 @@ struct ThinForwardArgs {
   int run_chunks, spots;               // of 32 runs; rows of outputs a step
   // Shared memory: P is a ring of rows for each column (in floats), the rest are bytes.
   int p_column, p_row, p_margin, p_rows;
-  int smem_p, smem_sums, smem_stage, smem_spots, smem_bias, smem_x, smem;
+  int smem_p, smem_sums, smem_stage, smem_spots, smem_bias, smem_rows, smem_x, smem;
 };
 
 // The two gradients walk over tiles: `rows` rows of `width` pixels of a plane.
@@ -125,7 +127,7 @@ struct ThinWeightGradArgs {
   int steps_of_row;               // of the tensor cores: 32 bytes of pixels
   SmallDivisor by_steps;
   int flush;  // a warp adds its sums to those in shared memory after as many tiles
-  int smem_x, smem_sums, smem;
+  int smem_x, smem_rows, smem_sums, smem;
 };
 
 struct ThinPlan {

@@ -2,8 +2,11 @@
 
 namespace jaxconv::cuda {
 
-template cudaError_t EnqueueThin<__nv_bfloat16>(const ThinPlan&, const ThinForwardArgs&, bool, cudaStream_t);
-template cudaError_t EnqueueThin<__nv_bfloat16>(const ThinPlan&, const ThinInputGradArgs&, bool, cudaStream_t);
-template cudaError_t EnqueueThin<__nv_bfloat16>(const ThinPlan&, const ThinWeightGradArgs&, bool, cudaStream_t);
+template cudaError_t EnqueueThin<__nv_bfloat16>(const ThinPlan&, const ThinForwardArgs&, bool,
+                                                cudaStream_t);
+template cudaError_t EnqueueThin<__nv_bfloat16>(const ThinPlan&, const ThinInputGradArgs&, bool,
+                                                cudaStream_t);
+template cudaError_t EnqueueThin<__nv_bfloat16>(const ThinPlan&, const ThinWeightGradArgs&, bool,
+                                                cudaStream_t);
 
 }  // namespace jaxconv::cuda
