@@ -219,11 +219,12 @@ bool FillForward(const Problem& p, const Device& device, const Shape& shape, con
   a.ahead = cut.ahead;
   const int64_t runs = CeilDiv(p.osize[2], p.stride[2]);
   const int64_t box[kAxes] = {cut.box_d, cut.box_h, cut.box_w};
-  const int64_t all[kAxes] = {a.q_end[0] - a.q_begin[0], a.q_end[1] - a.q_begin[1], runs};
+  const int64_t all[kAxes] = {a.q_end[0] - a.q_begin[0] - a.lead[0],
+                              a.q_end[1] - a.q_begin[1] - a.lead[1], runs};
   int64_t items = p.n;
   for (int i = 0; i < kAxes; ++i) {
     a.box[i] = static_cast<int>(box[i]);
-    a.cuts[i] = static_cast<int>(CeilDiv(all[i], box[i]));
+    a.cuts[i] = static_cast<int>(std::max<int64_t>(1, CeilDiv(all[i], box[i])));
     items *= a.cuts[i];
   }
   if (items > kIntMax / 2) return false;
@@ -254,8 +255,9 @@ bool FillForward(const Problem& p, const Device& device, const Shape& shape, con
   };
   const int64_t columns = int64_t{a.sets} * 16 * shape.mt;
   place(a.smem_p, columns * a.p_column * 4);
-  place(a.smem_sums, a.reach[0] * p.co * cut.box_h * Product(p.stride) * 32 * a.run_chunks * 4);
-  place(a.smem_stage, kThinCopiers * 32 * p.stride[2] * (last ? p.co : 1) * 4);
+  place(a.smem_sums,
+        a.reach[0] * p.co * (cut.box_h + a.lead[1]) * Product(p.stride) * 32 * a.run_chunks * 4);
+  place(a.smem_stage, kThinGatherers * 32 * p.stride[2] * (last ? p.co : 1) * 4);
   place(a.smem_spots, int64_t{a.spots} * 4);
   place(a.smem_bias, p.co * 4);
   place(a.smem_rows, cut.rows * (last ? cut.width : p.ci) * 8);
@@ -280,13 +282,16 @@ bool FillForward(const Problem& p, const Device& device, const Shape& shape, con
   // Of a gathering warp: a spot, its outputs, their taps.
   const double spot_outputs =
       (a.window ? 1 : p.stride[2] * 2) * p.co * (a.window ? p.stride[0] : 1);
-  const double gathered = std::ceil(Real(a.spots) / kThinCopiers) *
+  const double gathered = std::ceil(Real(a.spots) / kThinGatherers) *
                           (60 + 30 * spot_outputs +
                            (a.window ? 3.0 : 8.0) * a.columns * cut.rows * a.run_chunks / a.spots);
   const double step =
       std::max({tensor, 4 * issue, shared, 5 * gathered, read / kL2BytesACycle}) + 300;
+  // The first item walks over what it completes, the others over what their first outputs need,
+  // too.
   const auto walked = [&](int i) {
-    return Real(std::min(all[i], box[i]) + (a.cuts[i] > 1 ? a.reach[i] : 0));
+    const int64_t first = std::min<int64_t>(box[i], all[i]) + a.lead[i];
+    return Real(a.cuts[i] > 1 ? std::max(first, box[i] + a.reach[i]) : first);
   };
   const double steps =
       std::ceil(Real(items) / plan.grid_x) * walked(0) * std::ceil(walked(1) / cut.rows);
@@ -318,6 +323,8 @@ ThinPlan PlanForward(const Problem& p, const Device& device, const ThinTile& for
     a.q_begin[i] = static_cast<int>(FloorDiv(p.pad[i], p.stride[i]));
     a.q_end[i] = static_cast<int>(FloorDiv(p.osize[i] - 1 + p.pad[i], p.stride[i]) + 1);
     a.reach[i] = static_cast<int>((p.k[i] - 1) * p.dilation[i] / p.stride[i]);
+    a.lead[i] = std::max(
+        0, std::min({a.reach[i], a.reach[i] - a.q_begin[i], a.q_end[i] - a.q_begin[i] - 1}));
   }
   a.window = p.stride[2] == 2 && (p.k[2] == 3 || p.k[2] == 4) ? static_cast<int>(p.k[2]) : 0;
   for (int i = 0; i < kAxes; ++i) {
@@ -351,8 +358,8 @@ ThinPlan PlanForward(const Problem& p, const Device& device, const ThinTile& for
     }
     return sizes;
   };
-  const std::vector<int64_t> boxes_d = boxes(a.q_end[0] - a.q_begin[0]);
-  const std::vector<int64_t> boxes_h = boxes(a.q_end[1] - a.q_begin[1]);
+  const std::vector<int64_t> boxes_d = boxes(a.q_end[0] - a.q_begin[0] - a.lead[0]);
+  const std::vector<int64_t> boxes_h = boxes(a.q_end[1] - a.q_begin[1] - a.lead[1]);
   for (ForwardCut cut : widths) {
     if (!Allowed(forced.box_w, cut.box_w)) continue;
     for (const int rows : {1, 2, 3, 4, 5, 6, 8, 11, 16}) {

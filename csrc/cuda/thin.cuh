@@ -5,11 +5,25 @@
 #ifndef JAXCONV_CUDA_THIN_CUH_
 #define JAXCONV_CUDA_THIN_CUH_
 
+#include <type_traits>
+
 #include "cuda/dtypes.cuh"
 #include "cuda/mma_sync.cuh"
 #include "cuda/thin.h"
 
 namespace jaxconv::cuda {
+
+// Moves registers from the forward's gathering warps to those that multiply.
+template <bool kMore>
+__device__ inline void ThinMoveRegisters() {
+#ifdef __CUDA_ARCH_FEAT_SM90_ALL
+  if constexpr (kMore) {
+    asm volatile("setmaxnreg.inc.sync.aligned.u32 168;");
+  } else {
+    asm volatile("setmaxnreg.dec.sync.aligned.u32 88;");
+  }
+#endif
+}
 
 // Copies `bytes` (2, 4, 8 or 16) to shared memory, or writes zeros.
 template <class T>
@@ -64,7 +78,7 @@ struct ThinRows {
 template <class T, bool kLast>
 __device__ inline ThinRows ThinListRows(const ThinX& s, int2* table, int thread, int threads) {
   const int count = s.rows * (kLast ? s.width : s.channels), units = s.by_units.divisor;
-  for (int row = threadIdx.x; row < count; row += kThinThreads) {
+  for (int row = threadIdx.x; row < count; row += blockDim.x) {
     const int outer = Divide(row, s.by_rows), inner = row - outer * s.by_rows.divisor;
     table[row] = kLast ? make_int2(outer * s.h_step + inner * s.ci, row * s.pitch)
                        : make_int2(outer * s.c_step + inner * s.h_step,
@@ -88,11 +102,20 @@ __device__ inline void ThinCopyX(const ThinX& s, const ThinRows& rows, int n, in
       w + s.width <= s.size[2] && channels == s.channels) {
     x += begin + rows.unit * elements;
     to += rows.unit * 16;
-#pragma unroll 4
-    for (int row = rows.first; row < rows.count; row += rows.step) {
-      const int2 place = rows.table[row];
-      asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(to + place.y), "l"(x + place.x)
-                   : "memory");
+    for (int row = rows.first; row < rows.count; row += 4 * rows.step) {
+      int2 place[4];
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        if (row + i * rows.step < rows.count) place[i] = rows.table[row + i * rows.step];
+      }
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        if (row + i * rows.step < rows.count) {
+          asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(to + place[i].y),
+                       "l"(x + place[i].x)
+                       : "memory");
+        }
+      }
     }
     return;
   }
@@ -218,15 +241,16 @@ __device__ inline bool ThinEnter(const ThinForwardArgs& a, ThinCursor& c) {
   if (c.item >= a.items) return false;
   int rest = c.item / a.cuts[2];
   c.run = (c.item - rest * a.cuts[2]) * a.box[2];
-  int up = rest / a.cuts[1];
-  c.q_h = a.q_begin[1] + (rest - up * a.cuts[1]) * a.box[1];
+  const int up = rest / a.cuts[1], h = rest - up * a.cuts[1];
   c.n = up / a.cuts[0];
-  c.q_d = a.q_begin[0] + (up - c.n * a.cuts[0]) * a.box[0];
-  // Sources before 0 are not there, but every output's row has its turn.
+  const int d = up - c.n * a.cuts[0];
+  // The first item has no source before its first output, and `lead` outputs more instead.
+  c.q_d = a.q_begin[0] + d * a.box[0] + (d > 0 ? a.lead[0] : 0);
+  c.q_h = a.q_begin[1] + h * a.box[1] + (h > 0 ? a.lead[1] : 0);
   c.d = c.d_begin = max(c.q_d - a.reach[0], min(c.q_d, 0));
   c.h = c.h_begin = max(c.q_h - a.reach[1], min(c.q_h, 0));
-  c.d_end = min(c.q_d + a.box[0], a.q_end[0]);
-  c.h_end = min(c.q_h + a.box[1], a.q_end[1]);
+  c.d_end = min(a.q_begin[0] + (d + 1) * a.box[0] + a.lead[0], a.q_end[0]);
+  c.h_end = min(a.q_begin[1] + (h + 1) * a.box[1] + a.lead[1], a.q_end[1]);
   return true;
 }
 
@@ -275,7 +299,7 @@ __device__ inline int ThinLanePlace(int lane, int pitch) {
 }
 
 __device__ inline void ThinMeet() {
-  asm volatile("bar.sync 0, %0;" ::"n"(kThinThreads) : "memory");
+  asm volatile("bar.sync 0, %0;" ::"n"(kThinForwardThreads) : "memory");
 }
 
 template <class T>
@@ -316,7 +340,7 @@ __device__ inline void ThinGatherAny(const ThinForwardArgs& a, const ThinGather&
                                      const ThinCursor& c, int base) {
   const ThinTaps &td = a.taps[0], &th = a.taps[1], &tw = a.taps[2];
   const int staged_step = kLast ? a.co : 1;
-  for (int i = g.warp; i < a.spots; i += kThinCopiers) {
+  for (int i = g.warp; i < a.spots; i += kThinGatherers) {
     const uint32_t spot = g.spots[i];
     const int rd = spot & 255, rh = spot >> 8 & 255, row = spot >> 16 & 255, chunk = spot >> 24;
     const int q = c.h + row, oh = q * a.stride[1] + rh - a.pad[1];
@@ -345,7 +369,8 @@ __device__ inline void ThinGatherAny(const ThinForwardArgs& a, const ThinGather&
     // The sums so far of outputs of plane `plane`.
     const auto so_far = [&](int co, int plane, int rw) {
       const int slot = a.reach[0] == 1 ? 0 : (plane - a.q_begin[0]) % a.reach[0];
-      const int outer = ((slot * a.stride[0] + rd) * a.co + co) * a.box[1] + q - c.q_h;
+      const int outer =
+          ((slot * a.stride[0] + rd) * a.co + co) * (a.box[1] + a.lead[1]) + q - c.q_h;
       return g.sums + 4 * (((outer * a.stride[1] + rh) * a.stride[2] + rw) * 32 * a.run_chunks + j);
     };
     for (int co = 0; co < a.co; ++co) {
@@ -393,7 +418,7 @@ __device__ inline void ThinGatherWindow(const ThinForwardArgs& a, const ThinGath
   const int staged_step = kLast ? a.co : 1;
   const int row_columns = 4 * a.k[2] * a.p_column, plane_columns = a.k[1] * row_columns;
   const int sums_step = 4 * 32 * a.run_chunks;
-  for (int i = g.warp; i < a.spots; i += kThinCopiers) {
+  for (int i = g.warp; i < a.spots; i += kThinGatherers) {
     const uint32_t spot = g.spots[i];
     const int rh = spot >> 8 & 255, row = spot >> 16 & 255, chunk = spot >> 24;
     const int q = c.h + row, oh = q * a.stride[1] + rh - a.pad[1];
@@ -468,7 +493,7 @@ __device__ inline void ThinGatherWindow(const ThinForwardArgs& a, const ThinGath
           ThinWrite(sums, later[0]);
           ThinWrite(sums + sums_step, later[1]);
         }
-        sums += a.box[1] * a.stride[1] * 2 * sums_step;
+        sums += (a.box[1] + a.lead[1]) * a.stride[1] * 2 * sums_step;
         if (!completes) continue;
         const float bias = g.bias[co];
         const float low = (swapped ? now[1] : now[0]) + bias;
@@ -500,7 +525,7 @@ __device__ inline void ThinGatherWindow(const ThinForwardArgs& a, const ThinGath
 
 // KW: taps of the innermost axis where ThinGatherWindow takes the problem, or 0.
 template <class T, int MT, int KS, bool kLast, int KW>
-__global__ void __launch_bounds__(kThinThreads, 1)
+__global__ void __launch_bounds__(kThinForwardThreads, 1)
     ThinForward(const __grid_constant__ ThinForwardArgs a) {
   constexpr int kNT = MT == 4 ? 2 : 4;
   extern __shared__ __align__(128) char smem[];
@@ -511,7 +536,7 @@ __global__ void __launch_bounds__(kThinThreads, 1)
   const uint32_t sources = SharedAddress(smem + a.smem_x);
 
   // Channels that are not there and P's margins stay zero.
-  for (int i = 16 * tid; i < a.smem; i += 16 * kThinThreads) {
+  for (int i = 16 * tid; i < a.smem; i += 16 * kThinForwardThreads) {
     *reinterpret_cast<uint4*>(smem + i) = make_uint4(0, 0, 0, 0);
   }
   __syncthreads();
@@ -523,7 +548,7 @@ __global__ void __launch_bounds__(kThinThreads, 1)
     base += a.x.rows;
     if (base >= a.p_rows) base -= a.p_rows;
   };
-  for (int i = tid; i < a.spots; i += kThinThreads) {
+  for (int i = tid; i < a.spots; i += kThinForwardThreads) {
     const int phases = KW > 0 ? 1 : a.stride[0];
     int rest = i / phases;
     const int rd = i - rest * phases, rows = rest / a.stride[1];
@@ -536,6 +561,7 @@ __global__ void __launch_bounds__(kThinThreads, 1)
   __syncthreads();
 
   if (warp >= kThinMultipliers) {
+    ThinMoveRegisters<false>();
     ThinGather g{SharedAddress(smem + a.smem_p),
                  SharedAddress(smem + a.smem_sums),
                  reinterpret_cast<float*>(smem + a.smem_stage) +
@@ -573,6 +599,7 @@ __global__ void __launch_bounds__(kThinThreads, 1)
     }
     return;
   }
+  ThinMoveRegisters<true>();
   ThinCursor ahead;
   ahead.item = blockIdx.x;
   bool more_ahead = ThinEnter(a, ahead);
@@ -1005,10 +1032,12 @@ __global__ void __launch_bounds__(kThinThreads, 1)
 template <class Args>
 cudaError_t EnqueueThinKernel(void (*kernel)(Args), const ThinPlan& plan, const Args& args,
                               cudaStream_t stream) {
+  constexpr int threads =
+      std::is_same_v<Args, ThinForwardArgs> ? kThinForwardThreads : kThinThreads;
   const cudaError_t status =
       cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, args.smem);
   if (status != cudaSuccess) return status;
-  kernel<<<dim3(plan.grid_x, plan.grid_y), kThinThreads, args.smem, stream>>>(args);
+  kernel<<<dim3(plan.grid_x, plan.grid_y), threads, args.smem, stream>>>(args);
   return cudaGetLastError();
 }
 

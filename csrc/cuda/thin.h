@@ -14,7 +14,10 @@ namespace jaxconv::cuda {
 
 void AddThin(std::vector<Row>& rows);
 
-inline constexpr int kThinMultipliers = 8, kThinCopiers = 4;  // warps
+// Warps: of the forward eight multiply and eight gather, of the gradients eight multiply and four
+// copy.
+inline constexpr int kThinMultipliers = 8, kThinGatherers = 8, kThinCopiers = 4;
+inline constexpr int kThinForwardThreads = 32 * (kThinMultipliers + kThinGatherers);
 inline constexpr int kThinThreads = 32 * (kThinMultipliers + kThinCopiers);
 inline constexpr int kThinMaxStride = 8, kThinMaxTaps = 64;  // of an axis
 inline constexpr int kThinMostAhead = 3;
@@ -81,6 +84,7 @@ struct ThinForwardArgs {
   // An item: outputs q of `box` on the outer axes, and runs j of the innermost one.
   int items, cuts[kAxes], box[kAxes];
   int q_begin[2], q_end[2], reach[2];  // reach: the largest `back`
+  int lead[2];                         // what the first item along an axis has beyond `box`
   int first;                           // the sources of an item begin at its first j + first
   int ahead;                           // steps that are under way
   int sets;                            // of 16 * mt columns
