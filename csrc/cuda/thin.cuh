@@ -299,7 +299,7 @@ __device__ inline int ThinLanePlace(int lane, int pitch) {
 }
 
 __device__ inline void ThinMeet() {
-  asm volatile("bar.sync 0, %0;" ::"n"(kThinForwardThreads) : "memory");
+  asm volatile("bar.sync 1, %0;" ::"n"(kThinForwardThreads) : "memory");
 }
 
 template <class T>
