@@ -508,7 +508,9 @@ bool FillWeightGrad(const Problem& p, const Device& device, int64_t rows, int64_
                         128;
   const double copied =
       CopiedY(a.y, p) + read / a.x.unit / (32 * kThinCopiers) * (a.x.unit == 16 ? 7 : 40);
-  const double step = std::max({tensor, issue, shared, 2.5 * copied, read / kL2BytesACycle}) + 500;
+  // With one step ahead nothing hides how long the first bytes take.
+  const double arrival = read / kL2BytesACycle + (ahead == 1 ? 1500 : 0);
+  const double step = std::max({tensor, issue, shared, 2.5 * copied, arrival}) + 500;
   const double steps = std::ceil(Real(a.at.tiles) / plan.grid_x);
   plan.seconds = 9e-6 + std::max(steps * step + 5000, Traffic(p, device)) / kClock;
   return true;
