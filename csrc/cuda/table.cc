@@ -5,6 +5,7 @@
 #include "cuda/depthwise.h"
 #include "cuda/direct.h"
 #include "cuda/rows.h"
+#include "cuda/thin.h"
 #include "cuda/weight_grad.h"
 
 namespace jaxconv::cuda {
@@ -18,6 +19,7 @@ const std::vector<Row>& Table() {
     AddDense(rows);
     AddCorrelate(rows);
     AddRows(rows);
+    AddThin(rows);
     return rows;
   }();
   return table;
