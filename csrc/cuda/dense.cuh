@@ -103,8 +103,9 @@ __global__ void __launch_bounds__(kPackThreads) PackDense(const __grid_constant_
     const int t = i % taps, pair = i / taps;
     const int j = by_channel ? pair / kC : pair % 8, c = by_channel ? pair % kC : pair / 8;
     T v{};
-    if (j0 + j < p.jg && c0 + c < p.cg)
+    if (j0 + j < p.jg && c0 + c < p.cg) {
       v = __ldg(w + (c0 + c) * p.w_c_step + (j0 + j) * p.w_j_step + t);
+    }
     tile[c * 8 + j][t] = v;
   }
   __syncthreads();
@@ -114,10 +115,10 @@ __global__ void __launch_bounds__(kPackThreads) PackDense(const __grid_constant_
     if (segment == DensePack::kUnused) continue;
     const int of_segment = p.segment_taps[segment];
     // Blocks beyond the channels put zeros into columns beyond the last one.
-    const int channel_tiles = p.jg / 8, tile = blockIdx.x;
-    if (tile >= channel_tiles && p.tap_phase[tap] != 0) continue;
-    const int tile_j = tile < channel_tiles ? p.tap_phase[tap] * channel_tiles + tile
-                                            : p.used_tiles + tile - channel_tiles;
+    const int channel_tiles = p.jg / 8, mine = blockIdx.x;
+    if (mine >= channel_tiles && p.tap_phase[tap] != 0) continue;
+    const int tile_j = mine < channel_tiles ? p.tap_phase[tap] * channel_tiles + mine
+                                            : p.used_tiles + mine - channel_tiles;
     const int column_tile = tile_j / p.tiles, column = tile_j % p.tiles;
     uint32_t word;
     if constexpr (sizeof(T) == 4) {
