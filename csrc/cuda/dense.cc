@@ -29,9 +29,6 @@ std::string Refuse(const Problem& p, const Device& device) {
   // Not of later devices either: their tensor cores have other instructions.
   if (!HasWgmma(device.compute_capability)) return "needs compute capability 9.0";
   if (p.in_dtype == DType::kF64) return "float64 has no tensor cores here";
-  if (p.in_dtype == DType::kF32 && p.precision == Precision::kHighest) {
-    return "rounds float32 products to TF32";
-  }
   const bool forward = p.pass == Pass::kForward;
   const int64_t cg = forward ? p.cig() : p.cog(), jg = forward ? p.cog() : p.cig();
   const int64_t bytes = cg * SizeOf(p.in_dtype), all_bytes = bytes * p.groups;
@@ -63,6 +60,11 @@ std::string Refuse(const Problem& p, const Device& device) {
   return "";
 }
 
+// Products of a step: float32 operands at the highest precision are split in two.
+int Terms(const Problem& p) {
+  return p.in_dtype == DType::kF32 && p.precision == Precision::kHighest ? 3 : 1;
+}
+
 // Taps of one axis that serve one phase from sources of one residue by the input's stride.
 struct AxisGroup {
   int phase;
@@ -73,7 +75,7 @@ struct AxisGroup {
 // The part of a plan that does not depend on the tile.
 struct Shape {
   bool forward, fused;
-  int element, cg, jg, row_bytes, chunks, chunk_channels, full_steps, last_steps;
+  int element, cg, jg, row_bytes, chunks, chunk_channels, terms, full_steps, last_steps;
   int phases, columns;
   Sizes in_size, out_size, q_size;
   std::array<int, kAxes> si, so, reach;  // reach: places of the farthest tap
@@ -116,8 +118,9 @@ Shape ShapeOf(const Problem& p, int row_bytes) {
   s.row_bytes = row_bytes;
   s.chunks = static_cast<int>(CeilDiv(bytes, row_bytes));
   s.chunk_channels = row_bytes / s.element;
-  s.full_steps = row_bytes / 32;
-  s.last_steps = static_cast<int>(CeilDiv(bytes - (s.chunks - 1) * row_bytes, 32));
+  s.terms = Terms(p);
+  s.full_steps = s.terms * row_bytes / 32;
+  s.last_steps = s.terms * static_cast<int>(CeilDiv(bytes - (s.chunks - 1) * row_bytes, 32));
   s.in_size = s.forward ? p.isize : p.osize;
   s.out_size = s.forward ? p.osize : p.isize;
   s.phases = 1;
@@ -299,7 +302,9 @@ bool Fill(const Problem& p, const Device& device, const Shape& s, const Candidat
   a.pixels = static_cast<int>(pixels);
   a.row_bytes = s.row_bytes;
   a.swizzle = s.row_bytes - 16;
-  a.stage_bytes = static_cast<int>(RoundUp(pixels * s.row_bytes, 1024));
+  a.terms = s.terms;
+  a.part_bytes = static_cast<int>(RoundUp(pixels * s.row_bytes, 1024));
+  a.stage_bytes = a.part_bytes * (s.terms > 1 ? 2 : 1);
   a.buffers = c.buffers;
   a.column_tiles = static_cast<int>(CeilDiv(s.columns, c.shape.columns));
   a.columns = s.columns;
@@ -378,7 +383,7 @@ bool Fill(const Problem& p, const Device& device, const Shape& s, const Candidat
     return std::min(32.0, 32 / std::min(32.0, run) * stride + 1);
   };
   const double loads = stage_bytes / s.element / 32 * (4 + 4 * lines(a.axis[2].length, s.si[2]));
-  const double rounding = s.element == 4 ? stage_bytes / 16 / 192 * 12 : 0;
+  const double rounding = s.element == 4 ? stage_bytes / 16 / 192 * (12 + 5 * (s.terms - 1)) : 0;
   const double late = 2000 + (a.rows ? loads : stage_bytes / 20 + rounding);
   const double each = stages > 0 ? multiply / stages : 0;  // of a stage
   const double staged =
@@ -448,13 +453,13 @@ void Complete(const Problem& p, const Shape& s, DensePlan& plan) {
   k.jg = s.jg;
   k.column_tiles = a.column_tiles;
   k.tiles = plan.columns / 8;
+  k.used_tiles = s.columns / 8;
   k.chunks = s.chunks;
   k.chunk_channels = s.chunk_channels;
   k.full_steps = s.full_steps;
   k.last_steps = s.last_steps;
   k.total_steps = a.total_steps;
-  k.phases = s.phases;
-  k.fused = s.fused;
+  k.terms = s.terms;
   if (!a.rows) {
     plan.in = MapOf(p, in, s.in_size, s.row_bytes, s.element);
     for (int i = 0; i < kAxes; ++i) {
@@ -496,6 +501,8 @@ void SearchTiles(const Problem& p, const Device& device, const Shape& s, const D
   bool better = false;
   const auto allowed = [](int want, int64_t have) { return want == 0 || want == have; };
   for (const TileShape& shape : kTileShapes) {
+    // Split operands have two sets of sums, which leaves no registers for large tiles.
+    if (s.terms > 1 && (shape.mt > 2 || shape.mt * shape.columns > 128)) continue;
     if (!allowed(forced.mt, shape.mt) || !allowed(forced.columns, shape.columns)) continue;
     // Doublings of a patch: to `mt` patches, and once more, to the parts of both groups of warps.
     const int doublings = shape.mt == 4 ? 3 : shape.mt == 2 ? 2 : 1;
@@ -538,7 +545,7 @@ DensePlan MakePlan(const Problem& p, const Device& device, const DenseTile& forc
   const int64_t bytes = (p.pass == Pass::kForward ? p.cig() : p.cog()) * SizeOf(p.in_dtype);
   const int row_bytes = bytes > 64 ? 128 : bytes > 32 ? 64 : 32;
   // Shorter rows make more but smaller stages.
-  for (int rows = row_bytes; rows >= std::max(32, row_bytes / 2); rows /= 2) {
+  for (int rows = row_bytes; rows >= std::max(32, row_bytes / (Terms(p) + 1)); rows /= 2) {
     SearchTiles(p, device, ShapeOf(p, rows), forced, best);
     if (!best.refusal.empty()) return best;
   }

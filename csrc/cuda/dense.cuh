@@ -61,12 +61,26 @@ struct DenseItem {
   }
 };
 
-__device__ inline uint32_t RoundToTF32(uint32_t bits) {
+__device__ inline uint32_t RoundToTF32(float v) {
+  uint32_t bits = 0;
 #if __CUDA_ARCH__ >= 900
-  asm("cvt.rn.tf32.f32 %0, %1;" : "=r"(bits) : "f"(__uint_as_float(bits)));
+  asm("cvt.rn.tf32.f32 %0, %1;" : "=r"(bits) : "f"(v));
 #endif
   return bits;
 }
+
+// The high part of a float32 value and what is left of it. With split operands ("highest") each
+// step is three: high by high, low pixels by high weights, and high by low.
+struct SplitTF32 {
+  uint32_t high;
+  float value;
+  __device__ explicit SplitTF32(float v) : high(RoundToTF32(v)), value(v) {}
+  __device__ uint32_t Low() const {
+    float rounded;
+    asm("mov.b32 %0, %1;" : "=f"(rounded) : "r"(high));
+    return RoundToTF32(value - rounded);
+  }
+};
 
 // Weights as wgmma reads them: a core is eight columns by 16 bytes of channels. A block of threads
 // packs one tile of eight columns, one step of channels and 32 taps.
@@ -75,36 +89,41 @@ __global__ void __launch_bounds__(kPackThreads) PackDense(const __grid_constant_
   constexpr int kC = 32 / sizeof(T);
   __shared__ T tile[kC * 8][kPackTaps + 1];
   const int ranges = (p.taps + kPackTaps - 1) / kPackTaps;
-  const int tile_j = blockIdx.x, step = blockIdx.y, group = blockIdx.z / ranges;
+  const int step = blockIdx.y, group = blockIdx.z / ranges, j0 = blockIdx.x * 8;
   const int tap0 = blockIdx.z % ranges * kPackTaps, taps = min(kPackTaps, p.taps - tap0);
-  const int channel_tiles = p.jg / 8;
-  const int phase = p.fused ? tile_j / channel_tiles : 0;
-  const int j0 = (tile_j - phase * channel_tiles) * 8;
   const int chunk = min(step / max(p.full_steps, 1), p.chunks - 1);
   const int steps = chunk == p.chunks - 1 ? p.last_steps : p.full_steps;
   const int k = step - chunk * p.full_steps;
-  const int c0 = chunk * p.chunk_channels + k * kC;
+  const int c0 = chunk * p.chunk_channels + k / p.terms * kC;
+  [[maybe_unused]] const bool low = k % p.terms == 2;
   const T* w = static_cast<const T*>(p.w) + group * p.w_g_step + tap0;
+  const bool by_channel = p.w_c_step < p.w_j_step;  // neighbours in memory are loaded together
 #pragma unroll 8
   for (int i = threadIdx.x; i < kC * 8 * taps; i += kPackThreads) {
-    const int t = i % taps, pair = i / taps, j = j0 + pair % 8, c = c0 + pair / 8;
+    const int t = i % taps, pair = i / taps;
+    const int j = by_channel ? pair / kC : pair % 8, c = by_channel ? pair % kC : pair / 8;
     T v{};
-    if (j < p.jg && c < p.cg) v = __ldg(w + c * p.w_c_step + j * p.w_j_step + t);
-    tile[pair / 8 * 8 + pair % 8][t] = v;
+    if (j0 + j < p.jg && c0 + c < p.cg) {
+      v = __ldg(w + (c0 + c) * p.w_c_step + (j0 + j) * p.w_j_step + t);
+    }
+    tile[c * 8 + j][t] = v;
   }
   __syncthreads();
-  const int column_tile = tile_j / p.tiles, column = tile_j % p.tiles;
   const int half = threadIdx.x / 32 % 2, lane = threadIdx.x % 32, n = lane / 4;
   for (int t = threadIdx.x / 64; t < taps; t += kPackThreads / 64) {
     const int tap = tap0 + t, segment = p.tap_segment[tap];
     if (segment == DensePack::kUnused) continue;
     const int of_segment = p.segment_taps[segment];
-    // Columns beyond the last one hold what is at hand: nothing is stored of them.
-    if (p.fused && p.tap_phase[tap] != phase % p.phases) continue;
+    // Blocks beyond the channels put zeros into columns beyond the last one.
+    const int channel_tiles = p.jg / 8, mine = blockIdx.x;
+    if (mine >= channel_tiles && p.tap_phase[tap] != 0) continue;
+    const int tile_j = mine < channel_tiles ? p.tap_phase[tap] * channel_tiles + mine
+                                            : p.used_tiles + mine - channel_tiles;
+    const int column_tile = tile_j / p.tiles, column = tile_j % p.tiles;
     uint32_t word;
     if constexpr (sizeof(T) == 4) {
-      word = __float_as_uint(tile[(half * 4 + lane % 4) * 8 + n][t]);
-      word = RoundToTF32(word);
+      const SplitTF32 v(tile[(half * 4 + lane % 4) * 8 + n][t]);
+      word = low ? v.Low() : v.high;
     } else {
       const int c = half * 8 + lane % 4 * 2;
       word = static_cast<uint32_t>(*reinterpret_cast<const uint16_t*>(&tile[c * 8 + n][t])) |
@@ -197,7 +216,16 @@ __device__ inline void FetchBoxes(const DenseArgs& a, const CUtensorMap* map,
   }
 }
 
-// Rounds what has arrived in place, since wgmma would cut off the lower bits.
+// Four channels of a pixel, into the high parts of a stage and, where operands are split, the low.
+__device__ inline void StoreBlock(const DenseArgs& a, char* to, const SplitTF32 (&v)[4]) {
+  *reinterpret_cast<uint4*>(to) = make_uint4(v[0].high, v[1].high, v[2].high, v[3].high);
+  if (a.terms > 1) {
+    *reinterpret_cast<uint4*>(to + a.part_bytes) =
+        make_uint4(v[0].Low(), v[1].Low(), v[2].Low(), v[3].Low());
+  }
+}
+
+// Rounds (or splits) what has arrived in place, since wgmma would cut off the lower bits.
 __device__ inline void RoundBoxes(const DenseArgs& a, const DenseBarriers& barriers, char* in,
                                   int thread) {
   DenseCursor buffer;
@@ -206,12 +234,12 @@ __device__ inline void RoundBoxes(const DenseArgs& a, const DenseBarriers& barri
     const int stages = a.program[DenseItem(a, index).program].segments * a.chunks;
     for (int s = 0; s < stages; ++s) {
       WaitForPhase(barriers.InFull(buffer.at), buffer.parity);
-      uint4* stage = reinterpret_cast<uint4*>(in + buffer.at * a.stage_bytes);
+      char* stage = in + buffer.at * a.stage_bytes;
 #pragma unroll 8
       for (int b = thread; b < blocks; b += kDenseRounders) {
-        const uint4 v = stage[b];
-        stage[b] =
-            make_uint4(RoundToTF32(v.x), RoundToTF32(v.y), RoundToTF32(v.z), RoundToTF32(v.w));
+        const float4 v = reinterpret_cast<const float4*>(stage)[b];
+        const SplitTF32 c[4] = {SplitTF32(v.x), SplitTF32(v.y), SplitTF32(v.z), SplitTF32(v.w)};
+        StoreBlock(a, stage + b * 16, c);
       }
       ProxyFence();
       Arrive(barriers.InRounded(buffer.at));
@@ -223,10 +251,11 @@ __device__ inline void RoundBoxes(const DenseArgs& a, const DenseBarriers& barri
 // Rows of pixels, channel by channel (channels first), turned into what a bulk tensor copy of
 // channels last leaves.
 template <class T>
-__device__ inline void FetchRows(const DenseArgs& a, const DenseBarriers& barriers, uint32_t in,
+__device__ inline void FetchRows(const DenseArgs& a, const DenseBarriers& barriers, char* in,
                                  const int* sources, int thread) {
   constexpr int kC = kBlockChannels<T>, kBatch = sizeof(T) == 4 ? 8 : 4;
-  using Bits = std::conditional_t<sizeof(T) == 4, uint32_t, uint16_t>;
+  using Bits = std::conditional_t<sizeof(T) == 4, float, uint16_t>;
+  using Value = std::conditional_t<sizeof(T) == 4, float, uint32_t>;
   DenseCursor buffer;
   for (int index = blockIdx.x; index < a.items; index += gridDim.x) {
     const DenseItem item(a, index);
@@ -235,7 +264,7 @@ __device__ inline void FetchRows(const DenseArgs& a, const DenseBarriers& barrie
       const DenseSegment& segment = a.segment[program.first_segment + s];
       for (int chunk = 0; chunk < a.chunks; ++chunk) {
         const int c0 = chunk * a.chunk_channels;
-        const int blocks = 2 * (chunk + 1 < a.chunks ? a.full_steps : a.last_steps);
+        const int blocks = 2 * (chunk + 1 < a.chunks ? a.full_steps : a.last_steps) / a.terms;
         WaitForPhase(barriers.InEmpty(buffer.at), buffer.parity ^ 1);
         for (int p = thread; p < a.pixels; p += kDenseLoaders) {
           const DenseCoordinates at(sources[p]);
@@ -248,10 +277,11 @@ __device__ inline void FetchRows(const DenseArgs& a, const DenseBarriers& barrie
             offset += source * a.axis[i].in_step;
           }
           const Bits* from = static_cast<const Bits*>(a.in) + (inside ? offset : 0);
-          const uint32_t to = in + buffer.at * a.stage_bytes + p * a.row_bytes;
+          const int place = p * a.row_bytes, swizzled = place >> 3 & a.swizzle;
+          char* to = in + buffer.at * a.stage_bytes + place;
           const int channels = inside ? a.cg - c0 : 0;
           for (int b0 = 0; b0 < blocks; b0 += kBatch) {
-            uint32_t v[kBatch * kC];
+            Value v[kBatch * kC];
 #pragma unroll
             for (int c = 0; c < kBatch * kC; ++c) {
               v[c] = b0 * kC + c < channels ? __ldg(from + (b0 * kC + c) * a.in_c_step) : 0;
@@ -259,20 +289,16 @@ __device__ inline void FetchRows(const DenseArgs& a, const DenseBarriers& barrie
 #pragma unroll
             for (int b = 0; b < kBatch; ++b) {
               if (b0 + b >= blocks) break;
-              uint4 block;
-              const uint32_t* c = v + b * kC;
+              const Value* c = v + b * kC;
+              char* block = to + ((b0 + b) * 16 ^ swizzled);
               if constexpr (sizeof(T) == 4) {
-                block = make_uint4(RoundToTF32(c[0]), RoundToTF32(c[1]), RoundToTF32(c[2]),
-                                   RoundToTF32(c[3]));
+                const SplitTF32 split[4] = {SplitTF32(c[0]), SplitTF32(c[1]), SplitTF32(c[2]),
+                                            SplitTF32(c[3])};
+                StoreBlock(a, block, split);
               } else {
-                block = make_uint4(c[0] | c[1] << 16, c[2] | c[3] << 16, c[4] | c[5] << 16,
-                                   c[6] | c[7] << 16);
+                *reinterpret_cast<uint4*>(block) = make_uint4(c[0] | c[1] << 16, c[2] | c[3] << 16,
+                                                              c[4] | c[5] << 16, c[6] | c[7] << 16);
               }
-              const uint32_t linear = to + (b0 + b) * 16;
-              asm volatile("st.shared.v4.b32 [%0], {%1, %2, %3, %4};" ::"r"(
-                               linear ^ (linear >> 3 & a.swizzle)),
-                           "r"(block.x), "r"(block.y), "r"(block.z), "r"(block.w)
-                           : "memory");
             }
           }
         }
@@ -415,7 +441,9 @@ __device__ inline void StoreDense(const DenseArgs& a, const DenseMaps& maps, con
   }
 }
 
-template <class T, int MT, int NT>
+// kExact: the tensor cores cut off what they add to, so each quad starts from zero and is added to
+// the sums in float32.
+template <class T, int MT, int NT, bool kExact>
 __device__ inline void MultiplyDense(const DenseArgs& a, const DenseMaps& maps,
                                      const DenseBarriers& barriers, uint32_t in, uint32_t ring,
                                      const int* pixels, const int4* entries, char* stage, int group,
@@ -445,7 +473,7 @@ __device__ inline void MultiplyDense(const DenseArgs& a, const DenseMaps& maps,
                                 stride * staged.of[eights] * a.row_bytes, a.row_bytes);
   }
   const bool round = sizeof(T) == 4 && !a.rows;
-  float acc[MT][4 * NT];
+  float acc[MT][4 * NT], sum[kExact ? MT : 1][kExact ? 4 * NT : 1];
   DenseCursor buffer, slot;
   int stage_buffer = 0;
   const auto release = [&](uint32_t barrier) {
@@ -457,7 +485,13 @@ __device__ inline void MultiplyDense(const DenseArgs& a, const DenseMaps& maps,
 #pragma unroll
     for (int mt = 0; mt < MT; ++mt) {
 #pragma unroll
-      for (int i = 0; i < 4 * NT; ++i) acc[mt][i] = 0;
+      for (int i = 0; i < 4 * NT; ++i) {
+        if constexpr (kExact) {
+          sum[mt][i] = 0;
+        } else {
+          acc[mt][i] = 0;
+        }
+      }
     }
     if (a.resident) slot = {};
     int segment = program.first_segment, chunk = 0, left = 0;
@@ -486,24 +520,25 @@ __device__ inline void MultiplyDense(const DenseArgs& a, const DenseMaps& maps,
       }
       WaitForPhase(barriers.RingFull(slot.at), slot.parity);
       uint64_t weights = Descriptor(ring + slot.at * kQuadBytes, 128, 256);
-      const auto multiply = [&](int shift) {
+      const auto multiply = [&](int shift, bool first = false) {
+        const int add = !(kExact && first);
 #pragma unroll
         for (int mt = 0; mt < MT; ++mt) {
-          DenseMma<T, NT>::Run(acc[mt], pixel[mt] + static_cast<uint32_t>(shift), weights);
+          DenseMma<T, NT>::Run(acc[mt], pixel[mt] + static_cast<uint32_t>(shift), weights, add);
         }
         weights += kStepBytes / 16;
       };
       const int at = buffer.at * (a.stage_bytes / 16);
       if (left >= kDenseQuad) {
         GroupFence();
-        multiply(at + shift.x);
+        multiply(at + shift.x, true);
         multiply(at + shift.y);
         multiply(at + shift.z);
         multiply(at + shift.w);
       } else {
         for (int k = 0; k < left; ++k) {
           GroupFence();
-          multiply(at + shift.x);
+          multiply(at + shift.x, k == 0);
           shift.x = shift.y;
           shift.y = shift.z;
         }
@@ -511,18 +546,40 @@ __device__ inline void MultiplyDense(const DenseArgs& a, const DenseMaps& maps,
       GroupCommit();
       left -= kDenseQuad;
       shift = *++entry;
-      WaitForProducts<1>();  // of the quad before
-      free();
+      if constexpr (!kExact) {
+        WaitForProducts<1>();  // of the quad before
+        free();
+      }
       used_slot = slot.at;
       used_buffer = left <= 0 ? buffer.at : -1;
+      if constexpr (kExact) {
+        WaitForProducts<0>();
+        free();
+        used_slot = used_buffer = -1;
+#pragma unroll
+        for (int mt = 0; mt < MT; ++mt) {
+#pragma unroll
+          for (int i = 0; i < 4 * NT; ++i) {
+            asm volatile("" : "+f"(acc[mt][i])::"memory");  // not before the wait
+            sum[mt][i] += acc[mt][i];
+          }
+        }
+      }
       slot.Next(a.ring);
       if (left <= 0) buffer.Next(a.buffers);
     }
     WaitForProducts<0>();
     free();
+    const auto results = [&]() -> const float (&)[MT][4 * NT] {
+      if constexpr (kExact) {
+        return sum;
+      } else {
+        return acc;
+      }
+    };
     const auto store = [&](auto out, auto rows) {
       StoreDense<T, decltype(out), MT, NT, decltype(rows)::value>(
-          a, maps, item, pixels, stage, place, group, acc, stage_buffer, thread);
+          a, maps, item, pixels, stage, place, group, results(), stage_buffer, thread);
     };
     const auto store_as = [&](auto out) {
       if (a.rows) {
@@ -542,7 +599,7 @@ __device__ inline void MultiplyDense(const DenseArgs& a, const DenseMaps& maps,
 
 #endif
 
-template <class T, int MT, int NT>
+template <class T, int MT, int NT, bool kExact>
 __global__ void __launch_bounds__(kDenseThreads, 1)
     Dense(const __grid_constant__ DenseMaps maps, const __grid_constant__ DenseArgs a) {
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
@@ -593,9 +650,11 @@ __global__ void __launch_bounds__(kDenseThreads, 1)
       const int padded = (all + kDenseQuad - 1) / kDenseQuad * kDenseQuad;
       for (int i = thread; i < padded; i += kDenseThreads) {
         const int tap = i / steps;
+        const int step = i - tap * steps, low = step % a.terms == 1 ? a.part_bytes : 0;
         to[i] =
             i < all
-                ? (a.shift[segment.first_shift + tap] * a.row_bytes + (i - tap * steps) * 32) / 16
+                ? (a.shift[segment.first_shift + tap] * a.row_bytes + step / a.terms * 32 + low) /
+                      16
                 : 0;
       }
       to += padded;
@@ -608,7 +667,7 @@ __global__ void __launch_bounds__(kDenseThreads, 1)
     if (warp == 0) {
       if (lane == 0) FetchWeights(a, barriers, ring, NT * 256 * kDenseQuad);
     } else if (a.rows) {
-      FetchRows<T>(a, barriers, in, sources, thread - 32);
+      FetchRows<T>(a, barriers, shared + a.smem_in, sources, thread - 32);
     } else if (warp == 1) {
       if (lane == 0) FetchBoxes(a, &maps.in, barriers, in);
     } else if (sizeof(T) == 4) {
@@ -617,17 +676,18 @@ __global__ void __launch_bounds__(kDenseThreads, 1)
   } else {
     TakeRegisters<184>();
     const int group = warp / 4 - 2;
-    MultiplyDense<T, MT, NT>(a, maps, barriers, in, ring, pixels + group * kPixels,
-                             reinterpret_cast<const int4*>(entries),
-                             shared + a.smem_out + group * 2 * a.store_pitch, group, thread % 128);
+    MultiplyDense<T, MT, NT, kExact>(a, maps, barriers, in, ring, pixels + group * kPixels,
+                                     reinterpret_cast<const int4*>(entries),
+                                     shared + a.smem_out + group * 2 * a.store_pitch, group,
+                                     thread % 128);
   }
 #endif
 }
 
-template <class T, int MT, int NT>
+template <class T, int MT, int NT, bool kExact>
 cudaError_t EnqueueDenseTile(const DensePlan& plan, const DenseArgs& args, const DenseMaps& maps,
                              cudaStream_t stream) {
-  const auto kernel = Dense<T, MT, NT>;
+  const auto kernel = Dense<T, MT, NT, kExact>;
   const cudaError_t status =
       cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, plan.smem);
   if (status != cudaSuccess) return status;
@@ -640,29 +700,44 @@ cudaError_t EnqueueDense(const DensePlan& plan, const DensePack& pack, const Den
                          const DenseMaps& maps, cudaStream_t stream) {
   const int steps = (pack.chunks - 1) * pack.full_steps + pack.last_steps;
   const int ranges = (pack.taps + kPackTaps - 1) / kPackTaps;
-  const dim3 grid(pack.column_tiles * pack.tiles, steps, pack.groups * ranges);
+  const int unused = pack.column_tiles * pack.tiles - pack.used_tiles;
+  const dim3 grid(pack.jg / 8 + unused, steps, pack.groups * ranges);
   PackDense<T><<<grid, kPackThreads, 0, stream>>>(pack);
   if (const cudaError_t status = cudaGetLastError(); status != cudaSuccess) return status;
-  switch (plan.mt * 1000 + plan.columns) {
-    case 2032:
-      return EnqueueDenseTile<T, 2, 4>(plan, args, maps, stream);
-    case 2048:
-      return EnqueueDenseTile<T, 2, 6>(plan, args, maps, stream);
-    case 2064:
-      return EnqueueDenseTile<T, 2, 8>(plan, args, maps, stream);
-    case 2096:
-      return EnqueueDenseTile<T, 2, 12>(plan, args, maps, stream);
-    case 1128:
-      return EnqueueDenseTile<T, 1, 16>(plan, args, maps, stream);
-    case 2128:
-      return EnqueueDenseTile<T, 2, 16>(plan, args, maps, stream);
-    case 4032:
-      return EnqueueDenseTile<T, 4, 4>(plan, args, maps, stream);
-    case 4064:
-      return EnqueueDenseTile<T, 4, 8>(plan, args, maps, stream);
-    default:
-      return cudaErrorInvalidConfiguration;
+  // Split operands have two sets of sums, which leaves no registers for large tiles.
+  const auto enqueue = [&](auto exact) {
+    switch (plan.mt * 1000 + plan.columns) {
+      case 2032:
+        return EnqueueDenseTile<T, 2, 4, exact>(plan, args, maps, stream);
+      case 2048:
+        return EnqueueDenseTile<T, 2, 6, exact>(plan, args, maps, stream);
+      case 2064:
+        return EnqueueDenseTile<T, 2, 8, exact>(plan, args, maps, stream);
+      case 1128:
+        return EnqueueDenseTile<T, 1, 16, exact>(plan, args, maps, stream);
+      default:
+        break;
+    }
+    if constexpr (!exact) {
+      switch (plan.mt * 1000 + plan.columns) {
+        case 2096:
+          return EnqueueDenseTile<T, 2, 12, false>(plan, args, maps, stream);
+        case 2128:
+          return EnqueueDenseTile<T, 2, 16, false>(plan, args, maps, stream);
+        case 4032:
+          return EnqueueDenseTile<T, 4, 4, false>(plan, args, maps, stream);
+        case 4064:
+          return EnqueueDenseTile<T, 4, 8, false>(plan, args, maps, stream);
+        default:
+          break;
+      }
+    }
+    return cudaErrorInvalidConfiguration;
+  };
+  if constexpr (sizeof(T) == 4) {
+    if (args.terms > 1) return enqueue(std::true_type{});
   }
+  return enqueue(std::false_type{});
 }
 
 }  // namespace jaxconv::cuda

@@ -62,6 +62,8 @@ struct DenseArgs {
   int pixels, stage_bytes;     // of a stage
   int buffers, ring;           // stages and quads of weights in flight
   int segments;
+  int terms;       // products of a step: three of split float32 operands ("highest"), or one
+  int part_bytes;  // of a stage: of the high parts of its operands, or all
   int store_columns, store_bytes, store_swizzle, store_pitch;  // of results on their way out
   int smem_pixels, smem_sources, smem_entries, smem_in, smem_out, smem_ring;  // byte offsets
   bool fused, resident, rows, out_f32;
@@ -76,9 +78,10 @@ struct DensePack {
   const void* w;
   char* weights;
   int64_t w_g_step, w_c_step, w_j_step;
-  int taps, groups, cg, jg, column_tiles, tiles;  // tiles of eight columns in a column tile
-  int chunks, chunk_channels, full_steps, last_steps, total_steps, phases;
-  bool fused;
+  int taps, groups, cg, jg, column_tiles;
+  int tiles, used_tiles;  // of eight columns: in a column tile, and all that are stored
+  int chunks, chunk_channels, full_steps, last_steps, total_steps;
+  int terms;
   int steps[DenseArgs::kMaxSegments];
   int16_t segment_taps[DenseArgs::kMaxSegments];
   uint8_t tap_segment[DenseArgs::kMaxTaps];  // or kUnused: of a phase without outputs
