@@ -1,0 +1,429 @@
+#include "cuda/dense_grad.h"
+
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+
+#include <algorithm>
+#include <array>
+#include <cmath>
+#include <limits>
+#include <numeric>
+
+#include "cuda/device_limits.h"
+#include "cuda/plan_memo.h"
+#include "cuda/sum_parts.cuh"
+#include "cuda/weight_grad.h"
+
+namespace jaxconv::cuda {
+namespace {
+
+constexpr DenseGradVariant kVariants[] = {
+#define JAXCONV_CASE(NT, P) {NT, P},
+    JAXCONV_DENSE_GRAD_VARIANTS(JAXCONV_CASE)
+#undef JAXCONV_CASE
+};
+
+constexpr int64_t CeilDiv(int64_t a, int64_t b) { return (a + b - 1) / b; }
+constexpr int64_t RoundUp(int64_t a, int64_t b) { return CeilDiv(a, b) * b; }
+
+std::string Refuse(const Problem& p, const Device& device) {
+  if (p.Empty()) return "has nothing to read or write";
+  if (!HasWgmma(device.compute_capability)) return "needs compute capability 9.0";
+  if (p.in_dtype == DType::kF64) return "float64 has no tensor cores here";
+  if (p.in_dtype == DType::kF32 && p.precision == Precision::kHighest) {
+    return "rounds float32 products to TF32";
+  }
+  if (p.channels_last && SizeOf(p.in_dtype) == 2 && (p.cig() % 2 != 0 || p.cog() % 2 != 0)) {
+    return "takes an even number of 16-bit channels where channels are last";
+  }
+  if (Product(p.k) > DenseGradArgs::kMaxTaps) {
+    return "takes at most " + std::to_string(DenseGradArgs::kMaxTaps) + " taps";
+  }
+  for (int a = 0; a < kAxes; ++a) {
+    if (p.k[a] * p.dilation[a] + std::abs(p.pad[a]) + p.stride[a] > 1 << 14) {
+      return "takes kernels that reach over less than 2^14 outputs";
+    }
+  }
+  constexpr int64_t kMost = int64_t{1} << 31;
+  const int64_t streams = 16 / SizeOf(p.in_dtype);
+  const int64_t images = std::gcd(p.n, streams);
+  if (images * p.ci * Product(p.isize) >= kMost || images * p.co * Product(p.osize) >= kMost) {
+    return "indexes the images that it reads at once in 32 bits";
+  }
+  return "";
+}
+
+// The problem with its axes in the order in which the kernel takes them, and how an axis is cut.
+struct Shape {
+  int element, streams, cuts;
+  std::array<int, kAxes> order;
+  Sizes isize, osize, k, stride, dilation, pad;
+  Strides xs, ys;
+  int64_t segment;  // of axis 0
+};
+
+Shape ShapeOf(const Problem& p) {
+  Shape s{};
+  s.element = static_cast<int>(SizeOf(p.in_dtype));
+  s.streams = 16 / s.element;
+  s.cuts = s.streams / static_cast<int>(std::gcd(p.n, int64_t{s.streams}));
+  int cut = 0;
+  if (s.cuts > 1) {
+    // The first axis that is long enough, since the last one should stay whole.
+    for (int a = 1; a < kAxes; ++a) {
+      if (p.isize[cut] < 2 * s.cuts && p.isize[a] > p.isize[cut]) cut = a;
+    }
+  }
+  s.order[0] = cut;
+  for (int a = 0, to = 1; a < kAxes; ++a) {
+    if (a != cut) s.order[to++] = a;
+  }
+  s.xs = p.XStrides();
+  s.ys = p.YStrides();
+  const Strides xs = s.xs, ys = s.ys;
+  for (int i = 0; i < kAxes; ++i) {
+    const int a = s.order[i];
+    s.isize[i] = p.isize[a];
+    s.osize[i] = p.osize[a];
+    s.k[i] = p.k[a];
+    s.stride[i] = p.stride[a];
+    s.dilation[i] = p.dilation[a];
+    s.pad[i] = p.pad[a];
+    s.xs.s[i] = xs.s[a];
+    s.ys.s[i] = ys.s[a];
+  }
+  s.segment = CeilDiv(s.isize[0], s.cuts);
+  return s;
+}
+
+// A tap reads y at stride * (input + place) + residue.
+struct Tap {
+  int index;
+  std::array<int, kAxes> place, residue;
+};
+
+// All taps: in their order in memory, or those of one residue one after the other.
+std::vector<Tap> TapsOf(const Problem& p, const Shape& s, bool by_residue) {
+  std::vector<Tap> taps;
+  for (int64_t t = 0; t < Product(p.k); ++t) {
+    const Sizes at{t / p.k[2] / p.k[1], t / p.k[2] % p.k[1], t % p.k[2]};
+    Tap tap{static_cast<int>(t), {}, {}};
+    for (int i = 0; i < kAxes; ++i) {
+      const int64_t shift = at[s.order[i]] * s.dilation[i] - s.pad[i];
+      tap.place[i] = static_cast<int>(FloorDiv(shift, s.stride[i]));
+      tap.residue[i] = static_cast<int>(shift - tap.place[i] * s.stride[i]);
+    }
+    taps.push_back(tap);
+  }
+  if (by_residue) {
+    std::stable_sort(taps.begin(), taps.end(),
+                     [](const Tap& a, const Tap& b) { return a.residue < b.residue; });
+  }
+  return taps;
+}
+
+// A box of y: the outputs of one residue that a chunk of taps reads.
+struct Box {
+  std::array<int, kAxes> residue, low, high;  // places
+};
+
+std::vector<Box> BoxesOf(const std::vector<Tap>& taps, int first, int count) {
+  std::vector<Box> boxes;
+  for (int t = first; t < first + count; ++t) {
+    const Tap& tap = taps[t];
+    auto box = std::find_if(boxes.begin(), boxes.end(),
+                            [&](const Box& b) { return b.residue == tap.residue; });
+    if (box == boxes.end()) {
+      boxes.push_back({tap.residue, tap.place, tap.place});
+      continue;
+    }
+    for (int i = 0; i < kAxes; ++i) {
+      box->low[i] = std::min(box->low[i], tap.place[i]);
+      box->high[i] = std::max(box->high[i], tap.place[i]);
+    }
+  }
+  return boxes;
+}
+
+// What the choice of chunks says about boxes.
+struct Chunks {
+  const std::vector<Tap>* taps;
+  int count, chunk_taps, most_boxes;
+  std::array<int, kAxes> reach;
+  double boxes, sectors;  // of a chunk: mean; of a (ci, co) in dw: all
+};
+
+Chunks ChunksOf(const Problem& p, const std::vector<Tap>& taps, int most) {
+  const int all = static_cast<int>(taps.size());
+  Chunks c{&taps, static_cast<int>(CeilDiv(all, most)), 0, 0, {0, 0, 0}, 0, 0};
+  c.chunk_taps = static_cast<int>(CeilDiv(all, c.count));
+  c.count = static_cast<int>(CeilDiv(all, c.chunk_taps));
+  for (int i = 0; i < c.count; ++i) {
+    const int first = i * c.chunk_taps, mine = std::min(c.chunk_taps, all - first);
+    const std::vector<Box> boxes = BoxesOf(taps, first, mine);
+    c.most_boxes = std::max(c.most_boxes, static_cast<int>(boxes.size()));
+    c.boxes += static_cast<double>(boxes.size()) / c.count;
+    for (const Box& b : boxes) {
+      for (int a = 0; a < kAxes; ++a) c.reach[a] = std::max(c.reach[a], b.high[a] - b.low[a]);
+    }
+    for (int t = first, sector = -1; t < first + mine; ++t) {
+      const int of = static_cast<int>(taps[t].index * SizeOf(p.out_dtype) / 32);
+      if (of != sector) c.sectors += 1;
+      sector = of;
+    }
+  }
+  return c;
+}
+
+struct Candidate {
+  DenseGradVariant variant;
+  int row_blocks, cluster, waves;
+  std::array<int, kAxes> box;
+};
+
+// Fills what the cost needs; false where it does not fit.
+bool Fill(const Problem& p, const Device& device, const Shape& s, const Chunks& chunks,
+          const Candidate& c, DenseGradPlan& plan) {
+  DenseGradArgs& a = plan.args;
+  const int columns = 8 * c.variant.tiles;
+  a.row_blocks = c.row_blocks;
+  a.cluster = c.cluster;
+  a.chunks = chunks.count;
+  a.chunk_taps = chunks.chunk_taps;
+  a.co_tiles = static_cast<int>(CeilDiv(p.cog(), columns));
+  a.ci_tiles = static_cast<int>(CeilDiv(p.cig(), 64 * c.row_blocks));
+  a.groups = static_cast<int>(p.groups);
+  a.positions = 1;
+  a.y_positions = 1;
+  a.tile_groups = static_cast<int>(p.n * s.cuts / s.streams);
+  int64_t tiles = a.tile_groups;
+  for (int i = 0; i < kAxes; ++i) {
+    a.box[i] = c.box[i];
+    a.y_box[i] = c.box[i] + chunks.reach[i];
+    a.tiles_of[i] = static_cast<int>(CeilDiv(i == 0 ? s.segment : s.isize[i], c.box[i]));
+    a.stride[i] = static_cast<int>(s.stride[i]);
+    a.positions *= a.box[i];
+    a.y_positions *= a.y_box[i];
+    tiles *= a.tiles_of[i];
+  }
+  if (a.positions % 4 != 0 || tiles > std::numeric_limits<int>::max()) return false;
+  a.tiles = static_cast<int>(tiles);
+  a.steps = a.positions / 2;
+  a.x.channels = 64 * c.row_blocks;
+  a.y.channels = columns;
+  a.x.pitch = a.x.channels * 16 + 16;
+  a.y.pitch = a.y.channels * 16 + 16;
+  const int y_all = chunks.most_boxes * a.y_positions;
+  if (y_all > 2048) return false;
+  int smem = 16 * kDenseGradStages;
+  const auto place = [&](int bytes) {
+    const int at = smem;
+    smem = static_cast<int>(RoundUp(smem + bytes, 128));
+    return at;
+  };
+  place(0);
+  a.smem_x = place(a.positions * 16);
+  a.smem_y = place(y_all * 16);
+  a.smem_pairs = place(a.steps * 4);
+  a.smem_stages = smem;
+  a.y_offset = static_cast<int>(RoundUp(a.positions * a.x.pitch, 128));
+  a.stage_bytes = static_cast<int>(RoundUp(a.y_offset + y_all * a.y.pitch, 128));
+  const int64_t limit = SharedMemoryOfBlock(device.compute_capability);
+  a.stages = static_cast<int>(
+      std::min<int64_t>((limit - a.smem_stages) / a.stage_bytes, kDenseGradStages));
+  if (a.stages < 2) return false;
+  const int slots = c.variant.products * kDenseGradGroups / c.row_blocks;
+  // Four floats more than rows bring taps into different banks.
+  a.tap_pitch = 64 * c.row_blocks * (columns + 8) + 4;
+  a.smem = a.smem_stages + std::max(a.stages * a.stage_bytes, slots * a.tap_pitch * 4);
+  if (a.smem > limit) return false;
+
+  // Parts: of clusters as many as fill the device so many times, and as have room.
+  const int64_t column_blocks = int64_t{a.chunks} * a.co_tiles * a.ci_tiles * a.groups;
+  const int multiprocessors =
+      device.multiprocessors - (c.cluster == 8 ? 16 : c.cluster == 4 ? 4 : 0);
+  const int64_t room = p.YElements() * s.element / 10;
+  int64_t parts = int64_t{multiprocessors} * c.waves / (column_blocks * c.cluster);
+  parts = std::min({parts, room / (4 * p.WElements()), tiles / c.cluster});
+  a.parts = static_cast<int>(std::max<int64_t>(parts, 1));
+  const int64_t blocks = column_blocks * c.cluster * a.parts;
+  if (blocks > std::numeric_limits<int>::max() / 2) return false;
+  plan.blocks = static_cast<int>(blocks);
+  plan.variant = c.variant;
+  const int64_t block_tiles = CeilDiv(tiles, int64_t{a.parts} * c.cluster);
+  plan.workspace = a.parts > 1 ? 4 * a.parts * p.WElements() : 0;
+  plan.kept_offset = RoundUp(plan.workspace, 128);
+  const int64_t kept = blocks * c.variant.products * c.variant.tiles * 4 * 4 * 128 *
+                       kDenseGradGroups;
+  a.flush = std::max(1, kWeightGradFlush / a.steps);
+  if (block_tiles <= a.flush || plan.kept_offset + kept > room) {
+    a.flush = 0;
+  } else {
+    plan.workspace = plan.kept_offset + kept;
+  }
+
+  // Cycles of a stage: of the tensor cores, of shared memory, of the threads that load, and of
+  // copies from the L2 cache.
+  constexpr double kClock = 1.7e9;
+  const double products = double{1} * a.steps * kDenseGradGroups * c.variant.products;
+  const double tensor = products * c.variant.tiles * 4;
+  const double x_vectors = double{1} * a.positions * a.x.channels;
+  const double y_vectors = chunks.boxes * a.y_positions * a.y.channels;
+  const double vectors = x_vectors + y_vectors;
+  const double shared = products * (2048 + columns * 32) / 128 + vectors * 16 / 128;
+  const bool half = s.element == 2, last = p.channels_last;
+  const double instructions = vectors / 32 * (half ? (last ? 31 : 50) : 42);
+  const double batch = half && !last ? 1024 : 2048;  // vectors under way
+  const double batches = std::max(1.0, x_vectors / batch) + std::max(1.0, y_vectors / batch);
+  const double load = batches * 700 + instructions / 2;
+  // Sectors that rows of a channel touch, of which a stride uses a part.
+  const double run = double{1} * a.y_box[2] * s.element;
+  const double torn = last ? 1 : (run * a.stride[2] + 32) / run;
+  const double l2 = (x_vectors + y_vectors * std::min(torn, 32.0 / s.element)) * 16 / 22;
+  const double stage = std::max({1.1 * tensor, 1.1 * shared, load, l2}) + 300;
+  const double waves = std::ceil(static_cast<double>(blocks) / multiprocessors);
+  const double results = 64.0 * c.row_blocks * columns * a.chunk_taps;
+  const double least = static_cast<double>((p.XElements() + p.YElements()) * s.element) / 4e12;
+  double seconds =
+      std::max(waves * static_cast<double>(block_tiles) * stage / kClock, least) +
+      waves * (3e-6 + results * 0.35 / kClock) + 6e-6;
+  seconds += a.parts * chunks.sectors * static_cast<double>(p.ci * p.cog()) / 170e9;
+  if (a.flush > 0) {
+    seconds += static_cast<double>(block_tiles / a.flush) * results * 8 / 22 / kClock;
+  }
+  if (a.parts > 1) seconds += 3e-6 + 4.0 * a.parts * static_cast<double>(p.WElements()) / 2e12;
+  plan.seconds = seconds;
+  return true;
+}
+
+void FillOperand(DenseGradOperand& o, const Shape& s, const Strides& steps, const Sizes& size,
+                 bool y, int64_t group_channels) {
+  o.group_channels = static_cast<int>(group_channels);
+  o.n_step = steps.n;
+  o.c_step = steps.c;
+  for (int i = 0; i < kAxes; ++i) {
+    o.step[i] = steps.s[i];
+    o.size[i] = static_cast<int>(size[i]);
+  }
+  o.limit = y ? std::numeric_limits<int>::max() : static_cast<int>(s.segment);
+  for (int stream = 0; stream < s.streams; ++stream) {
+    const int64_t along = stream % s.cuts * s.segment * (y ? s.stride[0] : 1);
+    o.along[stream] = static_cast<int>(along);
+    o.delta[stream] = static_cast<int>(stream / s.cuts * steps.n + along * steps.s[0]);
+  }
+  o.by_units = DivisorOf(o.channels / 16);
+}
+
+// Fills what the choice does not need.
+void Complete(const Problem& p, const Shape& s, const Chunks& chunks, DenseGradPlan& plan) {
+  DenseGradArgs& a = plan.args;
+  FillOperand(a.x, s, s.xs, s.isize, false, p.cig());
+  FillOperand(a.y, s, s.ys, s.osize, true, p.cog());
+  a.w_elements = p.WElements();
+  a.cig = static_cast<int>(p.cig());
+  a.cog = static_cast<int>(p.cog());
+  a.taps = static_cast<int>(chunks.taps->size());
+  a.image_groups = s.streams / s.cuts;
+  a.by_chunk_taps = DivisorOf(a.chunk_taps);
+  int boxes_so_far = 0;
+  for (int c = 0; c < a.chunks; ++c) {
+    const int first = c * a.chunk_taps, count = std::min(a.chunk_taps, a.taps - first);
+    const std::vector<Box> boxes = BoxesOf(*chunks.taps, first, count);
+    a.first_box[c] = static_cast<uint16_t>(boxes_so_far);
+    for (const Box& b : boxes) {
+      for (int i = 0; i < kAxes; ++i) {
+        a.box_first[boxes_so_far][i] =
+            static_cast<int16_t>(b.low[i] * a.stride[i] + b.residue[i]);
+      }
+      ++boxes_so_far;
+    }
+    for (int t = first; t < first + count; ++t) {
+      const Tap& tap = (*chunks.taps)[t];
+      const auto box = std::find_if(boxes.begin(), boxes.end(),
+                                    [&](const Box& b) { return b.residue == tap.residue; });
+      int place = static_cast<int>(box - boxes.begin());
+      for (int i = 0; i < kAxes; ++i) place = place * a.y_box[i] + tap.place[i] - box->low[i];
+      a.tap[t] = static_cast<uint16_t>(tap.index);
+      a.shift[t] = static_cast<uint16_t>(place);
+    }
+  }
+  a.first_box[a.chunks] = static_cast<uint16_t>(boxes_so_far);
+}
+
+DenseGradPlan Search(const Problem& p, const Device& device) {
+  DenseGradPlan best{};
+  best.refusal = Refuse(p, device);
+  if (!best.refusal.empty()) return best;
+  best.refusal = "finds no cut that fits into shared memory";
+  best.seconds = std::numeric_limits<double>::infinity();
+  const Shape s = ShapeOf(p);
+  const std::vector<Tap> orders[] = {TapsOf(p, s, true), TapsOf(p, s, false)};
+  DenseGradPlan plan{};
+  Chunks best_chunks{};
+  for (const DenseGradVariant& variant : kVariants) {
+    for (int row_blocks = 1; row_blocks <= (p.cig() > 64 ? 2 : 1); ++row_blocks) {
+      for (const std::vector<Tap>& taps : orders) {
+        const Chunks chunks =
+            ChunksOf(p, taps, variant.products * kDenseGradGroups / row_blocks);
+        for (int code = 0; code < 4 * 4 * 5; ++code) {
+          const std::array<int, kAxes> box{1 << code % 4, 1 << code / 4 % 4, 2 << code / 16};
+          bool useful = box[0] * box[1] * box[2] <= 256;
+          for (int i = 0; i < kAxes; ++i) {
+            useful = useful && box[i] < 2 * std::max<int64_t>(s.isize[i], i == 2 ? 2 : 1);
+          }
+          if (!useful) continue;
+          for (int cluster = 1; cluster <= 8; cluster *= 2) {
+            for (int waves = 1; waves <= 3; ++waves) {
+              const Candidate c{variant, row_blocks, cluster, waves, box};
+              if (!Fill(p, device, s, chunks, c, plan) || plan.seconds >= best.seconds) continue;
+              best = plan;
+              best_chunks = chunks;
+            }
+          }
+        }
+      }
+    }
+  }
+  if (best.refusal.empty()) Complete(p, s, best_chunks, best);
+  return best;
+}
+
+const DenseGradPlan& PlanOf(const Problem& p, const Device& d) {
+  return Remember<DenseGradPlan>(p, d, [&] { return Search(p, d); });
+}
+
+cudaError_t LaunchDenseGrad(const Problem& p, const Operands& ops, const Device& d,
+                            cudaStream_t stream) {
+  const DenseGradPlan& plan = PlanOf(p, d);
+  DenseGradArgs args = plan.args;
+  args.x.from = ops.x;
+  args.y.from = ops.y;
+  args.out = args.parts > 1 ? ops.workspace : ops.out;
+  args.kept = reinterpret_cast<float*>(static_cast<char*>(ops.workspace) + plan.kept_offset);
+  args.out_dtype = static_cast<int32_t>(args.parts > 1 ? DType::kF32 : p.out_dtype);
+  cudaError_t status = cudaErrorInvalidValue;
+  if (p.in_dtype == DType::kF32) {
+    status = EnqueueDenseGrad<float>(plan, args, p.channels_last, stream);
+  } else if (p.in_dtype == DType::kBF16) {
+    status = EnqueueDenseGrad<__nv_bfloat16>(plan, args, p.channels_last, stream);
+  } else if (p.in_dtype == DType::kF16) {
+    status = EnqueueDenseGrad<__half>(plan, args, p.channels_last, stream);
+  }
+  if (status != cudaSuccess || args.parts == 1) return status;
+  return SumParts(static_cast<const float*>(ops.workspace), args.parts, args.w_elements,
+                  p.out_dtype, ops.out, stream);
+}
+
+}  // namespace
+
+DenseGradPlan PlanDenseGrad(const Problem& p, const Device& device) { return PlanOf(p, device); }
+
+void AddDenseGrad(std::vector<Row>& rows) {
+  rows.push_back({"dense", Pass::kWeightGrad,
+                  [](const Problem& p, const Device& d) { return PlanOf(p, d).refusal; },
+                  [](const Problem& p, const Device& d) { return PlanOf(p, d).workspace; },
+                  [](const Problem& p, const Device& d) { return PlanOf(p, d).seconds; },
+                  LaunchDenseGrad});
+}
+
+}  // namespace jaxconv::cuda

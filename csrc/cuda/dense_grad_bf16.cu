@@ -1,0 +1,4 @@
+#include "cuda/dense_grad.cuh"
+
+template cudaError_t jaxconv::cuda::EnqueueDenseGrad<__nv_bfloat16>(const DenseGradPlan&, const DenseGradArgs&,
+                                                         bool, cudaStream_t);
