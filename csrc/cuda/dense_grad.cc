@@ -392,9 +392,8 @@ const DenseGradPlan& PlanOf(const Problem& p, const Device& d) {
   return Remember<DenseGradPlan>(p, d, [&] { return Search(p, d); });
 }
 
-cudaError_t LaunchDenseGrad(const Problem& p, const Operands& ops, const Device& d,
-                            cudaStream_t stream) {
-  const DenseGradPlan& plan = PlanOf(p, d);
+cudaError_t LaunchPlan(const Problem& p, const Operands& ops, const DenseGradPlan& plan,
+                       cudaStream_t stream) {
   DenseGradArgs args = plan.args;
   args.x.from = ops.x;
   args.y.from = ops.y;
@@ -412,6 +411,11 @@ cudaError_t LaunchDenseGrad(const Problem& p, const Operands& ops, const Device&
   if (status != cudaSuccess || args.parts == 1) return status;
   return SumParts(static_cast<const float*>(ops.workspace), args.parts, args.w_elements,
                   p.out_dtype, ops.out, stream);
+}
+
+cudaError_t LaunchDenseGrad(const Problem& p, const Operands& ops, const Device& d,
+                            cudaStream_t stream) {
+  return LaunchPlan(p, ops, PlanOf(p, d), stream);
 }
 
 }  // namespace

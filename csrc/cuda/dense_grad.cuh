@@ -397,9 +397,11 @@ __global__ void __launch_bounds__(kDenseGradThreads, 1)
   if (thread < kDenseGradLoaders) {
     GiveRegisters<256 - kRegisters>();
     LoadDenseGrad<T, kLast, (kSums > 128 ? 16 : 32)>(a, block, barriers, shared, thread);
+    TakeRegisters<128>();  // all store the results
   } else {
     TakeRegisters<kRegisters>();
     MultiplyDenseGrad<T, NT, P>(a, block, barriers, shared, thread / 128 - 2, thread % 128);
+    GiveRegisters<128>();
   }
   SyncCluster();
   switch (static_cast<DType>(a.out_dtype)) {
