@@ -33,8 +33,8 @@ std::string Refuse(const Problem& p, const Device& device) {
   if (p.in_dtype == DType::kF32 && p.precision == Precision::kHighest) {
     return "rounds float32 products to TF32";
   }
-  if (p.channels_last && SizeOf(p.in_dtype) == 2 && (p.cig() % 2 != 0 || p.cog() % 2 != 0)) {
-    return "takes an even number of 16-bit channels where channels are last";
+  if (p.channels_last && (p.cig() % 4 != 0 || p.cog() % 4 != 0)) {
+    return "takes a multiple of 4 channels a group where channels are last";
   }
   if (Product(p.k) > DenseGradArgs::kMaxTaps) {
     return "takes at most " + std::to_string(DenseGradArgs::kMaxTaps) + " taps";
@@ -45,10 +45,8 @@ std::string Refuse(const Problem& p, const Device& device) {
     }
   }
   constexpr int64_t kMost = int64_t{1} << 31;
-  const int64_t streams = 16 / SizeOf(p.in_dtype);
-  const int64_t images = std::gcd(p.n, streams);
-  if (images * p.ci * Product(p.isize) >= kMost || images * p.co * Product(p.osize) >= kMost) {
-    return "indexes the images that it reads at once in 32 bits";
+  if (p.ci * Product(p.isize) >= kMost || p.co * Product(p.osize) >= kMost) {
+    return "indexes an image of x or y in 32 bits";
   }
   return "";
 }
@@ -272,7 +270,7 @@ bool Fill(const Problem& p, const Device& device, const Shape& s, const Chunks& 
   const double vectors = x_vectors + y_vectors;
   const double shared = products * (2048 + columns * 32) / 128 + vectors * 16 / 128;
   const bool half = s.element == 2, last = p.channels_last;
-  const double instructions = vectors / 32 * (half ? (last ? 31 : 50) : 42);
+  const double instructions = vectors / 32 * (half ? (last ? 16 : 34) : (last ? 14 : 22));
   const double batch = half && !last ? 1024 : 2048;  // vectors under way
   const double batches = std::max(1.0, x_vectors / batch) + std::max(1.0, y_vectors / batch);
   const double load = batches * 700 + instructions / 2;
@@ -309,9 +307,10 @@ void FillOperand(DenseGradOperand& o, const Shape& s, const Strides& steps, cons
   for (int stream = 0; stream < s.streams; ++stream) {
     const int64_t along = stream % s.cuts * s.segment * (y ? s.stride[0] : 1);
     o.along[stream] = static_cast<int>(along);
-    o.delta[stream] = static_cast<int>(stream / s.cuts * steps.n + along * steps.s[0]);
+    o.delta[stream] = (stream / s.cuts * steps.n + along * steps.s[0]) * s.element;
   }
-  o.by_units = DivisorOf(o.channels / 16);
+  o.cuts = s.cuts;
+  o.by_units = DivisorOf(o.channels / 32);
 }
 
 // Fills what the choice does not need.

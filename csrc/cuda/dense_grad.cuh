@@ -27,19 +27,30 @@ __device__ inline void StoreVector(uint32_t to, uint32_t a, uint32_t b, uint32_t
                : "memory");
 }
 
-// Stages an operand's positions, each of its streams by a load of its own. kBatch: loads of a
-// thread under way.
+// The row of a channel among those that are staged: a thread that loads four neighbours stores them
+// into different cores, which keeps banks apart.
+template <bool kLast>
+__device__ inline int DenseGradRow(int channel, int channels) {
+  if (!kLast) return channel;
+  return (channel % 4 * (channels / 32) + channel / 32) * 8 + channel / 4 % 8;
+}
+
+// Stages an operand's positions, each of its streams by a load of its own.
 template <class T, bool kLast, int kBatch>
 struct DenseGradLoader {
   static constexpr bool kHalf = sizeof(T) == 2;
-  static constexpr int kStreams = 16 / sizeof(T), kVectors = kBatch / kStreams;
-  static constexpr bool kTwo = kHalf && kLast;  // two channels a load
-  using Bits = std::conditional_t<kHalf && !kTwo, uint16_t, uint32_t>;
+  static constexpr int kStreams = 16 / sizeof(T);
+  static constexpr uint32_t kAll = (1u << kStreams) - 1;
+  // What a load brings: four channels, or one where positions are neighbours in memory.
+  using Loaded = std::conditional_t<kLast, std::conditional_t<kHalf, uint2, uint4>,
+                                    std::conditional_t<kHalf, uint16_t, uint32_t>>;
+  static constexpr int kWords = (sizeof(Loaded) + 3) / 4;
+  static constexpr int kBatches = kBatch / (kStreams * kWords);  // under way at once
 
   const DenseGradOperand& o;
-  int start[kAxes];      // coordinates of the tile
-  const T* base;         // at them, of the block's first channel
-  int left;              // channels of the group from there
+  int start[kAxes];  // coordinates of the tile
+  const T* base;     // at them, of the block's first channel
+  int left;          // channels of the group from there
   const DenseGradPosition* table;
   int positions;
   uint32_t to;
@@ -54,6 +65,9 @@ struct DenseGradLoader {
         static_cast<unsigned>(u2) >= static_cast<unsigned>(o.size[2])) {
       return 0;
     }
+    if (o.cuts == 1) {
+      return static_cast<unsigned>(u0) < static_cast<unsigned>(o.size[0]) ? kAll : 0;
+    }
     uint32_t mask = 0;
 #pragma unroll
     for (int s = 0; s < kStreams; ++s) {
@@ -62,55 +76,71 @@ struct DenseGradLoader {
     return mask;
   }
 
-  __device__ void Load(uint32_t (&v)[kStreams], uint32_t mask, const T* from) const {
+  __device__ void Load(Loaded (&v)[kStreams], uint32_t mask, const T* at) const {
+    const char* from = reinterpret_cast<const char*>(at);
 #pragma unroll
-    for (int s = 0; s < kStreams; ++s) {
-      v[s] = mask >> s & 1 ? __ldg(reinterpret_cast<const Bits*>(from + o.delta[s])) : Bits{0};
-    }
-  }
-
-  __device__ void Store(uint32_t at, const uint32_t (&v)[kStreams]) const {
-    if constexpr (!kHalf) {
-      StoreVector(at, RoundToTF32(v[0]), RoundToTF32(v[1]), RoundToTF32(v[2]), RoundToTF32(v[3]));
-    } else if constexpr (!kTwo) {
-      StoreVector(at, v[0] | v[1] << 16, v[2] | v[3] << 16, v[4] | v[5] << 16, v[6] | v[7] << 16);
-    } else {
-      // Lanes 4 to 7 of eight store their second channel first: then banks do not collide.
-      const int swap = lane >> 2 & 1;
+    for (int s = 0; s < kStreams; ++s) v[s] = {};
+    if (mask == kAll) {
 #pragma unroll
-      for (int i = 0; i < 2; ++i) {
-        const int second = i ^ swap;
-        const uint32_t pick = second ? 0x7632 : 0x5410;
-        StoreVector(at + 16 * second, __byte_perm(v[0], v[1], pick), __byte_perm(v[2], v[3], pick),
-                    __byte_perm(v[4], v[5], pick), __byte_perm(v[6], v[7], pick));
+      for (int s = 0; s < kStreams; ++s) {
+        v[s] = __ldg(reinterpret_cast<const Loaded*>(from + o.delta[s]));
+      }
+    } else if (mask != 0) {
+#pragma unroll
+      for (int s = 0; s < kStreams; ++s) {
+        if (mask >> s & 1) v[s] = __ldg(reinterpret_cast<const Loaded*>(from + o.delta[s]));
       }
     }
   }
 
+  __device__ static uint32_t Word(uint4 v, int i) {
+    return i == 0 ? v.x : i == 1 ? v.y : i == 2 ? v.z : v.w;
+  }
+  __device__ static uint32_t Word(uint2 v, int i) { return i == 0 ? v.x : v.y; }
+
+  // Channel i of what was loaded.
+  __device__ static void Store(uint32_t at, const Loaded (&v)[kStreams], int i) {
+    if constexpr (kLast && kHalf) {
+      const uint32_t pick = i % 2 == 0 ? 0x5410 : 0x7632;
+      const auto pair = [&](int s) {
+        return __byte_perm(Word(v[s], i / 2), Word(v[s + 1], i / 2), pick);
+      };
+      StoreVector(at, pair(0), pair(2), pair(4), pair(6));
+    } else if constexpr (kLast) {
+      StoreVector(at, RoundToTF32(Word(v[0], i)), RoundToTF32(Word(v[1], i)),
+                  RoundToTF32(Word(v[2], i)), RoundToTF32(Word(v[3], i)));
+    } else if constexpr (kHalf) {
+      const auto pair = [&](int s) { return uint32_t{v[s]} | uint32_t{v[s + 1]} << 16; };
+      StoreVector(at, pair(0), pair(2), pair(4), pair(6));
+    } else {
+      StoreVector(at, RoundToTF32(v[0]), RoundToTF32(v[1]), RoundToTF32(v[2]), RoundToTF32(v[3]));
+    }
+  }
+
   __device__ void Run() const {
-    uint32_t v[kVectors][kStreams];
+    Loaded v[kBatches][kStreams];
     if constexpr (kLast) {
-      // A warp takes 16 channels of 2 positions, or of 4 where a load has two channels.
-      constexpr int kLanes = kTwo ? 8 : 16, kEach = 32 / kLanes;
-      const int of_channels = o.channels / 16;
-      const int units = (positions + kEach - 1) / kEach * of_channels;
+      // A warp takes 32 channels of 4 positions.
+      const int of_channels = o.channels / 32, units = (positions + 3) / 4 * of_channels;
 #pragma unroll 1
-      for (int u = warp; u < units; u += 8 * kVectors) {
-        uint32_t at[kVectors];
+      for (int u = warp; u < units; u += 8 * kBatches) {
+        uint32_t at[kBatches];
 #pragma unroll
-        for (int i = 0; i < kVectors; ++i) {
+        for (int i = 0; i < kBatches; ++i) {
           const int unit = u + 8 * i, row = Divide(unit, o.by_units);
-          const int p = row * kEach + lane / kLanes;
-          const int c = (unit - row * of_channels) * 16 + lane % kLanes * (kTwo ? 2 : 1);
-          at[i] = unit < units && p < positions ? to + p * o.pitch + c * 16 : 0;
+          const int p = row * 4 + lane / 8, q = unit - row * of_channels;
+          const int c = q * 32 + lane % 8 * 4;
+          at[i] = unit < units && p < positions ? to + p * o.pitch + q * 128 + lane % 8 * 16 : 0;
           int offset = 0;
           uint32_t mask = 0;
           if (at[i] != 0 && c < left) mask = Inside(p, offset);
           Load(v[i], mask, base + offset + c);
         }
 #pragma unroll
-        for (int i = 0; i < kVectors; ++i) {
-          if (at[i] != 0) Store(at[i], v[i]);
+        for (int i = 0; i < kBatches; ++i) {
+          if (at[i] == 0) continue;
+#pragma unroll
+          for (int k = 0; k < 4; ++k) Store(at[i] + k * of_channels * 128, v[i], k);
         }
       }
     } else {
@@ -119,17 +149,18 @@ struct DenseGradLoader {
       for (int p = lane; p - lane < positions; p += 32) {
         int offset = 0;
         const uint32_t inside = p < positions ? Inside(p, offset) : 0;
-        const uint32_t at = to + p * o.pitch;
+        uint32_t at = to + p * o.pitch + warp * 16;
+        const T* from = base + offset + warp * o.c_step;
+        const int64_t hop = 8 * o.c_step;
 #pragma unroll 1
-        for (int c = warp; c < o.channels; c += 8 * kVectors) {
-          const T* from = base + offset + c * o.c_step;
+        for (int c = warp; c < o.channels; c += 8 * kBatches) {
 #pragma unroll
-          for (int i = 0; i < kVectors; ++i) {
-            Load(v[i], c + 8 * i < left ? inside : 0, from + 8 * i * o.c_step);
+          for (int i = 0; i < kBatches; ++i, from += hop) {
+            Load(v[i], c + 8 * i < left ? inside : 0, from);
           }
 #pragma unroll
-          for (int i = 0; i < kVectors; ++i) {
-            if (p < positions && c + 8 * i < o.channels) Store(at + (c + 8 * i) * 16, v[i]);
+          for (int i = 0; i < kBatches; ++i, at += 128) {
+            if (p < positions && c + 8 * i < o.channels) Store(at, v[i], 0);
           }
         }
       }
@@ -316,7 +347,7 @@ __device__ inline void SyncCluster() {
 
 // The results of a cluster of blocks, added up in order; each block writes some of the rows, taps
 // next to each other, so that sectors are whole where taps are neighbours.
-template <class Out, int NT>
+template <class Out, bool kLast, int NT>
 __device__ inline void StoreDenseGrad(const DenseGradArgs& a, const DenseGradBlock& block,
                                       const char* shared) {
   constexpr int kColumns = 8 * NT, kPitch = kColumns + 8;
@@ -328,10 +359,12 @@ __device__ inline void StoreDenseGrad(const DenseGradArgs& a, const DenseGradBlo
   for (int r = threadIdx.x / 32 * a.cluster + block.rank; r < rows;
        r += kDenseGradThreads / 32 * a.cluster) {
     const int64_t row = (int64_t{block.group} * a.cig + block.ci + r) * a.cog + block.co;
+    const int staged_row = DenseGradRow<kLast>(r, 64 * a.row_blocks);
     for (int e = lane; e < columns * a.chunk_taps; e += 32) {
       const int c = Divide(e, a.by_chunk_taps), t = e - c * a.chunk_taps;
       if (t >= block.taps) continue;
-      const uint32_t from = results + 4 * (t * a.tap_pitch + r * kPitch + c);
+      const uint32_t from = results + 4 * (t * a.tap_pitch + staged_row * kPitch +
+                                           DenseGradRow<kLast>(c, kColumns));
       float sum = 0;
       for (int rank = 0; rank < a.cluster; ++rank) {
         float v;
@@ -406,13 +439,13 @@ __global__ void __launch_bounds__(kDenseGradThreads, 1)
   SyncCluster();
   switch (static_cast<DType>(a.out_dtype)) {
     case DType::kBF16:
-      StoreDenseGrad<__nv_bfloat16, NT>(a, block, shared);
+      StoreDenseGrad<__nv_bfloat16, kLast, NT>(a, block, shared);
       break;
     case DType::kF16:
-      StoreDenseGrad<__half, NT>(a, block, shared);
+      StoreDenseGrad<__half, kLast, NT>(a, block, shared);
       break;
     default:
-      StoreDenseGrad<float, NT>(a, block, shared);
+      StoreDenseGrad<float, kLast, NT>(a, block, shared);
   }
   SyncCluster();  // none leaves while others read its results
 #endif

@@ -38,11 +38,12 @@ struct DenseGradOperand {
   int channels, group_channels;        // staged by a block; of a group in memory
   int pitch;                           // bytes between positions in shared memory
   int size[kAxes];                     // in memory
-  int limit;                           // of axis 0: of a segment
+  int limit, cuts;                     // of axis 0: positions of a segment, segments
   int64_t n_step, c_step, step[kAxes];  // elements between neighbours
-  // Of the streams of 16 bytes: elements from the first, and positions of axis 0.
-  int delta[kDenseGradStreams], along[kDenseGradStreams];
-  SmallDivisor by_units;  // channels / 16
+  // Of the streams of 16 bytes: bytes from the first, and positions of axis 0.
+  int64_t delta[kDenseGradStreams];
+  int along[kDenseGradStreams];
+  SmallDivisor by_units;  // channels / 32
 };
 
 // Axes 0, 1, 2 may be any order of depth, rows and columns: axis 0 is the one that is cut.
