@@ -204,6 +204,11 @@ bool Fill(const Problem& p, const Device& device, const Shape& s, const Chunks& 
     a.y_positions *= a.y_box[i];
     tiles *= a.tiles_of[i];
   }
+  // Steps take two neighbours of the last axis that a box is longer than one along.
+  int pair = kAxes - 1;
+  a.y_pair = 1;
+  for (; pair > 0 && a.box[pair] == 1; --pair) a.y_pair *= a.y_box[pair];
+  if (a.box[pair] % 2 != 0) return false;
   if (a.positions % 4 != 0 || tiles > std::numeric_limits<int>::max()) return false;
   a.tiles = static_cast<int>(tiles);
   a.steps = a.positions / 2;
@@ -274,14 +279,19 @@ bool Fill(const Problem& p, const Device& device, const Shape& s, const Chunks& 
   const double batch = half && !last ? 1024 : 2048;  // vectors under way
   const double batches = std::max(1.0, x_vectors / batch) + std::max(1.0, y_vectors / batch);
   const double load = batches * 700 + instructions / 2;
-  // Sectors that rows of a channel touch, of which a stride uses a part.
-  const double run = double{1} * a.y_box[2] * s.element;
-  const double torn = last ? 1 : (run * a.stride[2] + 32) / run;
-  const double l2 = (x_vectors + y_vectors * std::min(torn, 32.0 / s.element)) * 16 / 22;
+  // Channels first, rows touch sectors in part.
+  const auto torn = [&](int axis_length, int64_t stride) {
+    const double bytes = double{1} * axis_length * s.element;
+    return last ? 1 : std::min(32.0 / s.element, (bytes * static_cast<double>(stride) + 28) / bytes);
+  };
+  const double x_torn = torn(a.box[2], 1), y_torn = torn(a.y_box[2], a.stride[2]);
+  const double l2 = (x_vectors * x_torn + y_vectors * y_torn) * 16 / 22;
   const double stage = std::max({1.1 * tensor, 1.1 * shared, load, l2}) + 300;
   const double waves = std::ceil(static_cast<double>(blocks) / multiprocessors);
   const double results = 64.0 * c.row_blocks * columns * a.chunk_taps;
-  const double least = static_cast<double>((p.XElements() + p.YElements()) * s.element) / 4e12;
+  const double least = (static_cast<double>(p.XElements()) * (1 + x_torn) +
+                        static_cast<double>(p.YElements()) * (1 + y_torn)) /
+                       2 * s.element / 4e12;
   double seconds =
       std::max(waves * static_cast<double>(block_tiles) * stage / kClock, least) +
       waves * (3e-6 + results * 0.35 / kClock) + 6e-6;
@@ -364,11 +374,11 @@ DenseGradPlan Search(const Problem& p, const Device& device) {
       for (const std::vector<Tap>& taps : orders) {
         const Chunks chunks =
             ChunksOf(p, taps, variant.products * kDenseGradGroups / row_blocks);
-        for (int code = 0; code < 4 * 4 * 5; ++code) {
-          const std::array<int, kAxes> box{1 << code % 4, 1 << code / 4 % 4, 2 << code / 16};
-          bool useful = box[0] * box[1] * box[2] <= 256;
+        for (int code = 0; code < 6 * 5 * 7; ++code) {
+          const std::array<int, kAxes> box{1 << code % 6, 1 << code / 6 % 5, 1 << code / 30};
+          bool useful = box[0] * box[1] * box[2] <= 128;
           for (int i = 0; i < kAxes; ++i) {
-            useful = useful && box[i] < 2 * std::max<int64_t>(s.isize[i], i == 2 ? 2 : 1);
+            useful = useful && (box[i] == 1 || box[i] < 2 * s.isize[i]);
           }
           if (!useful) continue;
           for (int cluster = 1; cluster <= 8; cluster *= 2) {

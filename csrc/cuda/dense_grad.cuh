@@ -259,7 +259,8 @@ __device__ inline void MultiplyDenseGrad(const DenseGradArgs& a, const DenseGrad
   for (int p = 0; p < P; ++p) {
     // Products beyond the last repeat it; nothing is stored of them.
     const int tap = block.first_tap + min(first + p, block.taps - 1);
-    y0[p] = Descriptor(stages + a.y_offset + a.shift[tap] * a.y.pitch, a.y.pitch, 128);
+    y0[p] = Descriptor(stages + a.y_offset + a.shift[tap] * a.y.pitch,
+                       a.y_pair * a.y.pitch, 128);
   }
   float acc[P][4 * NT];
 #pragma unroll

@@ -64,6 +64,7 @@ struct DenseGradArgs {
   int box[kAxes], tiles_of[kAxes];    // positions of a box, boxes of an axis
   int stride[kAxes];
   int y_box[kAxes], y_positions;      // of one box of y
+  int y_pair;                         // places from a position's to the next one's, of two
   int image_groups;                   // images of a set of streams
   int positions, steps;               // of a box of x; products of a stage
   int flush;                          // after as many stages; 0: never
