@@ -275,10 +275,10 @@ bool Fill(const Problem& p, const Device& device, const Shape& s, const Chunks& 
   const double vectors = x_vectors + y_vectors;
   const double shared = products * (2048 + columns * 32) / 128 + vectors * 16 / 128;
   const bool half = s.element == 2, last = p.channels_last;
-  const double instructions = vectors / 32 * (half ? (last ? 16 : 34) : (last ? 14 : 22));
-  const double batch = half && !last ? 1024 : 2048;  // vectors under way
-  const double batches = std::max(1.0, x_vectors / batch) + std::max(1.0, y_vectors / batch);
-  const double load = batches * 700 + instructions / 2;
+  const double instructions = vectors / 32 * (half && !last ? 44 : 26);
+  // Of 256 threads, one or two batches of 64 bytes (16 bits, channels first: half of them used) are
+  // always under way, for the latency of device memory.
+  const double load = std::max(vectors * 16 / (half && !last ? 12 : 24), instructions / 2);
   // Channels first, rows touch sectors in part.
   const auto torn = [&](int axis_length, int64_t stride) {
     const double bytes = double{1} * axis_length * s.element;
@@ -305,7 +305,7 @@ bool Fill(const Problem& p, const Device& device, const Shape& s, const Chunks& 
 }
 
 void FillOperand(DenseGradOperand& o, const Shape& s, const Strides& steps, const Sizes& size,
-                 bool y, int64_t group_channels) {
+                 bool y, int64_t group_channels, bool last) {
   o.group_channels = static_cast<int>(group_channels);
   o.n_step = steps.n;
   o.c_step = steps.c;
@@ -320,14 +320,14 @@ void FillOperand(DenseGradOperand& o, const Shape& s, const Strides& steps, cons
     o.delta[stream] = (stream / s.cuts * steps.n + along * steps.s[0]) * s.element;
   }
   o.cuts = s.cuts;
-  o.by_units = DivisorOf(o.channels / 32);
+  o.by_units = DivisorOf(o.channels / (last ? 32 : s.element));
 }
 
 // Fills what the choice does not need.
 void Complete(const Problem& p, const Shape& s, const Chunks& chunks, DenseGradPlan& plan) {
   DenseGradArgs& a = plan.args;
-  FillOperand(a.x, s, s.xs, s.isize, false, p.cig());
-  FillOperand(a.y, s, s.ys, s.osize, true, p.cog());
+  FillOperand(a.x, s, s.xs, s.isize, false, p.cig(), p.channels_last);
+  FillOperand(a.y, s, s.ys, s.osize, true, p.cog(), p.channels_last);
   a.w_elements = p.WElements();
   a.cig = static_cast<int>(p.cig());
   a.cog = static_cast<int>(p.cog());

@@ -35,139 +35,6 @@ __device__ inline int DenseGradRow(int channel, int channels) {
   return (channel % 4 * (channels / 32) + channel / 32) * 8 + channel / 4 % 8;
 }
 
-// Stages an operand's positions, each of its streams by a load of its own.
-template <class T, bool kLast, int kBatch>
-struct DenseGradLoader {
-  static constexpr bool kHalf = sizeof(T) == 2;
-  static constexpr int kStreams = 16 / sizeof(T);
-  static constexpr uint32_t kAll = (1u << kStreams) - 1;
-  // What a load brings: four channels, or one where positions are neighbours in memory.
-  using Loaded = std::conditional_t<kLast, std::conditional_t<kHalf, uint2, uint4>,
-                                    std::conditional_t<kHalf, uint16_t, uint32_t>>;
-  static constexpr int kWords = (sizeof(Loaded) + 3) / 4;
-  static constexpr int kBatches = kBatch / (kStreams * kWords);  // under way at once
-
-  const DenseGradOperand& o;
-  int start[kAxes];  // coordinates of the tile
-  const T* base;     // at them, of the block's first channel
-  int left;          // channels of the group from there
-  const DenseGradPosition* table;
-  int positions;
-  uint32_t to;
-  int warp, lane;
-
-  // The streams whose element at the position is inside, and its offset.
-  __device__ uint32_t Inside(int p, int& offset) const {
-    const int4 entry = reinterpret_cast<const int4*>(table)[p];
-    offset = entry.x;
-    const int u0 = start[0] + entry.y, u1 = start[1] + entry.z, u2 = start[2] + entry.w;
-    if (u0 >= o.limit || static_cast<unsigned>(u1) >= static_cast<unsigned>(o.size[1]) ||
-        static_cast<unsigned>(u2) >= static_cast<unsigned>(o.size[2])) {
-      return 0;
-    }
-    if (o.cuts == 1) {
-      return static_cast<unsigned>(u0) < static_cast<unsigned>(o.size[0]) ? kAll : 0;
-    }
-    uint32_t mask = 0;
-#pragma unroll
-    for (int s = 0; s < kStreams; ++s) {
-      if (static_cast<unsigned>(u0 + o.along[s]) < static_cast<unsigned>(o.size[0])) mask |= 1u << s;
-    }
-    return mask;
-  }
-
-  __device__ void Load(Loaded (&v)[kStreams], uint32_t mask, const T* at) const {
-    const char* from = reinterpret_cast<const char*>(at);
-#pragma unroll
-    for (int s = 0; s < kStreams; ++s) v[s] = {};
-    if (mask == kAll) {
-#pragma unroll
-      for (int s = 0; s < kStreams; ++s) {
-        v[s] = __ldg(reinterpret_cast<const Loaded*>(from + o.delta[s]));
-      }
-    } else if (mask != 0) {
-#pragma unroll
-      for (int s = 0; s < kStreams; ++s) {
-        if (mask >> s & 1) v[s] = __ldg(reinterpret_cast<const Loaded*>(from + o.delta[s]));
-      }
-    }
-  }
-
-  __device__ static uint32_t Word(uint4 v, int i) {
-    return i == 0 ? v.x : i == 1 ? v.y : i == 2 ? v.z : v.w;
-  }
-  __device__ static uint32_t Word(uint2 v, int i) { return i == 0 ? v.x : v.y; }
-
-  // Channel i of what was loaded.
-  __device__ static void Store(uint32_t at, const Loaded (&v)[kStreams], int i) {
-    if constexpr (kLast && kHalf) {
-      const uint32_t pick = i % 2 == 0 ? 0x5410 : 0x7632;
-      const auto pair = [&](int s) {
-        return __byte_perm(Word(v[s], i / 2), Word(v[s + 1], i / 2), pick);
-      };
-      StoreVector(at, pair(0), pair(2), pair(4), pair(6));
-    } else if constexpr (kLast) {
-      StoreVector(at, RoundToTF32(Word(v[0], i)), RoundToTF32(Word(v[1], i)),
-                  RoundToTF32(Word(v[2], i)), RoundToTF32(Word(v[3], i)));
-    } else if constexpr (kHalf) {
-      const auto pair = [&](int s) { return uint32_t{v[s]} | uint32_t{v[s + 1]} << 16; };
-      StoreVector(at, pair(0), pair(2), pair(4), pair(6));
-    } else {
-      StoreVector(at, RoundToTF32(v[0]), RoundToTF32(v[1]), RoundToTF32(v[2]), RoundToTF32(v[3]));
-    }
-  }
-
-  __device__ void Run() const {
-    Loaded v[kBatches][kStreams];
-    if constexpr (kLast) {
-      // A warp takes 32 channels of 4 positions.
-      const int of_channels = o.channels / 32, units = (positions + 3) / 4 * of_channels;
-#pragma unroll 1
-      for (int u = warp; u < units; u += 8 * kBatches) {
-        uint32_t at[kBatches];
-#pragma unroll
-        for (int i = 0; i < kBatches; ++i) {
-          const int unit = u + 8 * i, row = Divide(unit, o.by_units);
-          const int p = row * 4 + lane / 8, q = unit - row * of_channels;
-          const int c = q * 32 + lane % 8 * 4;
-          at[i] = unit < units && p < positions ? to + p * o.pitch + q * 128 + lane % 8 * 16 : 0;
-          int offset = 0;
-          uint32_t mask = 0;
-          if (at[i] != 0 && c < left) mask = Inside(p, offset);
-          Load(v[i], mask, base + offset + c);
-        }
-#pragma unroll
-        for (int i = 0; i < kBatches; ++i) {
-          if (at[i] == 0) continue;
-#pragma unroll
-          for (int k = 0; k < 4; ++k) Store(at[i] + k * of_channels * 128, v[i], k);
-        }
-      }
-    } else {
-      // A warp takes 32 positions of every eighth channel.
-#pragma unroll 1
-      for (int p = lane; p - lane < positions; p += 32) {
-        int offset = 0;
-        const uint32_t inside = p < positions ? Inside(p, offset) : 0;
-        uint32_t at = to + p * o.pitch + warp * 16;
-        const T* from = base + offset + warp * o.c_step;
-        const int64_t hop = 8 * o.c_step;
-#pragma unroll 1
-        for (int c = warp; c < o.channels; c += 8 * kBatches) {
-#pragma unroll
-          for (int i = 0; i < kBatches; ++i, from += hop) {
-            Load(v[i], c + 8 * i < left ? inside : 0, from);
-          }
-#pragma unroll
-          for (int i = 0; i < kBatches; ++i, at += 128) {
-            if (p < positions && c + 8 * i < o.channels) Store(at, v[i], 0);
-          }
-        }
-      }
-    }
-  }
-};
-
 // What a block keeps, and its part of the tiles.
 struct DenseGradBlock {
   int chunk, co, ci, group, part, rank, begin, end, first_tap, taps;
@@ -198,53 +65,228 @@ struct DenseGradBarriers {
   __device__ uint32_t Empty(int i) const { return base + 8 * (kDenseGradStages + i); }
 };
 
-template <class T, bool kLast, int kBatch>
-__device__ inline void LoadDenseGrad(const DenseGradArgs& a, const DenseGradBlock& block,
-                                     const DenseGradBarriers& barriers, const char* shared,
-                                     int thread) {
-  const auto* x_table = reinterpret_cast<const DenseGradPosition*>(shared + a.smem_x);
-  const auto* y_table = reinterpret_cast<const DenseGradPosition*>(shared + a.smem_y);
-  const int boxes = a.first_box[block.chunk + 1] - a.first_box[block.chunk];
-  const uint32_t stages = SharedAddress(shared) + a.smem_stages;
-  DenseCursor stage;
-  for (int tile = block.begin; tile < block.end; ++tile) {
-    int rest = tile, at[kAxes];
+// Loads what a block stages, unit by unit, each stream of a unit by a load of its own. Warps take
+// units in turn, and of the next one, be it of the next stage, loads are under way while one is
+// stored.
+template <class T, bool kLast>
+class DenseGradLoader {
+ public:
+  __device__ DenseGradLoader(const DenseGradArgs& args, const DenseGradBlock& block,
+                             const DenseGradBarriers& barriers_, char* shared_, int thread)
+      : a(args),
+        barriers(barriers_),
+        shared(shared_),
+        warp(thread / 32),
+        lane(thread % 32),
+        tile(block.begin),
+        end(block.end),
+        unit(warp) {
+    const int boxes = a.first_box[block.chunk + 1] - a.first_box[block.chunk];
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      const DenseGradOperand& o = i == 0 ? a.x : a.y;
+      const int channel = i == 0 ? block.ci : block.co;
+      positions[i] = i == 0 ? a.positions : boxes * a.y_positions;
+      units[i] = (positions[i] + kPositions - 1) / kPositions * (o.channels / kChannels);
+      left[i] = o.group_channels - channel;
+      first[i] = static_cast<const T*>(o.from) +
+                 (int64_t{block.group} * o.group_channels + channel) * o.c_step;
+    }
+    units[1] += units[0];
+    if (tile < end) Locate();
+  }
+
+  __device__ void Run() {
+    Batch one, other;
+    bool more = Load(one);
+    while (more) {
+      more = Load(other);
+      Store(one);
+      if (!more) break;
+      more = Load(one);
+      Store(other);
+    }
+  }
+
+ private:
+  static constexpr bool kHalf = sizeof(T) == 2;
+  static constexpr int kStreams = 16 / sizeof(T);
+  static constexpr uint32_t kAll = (1u << kStreams) - 1;
+  // A lane's loads bring neighbours in memory: four channels, or one position each of several
+  // channels; a warp's unit is so many positions and channels.
+  using Loaded = std::conditional_t<kLast, std::conditional_t<kHalf, uint2, uint4>,
+                                    std::conditional_t<kHalf, uint16_t, uint32_t>>;
+  static constexpr int kLoads = kLast ? 1 : kHalf ? 2 : 4;
+  static constexpr int kPositions = kLast ? 4 : 32, kChannels = kLast ? 32 : kLoads;
+
+  struct Batch {
+    Loaded v[kLoads][kStreams];
+    uint32_t at;  // in shared memory, or 0
+    int tags;     // of the unit, and above them the stage
+  };
+  // The warp's first and last unit of a stage; of y; when its ring is at an odd turn.
+  enum Tag { kFirst = 1, kLastOne = 2, kOfY = 4, kOdd = 8, kStage = 16 };
+
+  __device__ const DenseGradOperand& Operand(int i) const { return i == 0 ? a.x : a.y; }
+
+  // The tile's coordinates, and what lies there.
+  __device__ void Locate() {
+    int rest = tile;
 #pragma unroll
     for (int i = kAxes - 1; i >= 0; --i) {
       const int up = rest / a.tiles_of[i];
-      at[i] = (rest - up * a.tiles_of[i]) * a.box[i];
+      start[i] = (rest - up * a.tiles_of[i]) * a.box[i];
       rest = up;
     }
-    WaitForPhase(barriers.Empty(stage.at), stage.parity ^ 1);
 #pragma unroll
-    for (int operand = 0; operand < 2; ++operand) {
-      const DenseGradOperand& o = operand == 0 ? a.x : a.y;
-      const int channel = operand == 0 ? block.ci : block.co;
-      const T* base = static_cast<const T*>(o.from) + int64_t{rest} * a.image_groups * o.n_step +
-                      (block.group * o.group_channels + channel) * o.c_step;
-      int start[kAxes];
+    for (int i = 0; i < 2; ++i) {
+      const DenseGradOperand& o = Operand(i);
+      base[i] = first[i] + int64_t{rest} * a.image_groups * o.n_step;
 #pragma unroll
-      for (int i = 0; i < kAxes; ++i) {
-        start[i] = operand == 0 ? at[i] : at[i] * a.stride[i];
-        base += start[i] * o.step[i];
-      }
-      const DenseGradLoader<T, kLast, kBatch> loader{
-          o,
-          {start[0], start[1], start[2]},
-          base,
-          min(o.group_channels - channel, o.channels),
-          operand == 0 ? x_table : y_table,
-          operand == 0 ? a.positions : boxes * a.y_positions,
-          stages + stage.at * a.stage_bytes + (operand == 0 ? 0 : a.y_offset),
-          thread / 32,
-          thread % 32};
-      loader.Run();
+      for (int x = 0; x < kAxes; ++x) base[i] += (i == 0 ? start[x] : start[x] * a.stride[x]) * o.step[x];
     }
-    ProxyFence();
-    Arrive(barriers.Full(stage.at));
-    stage.Next(a.stages);
   }
-}
+
+  // The streams whose element at the position is inside, and its offset.
+  template <int i>
+  __device__ uint32_t Inside(int p, int& offset) const {
+    const DenseGradOperand& o = Operand(i);
+    const int4 entry = reinterpret_cast<const int4*>(shared + (i == 0 ? a.smem_x : a.smem_y))[p];
+    offset = entry.x;
+    const int u0 = entry.y + (i == 0 ? start[0] : start[0] * a.stride[0]);
+    const int u1 = entry.z + (i == 0 ? start[1] : start[1] * a.stride[1]);
+    const int u2 = entry.w + (i == 0 ? start[2] : start[2] * a.stride[2]);
+    if (u0 >= o.limit || static_cast<unsigned>(u1) >= static_cast<unsigned>(o.size[1]) ||
+        static_cast<unsigned>(u2) >= static_cast<unsigned>(o.size[2])) {
+      return 0;
+    }
+    if (o.cuts == 1) {
+      return static_cast<unsigned>(u0) < static_cast<unsigned>(o.size[0]) ? kAll : 0;
+    }
+    uint32_t mask = 0;
+#pragma unroll
+    for (int s = 0; s < kStreams; ++s) {
+      if (static_cast<unsigned>(u0 + o.along[s]) < static_cast<unsigned>(o.size[0])) mask |= 1u << s;
+    }
+    return mask;
+  }
+
+  __device__ static void LoadStreams(const DenseGradOperand& o, Loaded (&v)[kStreams],
+                                     uint32_t mask, const T* at) {
+    const char* from = reinterpret_cast<const char*>(at);
+#pragma unroll
+    for (int s = 0; s < kStreams; ++s) v[s] = {};
+    if (mask == kAll) {
+#pragma unroll
+      for (int s = 0; s < kStreams; ++s) {
+        v[s] = __ldg(reinterpret_cast<const Loaded*>(from + o.delta[s]));
+      }
+    } else if (mask != 0) {
+#pragma unroll
+      for (int s = 0; s < kStreams; ++s) {
+        if (mask >> s & 1) v[s] = __ldg(reinterpret_cast<const Loaded*>(from + o.delta[s]));
+      }
+    }
+  }
+
+  template <int i>
+  __device__ void LoadUnit(Batch& b, int u) const {
+    const DenseGradOperand& o = Operand(i);
+    const uint32_t to = SharedAddress(shared) + a.smem_stages + stage.at * a.stage_bytes +
+                        (i == 0 ? 0 : a.y_offset);
+    const int rows = Divide(u, o.by_units), rest = u - rows * o.by_units.divisor;
+    int offset = 0;
+    uint32_t mask = 0;
+    if constexpr (kLast) {
+      // Eight lanes take 32 channels of a position.
+      const int p = rows * 4 + lane / 8, c = rest * 32 + lane % 8 * 4;
+      b.at = p < positions[i] ? to + p * o.pitch + rest * 128 + lane % 8 * 16 : 0;
+      if (b.at != 0 && c < left[i]) mask = Inside<i>(p, offset);
+      LoadStreams(o, b.v[0], mask, base[i] + offset + c);
+    } else {
+      const int p = rows * 32 + lane, c = rest * kLoads;
+      b.at = p < positions[i] ? to + p * o.pitch + c * 16 : 0;
+      if (b.at != 0) mask = Inside<i>(p, offset);
+      const T* from = base[i] + offset + c * o.c_step;
+#pragma unroll
+      for (int j = 0; j < kLoads; ++j, from += o.c_step) {
+        LoadStreams(o, b.v[j], c + j < left[i] ? mask : 0, from);
+      }
+    }
+  }
+
+  // Loads the next unit; false if there is none.
+  __device__ bool Load(Batch& b) {
+    if (tile >= end) return false;
+    b.tags = stage.at * kStage + (stage.parity ? kOdd : 0) + (unit == warp ? kFirst : 0);
+    b.at = 0;
+    if (unit < units[0]) {
+      LoadUnit<0>(b, unit);
+    } else if (unit < units[1]) {
+      LoadUnit<1>(b, unit - units[0]);
+      b.tags |= kOfY;
+    }
+    unit += kWarps;
+    if (unit >= units[1]) {
+      b.tags |= kLastOne;
+      unit = warp;
+      stage.Next(a.stages);
+      if (++tile < end) Locate();
+    }
+    return true;
+  }
+
+  __device__ static uint32_t Word(uint4 v, int i) {
+    return i == 0 ? v.x : i == 1 ? v.y : i == 2 ? v.z : v.w;
+  }
+  __device__ static uint32_t Word(uint2 v, int i) { return i == 0 ? v.x : v.y; }
+
+  __device__ void Store(const Batch& b) const {
+    const int at = b.tags / kStage;
+    if (b.tags & kFirst) WaitForPhase(barriers.Empty(at), b.tags & kOdd ? 0 : 1);
+    if (b.at != 0) {
+      constexpr int kVectors = kLast ? 4 : kLoads;
+      const int hop = kLast ? (b.tags & kOfY ? a.y.channels : a.x.channels) * 4 : 16;
+#pragma unroll
+      for (int i = 0; i < kVectors; ++i) {
+        uint32_t words[4];
+#pragma unroll
+        for (int w = 0; w < 4; ++w) {
+          if constexpr (kLast && kHalf) {
+            words[w] = __byte_perm(Word(b.v[0][2 * w], i / 2), Word(b.v[0][2 * w + 1], i / 2),
+                                   i % 2 == 0 ? 0x5410 : 0x7632);
+          } else if constexpr (kLast) {
+            words[w] = RoundToTF32(Word(b.v[0][w], i));
+          } else if constexpr (kHalf) {
+            words[w] = uint32_t{b.v[i][2 * w]} | uint32_t{b.v[i][2 * w + 1]} << 16;
+          } else {
+            words[w] = RoundToTF32(b.v[i][w]);
+          }
+        }
+        StoreVector(b.at + i * hop, words[0], words[1], words[2], words[3]);
+      }
+    }
+    if (b.tags & kLastOne) {
+      ProxyFence();
+      __syncwarp();
+      if (lane == 0) Arrive(barriers.Full(at));
+    }
+  }
+
+  static constexpr int kWarps = kDenseGradLoaders / 32;
+
+  const DenseGradArgs& a;
+  const DenseGradBarriers& barriers;
+  const char* const shared;
+  const int warp, lane;
+  int positions[2], left[2];  // of x and y; channels of the group
+  int units[2];               // of x; of both
+  const T* first[2];          // where the group's channels begin
+  // Where loads have come to.
+  int tile, end, unit, start[kAxes];
+  const T* base[2];
+  DenseCursor stage;
+};
 
 template <class T, int NT, int P>
 __device__ inline void MultiplyDenseGrad(const DenseGradArgs& a, const DenseGradBlock& block,
@@ -391,7 +433,7 @@ __global__ void __launch_bounds__(kDenseGradThreads, 1)
   const int thread = threadIdx.x;
   if (thread == 0) {
     for (int i = 0; i < a.stages; ++i) {
-      InitBarrier(barriers.Full(i), kDenseGradLoaders);
+      InitBarrier(barriers.Full(i), kDenseGradLoaders / 32);
       InitBarrier(barriers.Empty(i), kDenseGradWarps);
     }
     asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
@@ -427,15 +469,15 @@ __global__ void __launch_bounds__(kDenseGradThreads, 1)
     y_table[p] = e;
   }
   __syncthreads();
-  constexpr int kSums = P * NT * 4, kRegisters = kSums > 128 ? 208 : 184;
+  constexpr int kSums = P * NT * 4, kRegisters = kSums > 128 ? 192 : kSums > 64 ? 176 : 128;
   if (thread < kDenseGradLoaders) {
-    GiveRegisters<256 - kRegisters>();
-    LoadDenseGrad<T, kLast, (kSums > 128 ? 16 : 32)>(a, block, barriers, shared, thread);
-    TakeRegisters<128>();  // all store the results
+    if (kRegisters > 128) GiveRegisters<256 - kRegisters>();
+    DenseGradLoader<T, kLast>(a, block, barriers, shared, thread).Run();
+    if (kRegisters > 128) TakeRegisters<128>();  // all store the results
   } else {
-    TakeRegisters<kRegisters>();
+    if (kRegisters > 128) TakeRegisters<kRegisters>();
     MultiplyDenseGrad<T, NT, P>(a, block, barriers, shared, thread / 128 - 2, thread % 128);
-    GiveRegisters<128>();
+    if (kRegisters > 128) GiveRegisters<128>();
   }
   SyncCluster();
   switch (static_cast<DType>(a.out_dtype)) {

@@ -43,7 +43,7 @@ struct DenseGradOperand {
   // Of the streams of 16 bytes: bytes from the first, and positions of axis 0.
   int64_t delta[kDenseGradStreams];
   int along[kDenseGradStreams];
-  SmallDivisor by_units;  // channels / 32
+  SmallDivisor by_units;  // the channels of a warp's loads that make up `channels`
 };
 
 // Axes 0, 1, 2 may be any order of depth, rows and columns: axis 0 is the one that is cut.
