@@ -147,13 +147,13 @@ std::vector<Box> BoxesOf(const std::vector<Tap>& taps, int first, int count) {
 struct Chunks {
   const std::vector<Tap>* taps;
   int count, chunk_taps, most_boxes;
-  std::array<int, kAxes> reach;
+  std::array<int, kAxes> reach, spread;  // of places of a box; of outputs of all boxes
   double boxes, sectors;  // of a chunk: mean; of a (ci, co) in dw: all
 };
 
-Chunks ChunksOf(const Problem& p, const std::vector<Tap>& taps, int most) {
+Chunks ChunksOf(const Problem& p, const Shape& s, const std::vector<Tap>& taps, int most) {
   const int all = static_cast<int>(taps.size());
-  Chunks c{&taps, static_cast<int>(CeilDiv(all, most)), 0, 0, {0, 0, 0}, 0, 0};
+  Chunks c{&taps, static_cast<int>(CeilDiv(all, most)), 0, 0, {0, 0, 0}, {0, 0, 0}, 0, 0};
   c.chunk_taps = static_cast<int>(CeilDiv(all, c.count));
   c.count = static_cast<int>(CeilDiv(all, c.chunk_taps));
   for (int i = 0; i < c.count; ++i) {
@@ -162,7 +162,13 @@ Chunks ChunksOf(const Problem& p, const std::vector<Tap>& taps, int most) {
     c.most_boxes = std::max(c.most_boxes, static_cast<int>(boxes.size()));
     c.boxes += static_cast<double>(boxes.size()) / c.count;
     for (const Box& b : boxes) {
-      for (int a = 0; a < kAxes; ++a) c.reach[a] = std::max(c.reach[a], b.high[a] - b.low[a]);
+      for (int a = 0; a < kAxes; ++a) {
+        c.reach[a] = std::max(c.reach[a], b.high[a] - b.low[a]);
+        for (const Box& other : boxes) {
+          c.spread[a] = std::max(c.spread[a], (b.low[a] - other.low[a]) * static_cast<int>(s.stride[a]) +
+                                                b.residue[a] - other.residue[a]);
+        }
+      }
     }
     for (int t = first, sector = -1; t < first + mine; ++t) {
       const int of = static_cast<int>(taps[t].index * SizeOf(p.out_dtype) / 32);
@@ -200,6 +206,10 @@ bool Fill(const Problem& p, const Device& device, const Shape& s, const Chunks& 
     a.y_box[i] = c.box[i] + chunks.reach[i];
     a.tiles_of[i] = static_cast<int>(CeilDiv(i == 0 ? s.segment : s.isize[i], c.box[i]));
     a.stride[i] = static_cast<int>(s.stride[i]);
+    // Coordinates within a tile have nine bits.
+    const int highest = (a.y_box[i] - 1) * a.stride[i] + chunks.spread[i];
+    if (highest > 511) return false;
+    if (i == 0) a.y.most = highest;
     a.positions *= a.box[i];
     a.y_positions *= a.y_box[i];
     tiles *= a.tiles_of[i];
@@ -212,6 +222,7 @@ bool Fill(const Problem& p, const Device& device, const Shape& s, const Chunks& 
   if (a.positions % 4 != 0 || tiles > std::numeric_limits<int>::max()) return false;
   a.tiles = static_cast<int>(tiles);
   a.steps = a.positions / 2;
+  a.x.most = a.box[0] - 1;
   a.x.channels = 64 * c.row_blocks;
   a.y.channels = columns;
   a.x.pitch = a.x.channels * 16 + 16;
@@ -225,8 +236,8 @@ bool Fill(const Problem& p, const Device& device, const Shape& s, const Chunks& 
     return at;
   };
   place(0);
-  a.smem_x = place(a.positions * 16);
-  a.smem_y = place(y_all * 16);
+  a.smem_x = place(a.positions * 8);
+  a.smem_y = place(y_all * 8);
   a.smem_pairs = place(a.steps * 4);
   a.smem_stages = smem;
   a.y_offset = static_cast<int>(RoundUp(a.positions * a.x.pitch, 128));
@@ -320,7 +331,8 @@ void FillOperand(DenseGradOperand& o, const Shape& s, const Strides& steps, cons
     o.delta[stream] = (stream / s.cuts * steps.n + along * steps.s[0]) * s.element;
   }
   o.cuts = s.cuts;
-  o.by_units = DivisorOf(o.channels / (last ? 32 : s.element));
+  const int shares = o.channels / (last ? 32 : 8 * s.element);
+  while (1 << o.log_shares < shares) ++o.log_shares;
 }
 
 // Fills what the choice does not need.
@@ -373,7 +385,7 @@ DenseGradPlan Search(const Problem& p, const Device& device) {
     for (int row_blocks = 1; row_blocks <= (p.cig() > 64 ? 2 : 1); ++row_blocks) {
       for (const std::vector<Tap>& taps : orders) {
         const Chunks chunks =
-            ChunksOf(p, taps, variant.products * kDenseGradGroups / row_blocks);
+            ChunksOf(p, s, taps, variant.products * kDenseGradGroups / row_blocks);
         for (int code = 0; code < 6 * 5 * 7; ++code) {
           const std::array<int, kAxes> box{1 << code % 6, 1 << code / 6 % 5, 1 << code / 30};
           bool useful = box[0] * box[1] * box[2] <= 128;

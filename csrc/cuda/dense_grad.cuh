@@ -16,11 +16,20 @@ inline constexpr int kDenseGradWarps = 4 * kDenseGradGroups;  // that multiply
 
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
 
-// A staged position: the offset of its elements in memory and its coordinates, both from those of
-// the tile.
+// A staged position: the offset of its elements in memory from those of the tile, and its
+// coordinates from the lowest of the tile, ten bits each.
 struct DenseGradPosition {
-  int offset, at[kAxes];
+  int offset, at;
 };
+
+// The lowest output on an axis that a chunk of taps needs of the input at 0.
+__device__ inline int DenseGradLow(const DenseGradArgs& a, int chunk, int axis) {
+  int low = a.box_first[a.first_box[chunk]][axis];
+  for (int box = a.first_box[chunk] + 1; box < a.first_box[chunk + 1]; ++box) {
+    low = min(low, static_cast<int>(a.box_first[box][axis]));
+  }
+  return low;
+}
 
 __device__ inline void StoreVector(uint32_t to, uint32_t a, uint32_t b, uint32_t c, uint32_t d) {
   asm volatile("st.shared.v4.b32 [%0], {%1, %2, %3, %4};" ::"r"(to), "r"(a), "r"(b), "r"(c), "r"(d)
@@ -72,7 +81,7 @@ template <class T, bool kLast>
 class DenseGradLoader {
  public:
   __device__ DenseGradLoader(const DenseGradArgs& args, const DenseGradBlock& block,
-                             const DenseGradBarriers& barriers_, char* shared_, int thread)
+                             const DenseGradBarriers& barriers_, const char* shared_, int thread)
       : a(args),
         barriers(barriers_),
         shared(shared_),
@@ -80,20 +89,32 @@ class DenseGradLoader {
         lane(thread % 32),
         tile(block.begin),
         end(block.end),
-        unit(warp) {
+        unit(0) {
     const int boxes = a.first_box[block.chunk + 1] - a.first_box[block.chunk];
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
       const DenseGradOperand& o = i == 0 ? a.x : a.y;
       const int channel = i == 0 ? block.ci : block.co;
       positions[i] = i == 0 ? a.positions : boxes * a.y_positions;
-      units[i] = (positions[i] + kPositions - 1) / kPositions * (o.channels / kChannels);
+      units[i] = (positions[i] + Rows(i) - 1) / Rows(i) << (kLast ? 0 : LogRounds(i));
       left[i] = o.group_channels - channel;
       first[i] = static_cast<const T*>(o.from) +
                  (int64_t{block.group} * o.group_channels + channel) * o.c_step;
     }
+    low[0] = low[1] = low[2] = 0;
+#pragma unroll
+    for (int x = 0; x < kAxes; ++x) low[x] = DenseGradLow(a, block.chunk, x);
     units[1] += units[0];
-    if (tile < end) Locate();
+    if (tile >= end) return;
+    int rest = tile;
+#pragma unroll
+    for (int x = kAxes - 1; x >= 0; --x) {
+      const int up = rest / a.tiles_of[x];
+      at[x] = rest - up * a.tiles_of[x];
+      rest = up;
+    }
+    set = rest;
+    Locate();
   }
 
   __device__ void Run() {
@@ -110,14 +131,13 @@ class DenseGradLoader {
 
  private:
   static constexpr bool kHalf = sizeof(T) == 2;
-  static constexpr int kStreams = 16 / sizeof(T);
+  static constexpr int kStreams = 16 / sizeof(T), kWarps = kDenseGradLoaders / 32;
   static constexpr uint32_t kAll = (1u << kStreams) - 1;
-  // A lane's loads bring neighbours in memory: four channels, or one position each of several
-  // channels; a warp's unit is so many positions and channels.
+  // A lane's loads bring neighbours in memory: four channels, of four positions a warp, or one
+  // position each of several channels.
   using Loaded = std::conditional_t<kLast, std::conditional_t<kHalf, uint2, uint4>,
                                     std::conditional_t<kHalf, uint16_t, uint32_t>>;
   static constexpr int kLoads = kLast ? 1 : kHalf ? 2 : 4;
-  static constexpr int kPositions = kLast ? 4 : 32, kChannels = kLast ? 32 : kLoads;
 
   struct Batch {
     Loaded v[kLoads][kStreams];
@@ -125,50 +145,60 @@ class DenseGradLoader {
     int tags;     // of the unit, and above them the stage
   };
   // The warp's first and last unit of a stage; of y; when its ring is at an odd turn.
-  enum Tag { kFirst = 1, kLastOne = 2, kOfY = 4, kOdd = 8, kStage = 16 };
+  enum Tag { kFirst = 1, kFinal = 2, kOfY = 4, kOdd = 8, kStage = 16 };
 
   __device__ const DenseGradOperand& Operand(int i) const { return i == 0 ? a.x : a.y; }
+  // Positions that all warps take at a time. Channels last, warps share them by 32 channels;
+  // channels first, in several rounds of eight warps.
+  __device__ int Rows(int i) const { return kLast ? 4 * kWarps >> Operand(i).log_shares : 32; }
+  __device__ int LogRounds(int i) const { return Operand(i).log_shares; }
 
-  // The tile's coordinates, and what lies there.
+  // The tile's first elements, and which of its positions are inside.
   __device__ void Locate() {
-    int rest = tile;
-#pragma unroll
-    for (int i = kAxes - 1; i >= 0; --i) {
-      const int up = rest / a.tiles_of[i];
-      start[i] = (rest - up * a.tiles_of[i]) * a.box[i];
-      rest = up;
-    }
+    same = true;
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
       const DenseGradOperand& o = Operand(i);
-      base[i] = first[i] + int64_t{rest} * a.image_groups * o.n_step;
+      base[i] = first[i] + int64_t{set} * a.image_groups * o.n_step;
+      inside_low[i] = 0;
+      inside_high[i] = 0;
 #pragma unroll
-      for (int x = 0; x < kAxes; ++x) base[i] += (i == 0 ? start[x] : start[x] * a.stride[x]) * o.step[x];
+      for (int x = 0; x < kAxes; ++x) {
+        const int start = at[x] * a.box[x] * (i == 0 ? 1 : a.stride[x]);
+        base[i] += start * o.step[x];
+        const int from = start + (i == 0 ? 0 : low[x]);
+        int less = -from, most = o.size[x] - 1 - from;
+        if (x == 0) {
+          // Of all streams: the strictest.
+          if (o.cuts > 1) same = same && less <= 0 && most - o.along[kStreams - 1] >= o.most;
+          most = min(most, o.limit - 1 - from);
+        }
+        less = most < 0 ? 512 : min(max(less, 0), 512);
+        inside_low[i] |= less << 10 * x;
+        inside_high[i] |= (min(max(most, 0), 511) | 512) << 10 * x;
+      }
     }
   }
 
-  // The streams whose element at the position is inside, and its offset.
+  // The streams whose element at the position is inside, and its offset. Each axis has ten bits: a
+  // coordinate, and a bit above it that stays where a difference is not negative.
   template <int i>
   __device__ uint32_t Inside(int p, int& offset) const {
     const DenseGradOperand& o = Operand(i);
-    const int4 entry = reinterpret_cast<const int4*>(shared + (i == 0 ? a.smem_x : a.smem_y))[p];
+    const int2 entry = reinterpret_cast<const int2*>(shared + (i == 0 ? a.smem_x : a.smem_y))[p];
     offset = entry.x;
-    const int u0 = entry.y + (i == 0 ? start[0] : start[0] * a.stride[0]);
-    const int u1 = entry.z + (i == 0 ? start[1] : start[1] * a.stride[1]);
-    const int u2 = entry.w + (i == 0 ? start[2] : start[2] * a.stride[2]);
-    if (u0 >= o.limit || static_cast<unsigned>(u1) >= static_cast<unsigned>(o.size[1]) ||
-        static_cast<unsigned>(u2) >= static_cast<unsigned>(o.size[2])) {
-      return 0;
-    }
-    if (o.cuts == 1) {
-      return static_cast<unsigned>(u0) < static_cast<unsigned>(o.size[0]) ? kAll : 0;
-    }
+    constexpr int kOver = 512 << 20 | 512 << 10 | 512;
+    const int fits = ((entry.y | kOver) - inside_low[i]) & (inside_high[i] - entry.y) & kOver;
+    if (same) return fits == kOver ? kAll : 0;
+    if ((fits | 512) != kOver) return 0;
+    const int start = at[0] * a.box[0] * (i == 0 ? 1 : a.stride[0]);
+    const int u = (entry.y & 511) + start + (i == 0 ? 0 : low[0]);
     uint32_t mask = 0;
 #pragma unroll
     for (int s = 0; s < kStreams; ++s) {
-      if (static_cast<unsigned>(u0 + o.along[s]) < static_cast<unsigned>(o.size[0])) mask |= 1u << s;
+      if (static_cast<unsigned>(u + o.along[s]) < static_cast<unsigned>(o.size[0])) mask |= 1u << s;
     }
-    return mask;
+    return u < o.limit ? mask : 0;
   }
 
   __device__ static void LoadStreams(const DenseGradOperand& o, Loaded (&v)[kStreams],
@@ -192,46 +222,60 @@ class DenseGradLoader {
   template <int i>
   __device__ void LoadUnit(Batch& b, int u) const {
     const DenseGradOperand& o = Operand(i);
-    const uint32_t to = SharedAddress(shared) + a.smem_stages + stage.at * a.stage_bytes +
-                        (i == 0 ? 0 : a.y_offset);
-    const int rows = Divide(u, o.by_units), rest = u - rows * o.by_units.divisor;
-    int offset = 0;
-    uint32_t mask = 0;
+    int p, c;
     if constexpr (kLast) {
-      // Eight lanes take 32 channels of a position.
-      const int p = rows * 4 + lane / 8, c = rest * 32 + lane % 8 * 4;
-      b.at = p < positions[i] ? to + p * o.pitch + rest * 128 + lane % 8 * 16 : 0;
-      if (b.at != 0 && c < left[i]) mask = Inside<i>(p, offset);
-      LoadStreams(o, b.v[0], mask, base[i] + offset + c);
+      const int share = warp & ((1 << o.log_shares) - 1);
+      p = u * Rows(i) + (warp >> o.log_shares) * 4 + lane / 8;
+      c = share * 32 + lane % 8 * 4;
+      b.at = p * o.pitch + share * 128 + lane % 8 * 16;
     } else {
-      const int p = rows * 32 + lane, c = rest * kLoads;
-      b.at = p < positions[i] ? to + p * o.pitch + c * 16 : 0;
-      if (b.at != 0) mask = Inside<i>(p, offset);
-      const T* from = base[i] + offset + c * o.c_step;
+      const int round = u & ((1 << o.log_shares) - 1);
+      p = (u >> o.log_shares) * 32 + lane;
+      c = (round * kWarps + warp) * kLoads;
+      b.at = p * o.pitch + c * 16;
+    }
+    if (p >= positions[i]) {
+      b.at = 0;
+      return;
+    }
+    b.at += SharedAddress(shared) + a.smem_stages + stage.at * a.stage_bytes +
+            (i == 0 ? 0 : a.y_offset);
+    int offset;
+    const uint32_t mask = Inside<i>(p, offset);
 #pragma unroll
-      for (int j = 0; j < kLoads; ++j, from += o.c_step) {
-        LoadStreams(o, b.v[j], c + j < left[i] ? mask : 0, from);
-      }
+    for (int j = 0; j < kLoads; ++j) {
+      const int channel = kLast ? c : (c + j) * static_cast<int>(o.c_step);
+      LoadStreams(o, b.v[j], c + j < left[i] ? mask : 0, base[i] + (offset + channel));
     }
   }
 
   // Loads the next unit; false if there is none.
   __device__ bool Load(Batch& b) {
     if (tile >= end) return false;
-    b.tags = stage.at * kStage + (stage.parity ? kOdd : 0) + (unit == warp ? kFirst : 0);
-    b.at = 0;
+    b.tags = stage.at * kStage + (stage.parity ? kOdd : 0) + (unit == 0 ? kFirst : 0);
     if (unit < units[0]) {
       LoadUnit<0>(b, unit);
-    } else if (unit < units[1]) {
+    } else {
       LoadUnit<1>(b, unit - units[0]);
       b.tags |= kOfY;
     }
-    unit += kWarps;
-    if (unit >= units[1]) {
-      b.tags |= kLastOne;
-      unit = warp;
+    if (++unit == units[1]) {
+      b.tags |= kFinal;
+      unit = 0;
       stage.Next(a.stages);
-      if (++tile < end) Locate();
+      if (++tile < end) {
+        if (++at[2] == a.tiles_of[2]) {
+          at[2] = 0;
+          if (++at[1] == a.tiles_of[1]) {
+            at[1] = 0;
+            if (++at[0] == a.tiles_of[0]) {
+              at[0] = 0;
+              ++set;
+            }
+          }
+        }
+        Locate();
+      }
     }
     return true;
   }
@@ -242,8 +286,8 @@ class DenseGradLoader {
   __device__ static uint32_t Word(uint2 v, int i) { return i == 0 ? v.x : v.y; }
 
   __device__ void Store(const Batch& b) const {
-    const int at = b.tags / kStage;
-    if (b.tags & kFirst) WaitForPhase(barriers.Empty(at), b.tags & kOdd ? 0 : 1);
+    const int at_stage = b.tags / kStage;
+    if (b.tags & kFirst) WaitForPhase(barriers.Empty(at_stage), b.tags & kOdd ? 0 : 1);
     if (b.at != 0) {
       constexpr int kVectors = kLast ? 4 : kLoads;
       const int hop = kLast ? (b.tags & kOfY ? a.y.channels : a.x.channels) * 4 : 16;
@@ -266,14 +310,12 @@ class DenseGradLoader {
         StoreVector(b.at + i * hop, words[0], words[1], words[2], words[3]);
       }
     }
-    if (b.tags & kLastOne) {
+    if (b.tags & kFinal) {
       ProxyFence();
       __syncwarp();
-      if (lane == 0) Arrive(barriers.Full(at));
+      if (lane == 0) Arrive(barriers.Full(at_stage));
     }
   }
-
-  static constexpr int kWarps = kDenseGradLoaders / 32;
 
   const DenseGradArgs& a;
   const DenseGradBarriers& barriers;
@@ -282,9 +324,12 @@ class DenseGradLoader {
   int positions[2], left[2];  // of x and y; channels of the group
   int units[2];               // of x; of both
   const T* first[2];          // where the group's channels begin
+  int low[kAxes];             // of the boxes of y
   // Where loads have come to.
-  int tile, end, unit, start[kAxes];
+  int tile, end, unit, at[kAxes], set;
   const T* base[2];
+  int inside_low[2], inside_high[2];
+  bool same;  // for all streams
   DenseCursor stage;
 };
 
@@ -446,25 +491,33 @@ __global__ void __launch_bounds__(kDenseGradThreads, 1)
   };
   auto* x_table = reinterpret_cast<DenseGradPosition*>(shared + a.smem_x);
   for (int p = thread; p < a.positions; p += kDenseGradThreads) {
-    DenseGradPosition e{0, {}};
-    locate(p, a.box, e.at);
-    for (int i = 0; i < kAxes; ++i) e.offset += e.at[i] * static_cast<int>(a.x.step[i]);
+    int at[kAxes];
+    locate(p, a.box, at);
+    DenseGradPosition e{0, 0};
+    for (int i = 0; i < kAxes; ++i) {
+      e.offset += at[i] * static_cast<int>(a.x.step[i]);
+      e.at |= at[i] << 10 * i;
+    }
     x_table[p] = e;
     if (p % 2 == 0) {
       reinterpret_cast<int*>(shared + a.smem_pairs)[p / 2] =
-          ((e.at[0] * a.y_box[1] + e.at[1]) * a.y_box[2] + e.at[2]) * a.y.pitch / 16;
+          ((at[0] * a.y_box[1] + at[1]) * a.y_box[2] + at[2]) * a.y.pitch / 16;
     }
   }
   auto* y_table = reinterpret_cast<DenseGradPosition*>(shared + a.smem_y);
   const int first_box = a.first_box[block.chunk];
   const int boxes = a.first_box[block.chunk + 1] - first_box;
+  const int low[kAxes] = {DenseGradLow(a, block.chunk, 0), DenseGradLow(a, block.chunk, 1),
+                          DenseGradLow(a, block.chunk, 2)};
   for (int p = thread; p < boxes * a.y_positions; p += kDenseGradThreads) {
-    DenseGradPosition e{0, {}};
     const int box = p / a.y_positions;
-    locate(p - box * a.y_positions, a.y_box, e.at);
+    int at[kAxes];
+    locate(p - box * a.y_positions, a.y_box, at);
+    DenseGradPosition e{0, 0};
     for (int i = 0; i < kAxes; ++i) {
-      e.at[i] = e.at[i] * a.stride[i] + a.box_first[first_box + box][i];
-      e.offset += e.at[i] * static_cast<int>(a.y.step[i]);
+      at[i] = at[i] * a.stride[i] + a.box_first[first_box + box][i];
+      e.offset += at[i] * static_cast<int>(a.y.step[i]);
+      e.at |= (at[i] - low[i]) << 10 * i;
     }
     y_table[p] = e;
   }

@@ -26,7 +26,7 @@ void AddDenseGrad(std::vector<Row>& rows);
 struct DenseGradVariant {
   int tiles, products;
 };
-#define JAXCONV_DENSE_GRAD_VARIANTS(X) X(8, 2) X(8, 4) X(8, 5) X(12, 3) X(16, 1) X(16, 2)
+#define JAXCONV_DENSE_GRAD_VARIANTS(X) X(8, 2) X(8, 4) X(8, 5) X(16, 1) X(16, 2)
 
 inline constexpr int kDenseGradGroups = 2;  // that multiply
 inline constexpr int kDenseGradStages = 4;  // at most
@@ -43,7 +43,8 @@ struct DenseGradOperand {
   // Of the streams of 16 bytes: bytes from the first, and positions of axis 0.
   int64_t delta[kDenseGradStreams];
   int along[kDenseGradStreams];
-  SmallDivisor by_units;  // the channels of a warp's loads that make up `channels`
+  int most;        // the highest coordinate of axis 0 in a box
+  int log_shares;  // of warps' 32 channels (channels first: rounds of all warps) in `channels`
 };
 
 // Axes 0, 1, 2 may be any order of depth, rows and columns: axis 0 is the one that is cut.
