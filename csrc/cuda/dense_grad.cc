@@ -53,6 +53,7 @@ std::string Refuse(const Problem& p, const Device& device) {
 
 // The problem with its axes in the order in which the kernel takes them, and how an axis is cut.
 struct Shape {
+  DenseGradFrom from;
   int element, streams, cuts;
   std::array<int, kAxes> order;
   Sizes isize, osize, k, stride, dilation, pad;
@@ -91,6 +92,12 @@ Shape ShapeOf(const Problem& p) {
     s.ys.s[i] = ys.s[a];
   }
   s.segment = CeilDiv(s.isize[0], s.cuts);
+  s.from = p.channels_last ? DenseGradFrom::kRuns : DenseGradFrom::kRows;
+  // Copies need whole images as streams, aligned pixels, and steps of up to eight elements.
+  if (p.channels_last && s.cuts == 1 && p.ci * s.element % 16 == 0 && p.co * s.element % 16 == 0 &&
+      *std::max_element(s.stride.begin(), s.stride.end()) <= 8) {
+    s.from = DenseGradFrom::kCopies;
+  }
   return s;
 }
 
@@ -225,11 +232,20 @@ bool Fill(const Problem& p, const Device& device, const Shape& s, const Chunks& 
   a.x.most = a.box[0] - 1;
   a.x.channels = 64 * c.row_blocks;
   a.y.channels = columns;
-  a.x.pitch = a.x.channels * 16 + 16;
-  a.y.pitch = a.y.channels * 16 + 16;
   const int y_all = chunks.most_boxes * a.y_positions;
+  const bool copies = s.from == DenseGradFrom::kCopies;
+  for (DenseGradOperand* o : {&a.x, &a.y}) {
+    o->copies = copies && s.element == 2 ? o->channels / 64 : 1;
+    o->pitch = o->channels * 16 / o->copies;
+    o->copied = (o == &a.x ? a.positions : y_all) * o->pitch;
+  }
+  if (copies) {
+    for (int i = 0; i < kAxes; ++i) {
+      if (a.y_box[i] * a.stride[i] > 256) return false;
+    }
+  }
   if (y_all > 2048) return false;
-  int smem = 16 * kDenseGradStages;
+  int smem = 24 * kDenseGradStages;
   const auto place = [&](int bytes) {
     const int at = smem;
     smem = static_cast<int>(RoundUp(smem + bytes, 128));
@@ -239,9 +255,10 @@ bool Fill(const Problem& p, const Device& device, const Shape& s, const Chunks& 
   a.smem_x = place(a.positions * 8);
   a.smem_y = place(y_all * 8);
   a.smem_pairs = place(a.steps * 4);
-  a.smem_stages = smem;
-  a.y_offset = static_cast<int>(RoundUp(a.positions * a.x.pitch, 128));
-  a.stage_bytes = static_cast<int>(RoundUp(a.y_offset + y_all * a.y.pitch, 128));
+  // Swizzled rows begin at multiples of 1024 bytes.
+  a.smem_stages = smem = static_cast<int>(RoundUp(smem, 1024));
+  a.y_offset = static_cast<int>(RoundUp(a.x.copies * a.x.copied, 1024));
+  a.stage_bytes = static_cast<int>(RoundUp(a.y_offset + a.y.copies * a.y.copied, 1024));
   const int64_t limit = SharedMemoryOfBlock(device.compute_capability);
   a.stages = static_cast<int>(
       std::min<int64_t>((limit - a.smem_stages) / a.stage_bytes, kDenseGradStages));
@@ -264,6 +281,7 @@ bool Fill(const Problem& p, const Device& device, const Shape& s, const Chunks& 
   if (blocks > std::numeric_limits<int>::max() / 2) return false;
   plan.blocks = static_cast<int>(blocks);
   plan.variant = c.variant;
+  plan.from = s.from;
   const int64_t block_tiles = CeilDiv(tiles, int64_t{a.parts} * c.cluster);
   plan.workspace = a.parts > 1 ? 4 * a.parts * p.WElements() : 0;
   plan.kept_offset = RoundUp(plan.workspace, 128);
@@ -284,12 +302,14 @@ bool Fill(const Problem& p, const Device& device, const Shape& s, const Chunks& 
   const double x_vectors = double{1} * a.positions * a.x.channels;
   const double y_vectors = chunks.boxes * a.y_positions * a.y.channels;
   const double vectors = x_vectors + y_vectors;
-  const double shared = products * (2048 + columns * 32) / 128 + vectors * 16 / 128;
+  const double shared = products * (2048 + columns * 32) / 128 +
+                        vectors * 16 / 128 * (copies && s.element == 4 ? 3 : 1);
   const bool half = s.element == 2, last = p.channels_last;
   const double instructions = vectors / 32 * (half && !last ? 44 : 26);
   // Of 256 threads, one or two batches of 64 bytes (16 bits, channels first: half of them used) are
   // always under way, for the latency of device memory.
-  const double load = std::max(vectors * 16 / (half && !last ? 12 : 24), instructions / 2);
+  const double load =
+      copies ? 0 : std::max(vectors * 16 / (half && !last ? 12 : 24), instructions / 2);
   // Channels first, rows touch sectors in part.
   const auto torn = [&](int axis_length, int64_t stride) {
     const double bytes = double{1} * axis_length * s.element;
@@ -335,11 +355,37 @@ void FillOperand(DenseGradOperand& o, const Shape& s, const Strides& steps, cons
   while (1 << o.log_shares < shares) ++o.log_shares;
 }
 
+// A bulk copy's box: channels, then images, then positions.
+DenseMap MapOf(const DenseGradArgs& a, const DenseGradOperand& o, const Shape& s, int64_t n,
+               int64_t channels) {
+  const bool y = &o == &a.y;
+  DenseMap m{};
+  m.size[0] = static_cast<uint64_t>(channels);
+  m.size[1] = static_cast<uint64_t>(n);
+  m.stride[0] = static_cast<uint64_t>(o.n_step * s.element);
+  m.box[0] = static_cast<uint32_t>(o.channels / o.copies);
+  m.box[1] = static_cast<uint32_t>(s.streams);
+  m.step[0] = m.step[1] = 1;
+  m.row_bytes = static_cast<int>(m.box[0]) * s.element;
+  for (int i = 0; i < kAxes; ++i) {
+    const uint32_t step = static_cast<uint32_t>(y ? a.stride[i] : 1);
+    m.size[4 - i] = static_cast<uint64_t>(o.size[i]);
+    m.stride[3 - i] = static_cast<uint64_t>(o.step[i] * s.element);
+    m.box[4 - i] = static_cast<uint32_t>(y ? a.y_box[i] : a.box[i]) * step;
+    m.step[4 - i] = step;
+  }
+  return m;
+}
+
 // Fills what the choice does not need.
 void Complete(const Problem& p, const Shape& s, const Chunks& chunks, DenseGradPlan& plan) {
   DenseGradArgs& a = plan.args;
   FillOperand(a.x, s, s.xs, s.isize, false, p.cig(), p.channels_last);
   FillOperand(a.y, s, s.ys, s.osize, true, p.cog(), p.channels_last);
+  if (s.from == DenseGradFrom::kCopies) {
+    plan.x = MapOf(a, a.x, s, p.n, p.ci);
+    plan.y = MapOf(a, a.y, s, p.n, p.co);
+  }
   a.w_elements = p.WElements();
   a.cig = static_cast<int>(p.cig());
   a.cog = static_cast<int>(p.cog());
@@ -421,13 +467,20 @@ cudaError_t LaunchPlan(const Problem& p, const Operands& ops, const DenseGradPla
   args.out = args.parts > 1 ? ops.workspace : ops.out;
   args.kept = reinterpret_cast<float*>(static_cast<char*>(ops.workspace) + plan.kept_offset);
   args.out_dtype = static_cast<int32_t>(args.parts > 1 ? DType::kF32 : p.out_dtype);
-  cudaError_t status = cudaErrorInvalidValue;
+  DenseGradMaps maps{};
+  cudaError_t status = cudaSuccess;
+  if (plan.from == DenseGradFrom::kCopies) {
+    status = EncodeMap(p.in_dtype, plan.x, ops.x, maps.x);
+    if (status == cudaSuccess) status = EncodeMap(p.in_dtype, plan.y, ops.y, maps.y);
+    if (status != cudaSuccess) return status;
+  }
+  status = cudaErrorInvalidValue;
   if (p.in_dtype == DType::kF32) {
-    status = EnqueueDenseGrad<float>(plan, args, p.channels_last, stream);
+    status = EnqueueDenseGrad<float>(plan, args, maps, stream);
   } else if (p.in_dtype == DType::kBF16) {
-    status = EnqueueDenseGrad<__nv_bfloat16>(plan, args, p.channels_last, stream);
+    status = EnqueueDenseGrad<__nv_bfloat16>(plan, args, maps, stream);
   } else if (p.in_dtype == DType::kF16) {
-    status = EnqueueDenseGrad<__half>(plan, args, p.channels_last, stream);
+    status = EnqueueDenseGrad<__half>(plan, args, maps, stream);
   }
   if (status != cudaSuccess || args.parts == 1) return status;
   return SumParts(static_cast<const float*>(ops.workspace), args.parts, args.w_elements,

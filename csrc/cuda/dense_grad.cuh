@@ -11,7 +11,7 @@
 namespace jaxconv::cuda {
 
 inline constexpr int kDenseGradThreads = 128 * (kDenseGradGroups + 2);
-inline constexpr int kDenseGradLoaders = 256;
+inline constexpr int kDenseGradLoaders = 256, kDenseGradTurners = 224;
 inline constexpr int kDenseGradWarps = 4 * kDenseGradGroups;  // that multiply
 
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
@@ -38,9 +38,10 @@ __device__ inline void StoreVector(uint32_t to, uint32_t a, uint32_t b, uint32_t
 
 // The row of a channel among those that are staged: a thread that loads four neighbours stores them
 // into different cores, which keeps banks apart.
-template <bool kLast>
+template <class T, DenseGradFrom kFrom>
 __device__ inline int DenseGradRow(int channel, int channels) {
-  if (!kLast) return channel;
+  constexpr bool kAcross = kFrom == DenseGradFrom::kCopies && sizeof(T) == 2;
+  if (kFrom == DenseGradFrom::kRows || kAcross) return channel;
   return (channel % 4 * (channels / 32) + channel / 32) * 8 + channel / 4 % 8;
 }
 
@@ -72,6 +73,7 @@ struct DenseGradBarriers {
   uint32_t base;
   __device__ uint32_t Full(int i) const { return base + i * 8; }
   __device__ uint32_t Empty(int i) const { return base + 8 * (kDenseGradStages + i); }
+  __device__ uint32_t Turned(int i) const { return base + 8 * (2 * kDenseGradStages + i); }
 };
 
 // Loads what a block stages, unit by unit, each stream of a unit by a load of its own. Warps take
@@ -219,6 +221,10 @@ class DenseGradLoader {
     }
   }
 
+  // Channels first, neighbouring lanes take their channels in different orders, to store them into
+  // different banks.
+  __device__ int Turn(int load) const { return (load + lane) % kLoads; }
+
   template <int i>
   __device__ void LoadUnit(Batch& b, int u) const {
     const DenseGradOperand& o = Operand(i);
@@ -244,8 +250,9 @@ class DenseGradLoader {
     const uint32_t mask = Inside<i>(p, offset);
 #pragma unroll
     for (int j = 0; j < kLoads; ++j) {
-      const int channel = kLast ? c : (c + j) * static_cast<int>(o.c_step);
-      LoadStreams(o, b.v[j], c + j < left[i] ? mask : 0, base[i] + (offset + channel));
+      const int channel = kLast ? c : c + Turn(j);
+      const int further = kLast ? c : channel * static_cast<int>(o.c_step);
+      LoadStreams(o, b.v[j], channel < left[i] ? mask : 0, base[i] + (offset + further));
     }
   }
 
@@ -290,7 +297,7 @@ class DenseGradLoader {
     if (b.tags & kFirst) WaitForPhase(barriers.Empty(at_stage), b.tags & kOdd ? 0 : 1);
     if (b.at != 0) {
       constexpr int kVectors = kLast ? 4 : kLoads;
-      const int hop = kLast ? (b.tags & kOfY ? a.y.channels : a.x.channels) * 4 : 16;
+      const int hop = kLast ? (b.tags & kOfY ? a.y.channels : a.x.channels) * 4 : 0;
 #pragma unroll
       for (int i = 0; i < kVectors; ++i) {
         uint32_t words[4];
@@ -307,7 +314,7 @@ class DenseGradLoader {
             words[w] = RoundToTF32(b.v[i][w]);
           }
         }
-        StoreVector(b.at + i * hop, words[0], words[1], words[2], words[3]);
+        StoreVector(b.at + (kLast ? i * hop : Turn(i) * 16), words[0], words[1], words[2], words[3]);
       }
     }
     if (b.tags & kFinal) {
@@ -333,21 +340,116 @@ class DenseGradLoader {
   DenseCursor stage;
 };
 
-template <class T, int NT, int P>
+// Bulk tensor copies bring each position's streams as rows of channels. Of 16 bits that is what
+// products across rows read: eight streams by 128 bytes of channels are what is swizzled.
+__device__ inline void CopyDenseGrad(const DenseGradArgs& a, const DenseGradMaps& maps,
+                                     const DenseGradBlock& block, const DenseGradBarriers& barriers,
+                                     uint32_t stages) {
+  const int first_box = a.first_box[block.chunk], boxes = a.first_box[block.chunk + 1] - first_box;
+  const int bytes = (a.positions * a.x.channels + boxes * a.y_positions * a.y.channels) * 16;
+  DenseCursor stage;
+  for (int tile = block.begin; tile < block.end; ++tile) {
+    int rest = tile, at[kAxes];
+#pragma unroll
+    for (int i = kAxes - 1; i >= 0; --i) {
+      const int up = rest / a.tiles_of[i];
+      at[i] = (rest - up * a.tiles_of[i]) * a.box[i];
+      rest = up;
+    }
+    const int n = rest * a.image_groups;
+    const uint32_t x = stages + stage.at * a.stage_bytes, full = barriers.Full(stage.at);
+    WaitForPhase(barriers.Empty(stage.at), stage.parity ^ 1);
+    ArriveAndExpect(full, bytes);
+    for (int i = 0; i < a.x.copies; ++i) {
+      CopyBox(x + i * a.x.copied, &maps.x, block.group * a.cig + block.ci + i * 64, n, at[2], at[1],
+              at[0], full);
+    }
+    for (int box = 0; box < boxes; ++box) {
+      const int16_t(&first)[kAxes] = a.box_first[first_box + box];
+      for (int i = 0; i < a.y.copies; ++i) {
+        CopyBox(x + a.y_offset + i * a.y.copied + box * a.y_positions * a.y.pitch, &maps.y,
+                block.group * a.cog + block.co + i * 64, n, at[2] * a.stride[2] + first[2],
+                at[1] * a.stride[1] + first[1], at[0] * a.stride[0] + first[0], full);
+      }
+    }
+    stage.Next(a.stages);
+  }
+}
+
+// Of float32, warps round what has arrived and turn it into cores where it lies: eight lanes take 32
+// channels of a position's four streams.
+__device__ inline void TurnDenseGrad(const DenseGradArgs& a, const DenseGradBlock& block,
+                                     const DenseGradBarriers& barriers, char* stages, int thread) {
+  constexpr int kEights = kDenseGradTurners / 8, kBatch = 2;
+  const int boxes = a.first_box[block.chunk + 1] - a.first_box[block.chunk];
+  const int eight = thread / 8, lane = thread % 8;
+  DenseCursor stage;
+  for (int tile = block.begin; tile < block.end; ++tile) {
+    WaitForPhase(barriers.Full(stage.at), stage.parity);
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      const DenseGradOperand& o = i == 0 ? a.x : a.y;
+      const int count = (i == 0 ? a.positions : boxes * a.y_positions) << o.log_shares;
+      char* from = stages + stage.at * a.stage_bytes + (i == 0 ? 0 : a.y_offset) + lane * 16;
+      const int hop = o.channels * 4;
+      for (int first = 0; first < count; first += kBatch * kEights) {
+        uint4 v[kBatch][4];
+        char* at[kBatch];
+#pragma unroll
+        for (int b = 0; b < kBatch; ++b) {
+          const int e = first + b * kEights + eight;
+          at[b] = from + (e >> o.log_shares) * o.pitch + (e & ((1 << o.log_shares) - 1)) * 128;
+          if (e >= count) at[b] = nullptr;
+#pragma unroll
+          for (int s = 0; s < 4; ++s) {
+            if (at[b] != nullptr) v[b][s] = *reinterpret_cast<const uint4*>(at[b] + s * hop);
+          }
+        }
+        __syncwarp();
+#pragma unroll
+        for (int b = 0; b < kBatch; ++b) {
+          if (at[b] == nullptr) continue;
+          const uint32_t to = SharedAddress(at[b]);
+          StoreVector(to, RoundToTF32(v[b][0].x), RoundToTF32(v[b][1].x), RoundToTF32(v[b][2].x),
+                      RoundToTF32(v[b][3].x));
+          StoreVector(to + hop, RoundToTF32(v[b][0].y), RoundToTF32(v[b][1].y),
+                      RoundToTF32(v[b][2].y), RoundToTF32(v[b][3].y));
+          StoreVector(to + 2 * hop, RoundToTF32(v[b][0].z), RoundToTF32(v[b][1].z),
+                      RoundToTF32(v[b][2].z), RoundToTF32(v[b][3].z));
+          StoreVector(to + 3 * hop, RoundToTF32(v[b][0].w), RoundToTF32(v[b][1].w),
+                      RoundToTF32(v[b][2].w), RoundToTF32(v[b][3].w));
+        }
+      }
+    }
+    ProxyFence();
+    __syncwarp();
+    if (thread % 32 == 0) Arrive(barriers.Turned(stage.at));
+    stage.Next(a.stages);
+  }
+}
+
+template <class T, DenseGradFrom kFrom, int NT, int P>
 __device__ inline void MultiplyDenseGrad(const DenseGradArgs& a, const DenseGradBlock& block,
                                          const DenseGradBarriers& barriers, char* shared,
                                          int group, int thread) {
   const int rows = group % a.row_blocks, first = group / a.row_blocks * P;  // of products
   const uint32_t stages = SharedAddress(shared) + a.smem_stages;
   const int2* pairs = reinterpret_cast<const int2*>(shared + a.smem_pairs);
-  const uint64_t x0 = Descriptor(stages + rows * 1024, a.x.pitch, 128);
+  // Across rows, a descriptor has the distances to the next 64 channels and to the next eight rows.
+  constexpr bool kCopies = kFrom == DenseGradFrom::kCopies, kAcross = kCopies && sizeof(T) == 2;
+  const uint64_t x0 = kAcross
+                          ? uint64_t{1} << 62 | Descriptor(stages + rows * a.x.copied, a.x.copied,
+                                                           a.x.pitch)
+                          : Descriptor(stages + rows * 1024, a.x.pitch, 128);
+  using Mma = DenseMma<T, NT, kAcross>;
   uint64_t y0[P];
 #pragma unroll
   for (int p = 0; p < P; ++p) {
     // Products beyond the last repeat it; nothing is stored of them.
     const int tap = block.first_tap + min(first + p, block.taps - 1);
-    y0[p] = Descriptor(stages + a.y_offset + a.shift[tap] * a.y.pitch,
-                       a.y_pair * a.y.pitch, 128);
+    const uint32_t from = stages + a.y_offset + a.shift[tap] * a.y.pitch;
+    y0[p] = kAcross ? uint64_t{1} << 62 | Descriptor(from, a.y.copied, a.y_pair * a.y.pitch)
+                    : Descriptor(from, a.y_pair * a.y.pitch, 128);
   }
   float acc[P][4 * NT];
 #pragma unroll
@@ -371,17 +473,18 @@ __device__ inline void MultiplyDenseGrad(const DenseGradArgs& a, const DenseGrad
   bool flushed = false;
   const uint32_t x_step = 4 * a.x.pitch / 16;
   for (int tile = block.begin; tile < block.end; ++tile) {
-    WaitForPhase(barriers.Full(stage.at), stage.parity);
+    WaitForPhase(kCopies && !kAcross ? barriers.Turned(stage.at) : barriers.Full(stage.at),
+                 stage.parity);
     const uint32_t at = stage.at * (a.stage_bytes / 16);
     uint32_t x = at;
     const auto multiply = [&](int j) {  // two steps
       const int2 pair = pairs[j];
       GroupFence();
 #pragma unroll
-      for (int p = 0; p < P; ++p) DenseMma<T, NT>::Run(acc[p], x0 + x, y0[p] + (at + pair.x));
+      for (int p = 0; p < P; ++p) Mma::Run(acc[p], x0 + x, y0[p] + (at + pair.x));
 #pragma unroll
       for (int p = 0; p < P; ++p) {
-        DenseMma<T, NT>::Run(acc[p], x0 + (x + x_step / 2), y0[p] + (at + pair.y));
+        Mma::Run(acc[p], x0 + (x + x_step / 2), y0[p] + (at + pair.y));
       }
       x += x_step;
     };
@@ -435,7 +538,7 @@ __device__ inline void SyncCluster() {
 
 // The results of a cluster of blocks, added up in order; each block writes some of the rows, taps
 // next to each other, so that sectors are whole where taps are neighbours.
-template <class Out, bool kLast, int NT>
+template <class T, DenseGradFrom kFrom, class Out, int NT>
 __device__ inline void StoreDenseGrad(const DenseGradArgs& a, const DenseGradBlock& block,
                                       const char* shared) {
   constexpr int kColumns = 8 * NT, kPitch = kColumns + 8;
@@ -447,12 +550,12 @@ __device__ inline void StoreDenseGrad(const DenseGradArgs& a, const DenseGradBlo
   for (int r = threadIdx.x / 32 * a.cluster + block.rank; r < rows;
        r += kDenseGradThreads / 32 * a.cluster) {
     const int64_t row = (int64_t{block.group} * a.cig + block.ci + r) * a.cog + block.co;
-    const int staged_row = DenseGradRow<kLast>(r, 64 * a.row_blocks);
+    const int staged_row = DenseGradRow<T, kFrom>(r, 64 * a.row_blocks);
     for (int e = lane; e < columns * a.chunk_taps; e += 32) {
       const int c = Divide(e, a.by_chunk_taps), t = e - c * a.chunk_taps;
       if (t >= block.taps) continue;
       const uint32_t from = results + 4 * (t * a.tap_pitch + staged_row * kPitch +
-                                           DenseGradRow<kLast>(c, kColumns));
+                                           DenseGradRow<T, kFrom>(c, kColumns));
       float sum = 0;
       for (int rank = 0; rank < a.cluster; ++rank) {
         float v;
@@ -468,20 +571,23 @@ __device__ inline void StoreDenseGrad(const DenseGradArgs& a, const DenseGradBlo
 
 #endif
 
-template <class T, bool kLast, int NT, int P>
+template <class T, DenseGradFrom kFrom, int NT, int P>
 __global__ void __launch_bounds__(kDenseGradThreads, 1)
-    DenseGrad(const __grid_constant__ DenseGradArgs a) {
+    DenseGrad(const __grid_constant__ DenseGradMaps maps, const __grid_constant__ DenseGradArgs a) {
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
   extern __shared__ __align__(1024) char shared[];
   const DenseGradBlock block(a, 8 * NT);
   const DenseGradBarriers barriers{SharedAddress(shared)};
+  constexpr bool kCopies = kFrom == DenseGradFrom::kCopies;
   const int thread = threadIdx.x;
   if (thread == 0) {
     for (int i = 0; i < a.stages; ++i) {
-      InitBarrier(barriers.Full(i), kDenseGradLoaders / 32);
+      InitBarrier(barriers.Full(i), kCopies ? 1 : kDenseGradLoaders / 32);
+      InitBarrier(barriers.Turned(i), kDenseGradTurners / 32);
       InitBarrier(barriers.Empty(i), kDenseGradWarps);
     }
     asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+    ProxyFence();
   }
   const auto locate = [](int p, const int (&box)[kAxes], int (&at)[kAxes]) {
     const int up = p / box[2];
@@ -525,32 +631,40 @@ __global__ void __launch_bounds__(kDenseGradThreads, 1)
   constexpr int kSums = P * NT * 4, kRegisters = kSums > 128 ? 192 : kSums > 64 ? 176 : 128;
   if (thread < kDenseGradLoaders) {
     if (kRegisters > 128) GiveRegisters<256 - kRegisters>();
-    DenseGradLoader<T, kLast>(a, block, barriers, shared, thread).Run();
+    if constexpr (!kCopies) {
+      DenseGradLoader<T, kFrom == DenseGradFrom::kRuns>(a, block, barriers, shared, thread).Run();
+    } else if (thread == 0) {
+      CopyDenseGrad(a, maps, block, barriers, SharedAddress(shared) + a.smem_stages);
+    } else if (sizeof(T) == 4 && thread >= kDenseGradLoaders - kDenseGradTurners) {
+      TurnDenseGrad(a, block, barriers, shared + a.smem_stages,
+                    thread - (kDenseGradLoaders - kDenseGradTurners));
+    }
+    __syncwarp();
     if (kRegisters > 128) TakeRegisters<128>();  // all store the results
   } else {
     if (kRegisters > 128) TakeRegisters<kRegisters>();
-    MultiplyDenseGrad<T, NT, P>(a, block, barriers, shared, thread / 128 - 2, thread % 128);
+    MultiplyDenseGrad<T, kFrom, NT, P>(a, block, barriers, shared, thread / 128 - 2, thread % 128);
     if (kRegisters > 128) GiveRegisters<128>();
   }
   SyncCluster();
   switch (static_cast<DType>(a.out_dtype)) {
     case DType::kBF16:
-      StoreDenseGrad<__nv_bfloat16, kLast, NT>(a, block, shared);
+      StoreDenseGrad<T, kFrom, __nv_bfloat16, NT>(a, block, shared);
       break;
     case DType::kF16:
-      StoreDenseGrad<__half, kLast, NT>(a, block, shared);
+      StoreDenseGrad<T, kFrom, __half, NT>(a, block, shared);
       break;
     default:
-      StoreDenseGrad<float, kLast, NT>(a, block, shared);
+      StoreDenseGrad<T, kFrom, float, NT>(a, block, shared);
   }
   SyncCluster();  // none leaves while others read its results
 #endif
 }
 
-template <class T, bool kLast, int NT, int P>
+template <class T, DenseGradFrom kFrom, int NT, int P>
 cudaError_t EnqueueDenseGradVariant(const DenseGradPlan& plan, const DenseGradArgs& args,
-                                    cudaStream_t stream) {
-  const auto kernel = DenseGrad<T, kLast, NT, P>;
+                                    const DenseGradMaps& maps, cudaStream_t stream) {
+  const auto kernel = DenseGrad<T, kFrom, NT, P>;
   const cudaError_t status =
       cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, args.smem);
   if (status != cudaSuccess) return status;
@@ -565,16 +679,20 @@ cudaError_t EnqueueDenseGradVariant(const DenseGradPlan& plan, const DenseGradAr
   config.stream = stream;
   config.attrs = &cluster;
   config.numAttrs = 1;
-  return cudaLaunchKernelEx(&config, kernel, args);
+  return cudaLaunchKernelEx(&config, kernel, maps, args);
 }
 
 template <class T>
 cudaError_t EnqueueDenseGrad(const DenseGradPlan& plan, const DenseGradArgs& args,
-                             bool channels_last, cudaStream_t stream) {
+                             const DenseGradMaps& maps, cudaStream_t stream) {
+  using From = DenseGradFrom;
 #define JAXCONV_CASE(NT, P)                                                                   \
   if (plan.variant.tiles == NT && plan.variant.products == P) {                               \
-    return channels_last ? EnqueueDenseGradVariant<T, true, NT, P>(plan, args, stream)        \
-                         : EnqueueDenseGradVariant<T, false, NT, P>(plan, args, stream);      \
+    return plan.from == From::kRows                                                           \
+               ? EnqueueDenseGradVariant<T, From::kRows, NT, P>(plan, args, maps, stream)     \
+           : plan.from == From::kRuns                                                         \
+               ? EnqueueDenseGradVariant<T, From::kRuns, NT, P>(plan, args, maps, stream)     \
+               : EnqueueDenseGradVariant<T, From::kCopies, NT, P>(plan, args, maps, stream);  \
   }
   JAXCONV_DENSE_GRAD_VARIANTS(JAXCONV_CASE)
 #undef JAXCONV_CASE

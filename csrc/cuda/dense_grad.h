@@ -15,6 +15,7 @@
 #include <string>
 #include <vector>
 
+#include "cuda/dense.h"
 #include "cuda/small_divisor.h"
 #include "cuda/table.h"
 
@@ -28,6 +29,10 @@ struct DenseGradVariant {
 };
 #define JAXCONV_DENSE_GRAD_VARIANTS(X) X(8, 2) X(8, 4) X(8, 5) X(16, 1) X(16, 2)
 
+// How a block's operands arrive: pixel by pixel from rows of one channel; from runs of channels; or
+// by bulk tensor copies of such runs.
+enum class DenseGradFrom { kRows, kRuns, kCopies };
+
 inline constexpr int kDenseGradGroups = 2;  // that multiply
 inline constexpr int kDenseGradStages = 4;  // at most
 inline constexpr int kDenseGradStreams = 8;  // at most: 16 bytes of them
@@ -37,6 +42,7 @@ struct DenseGradOperand {
   const void* from;
   int channels, group_channels;        // staged by a block; of a group in memory
   int pitch;                           // bytes between positions in shared memory
+  int copies, copied;                  // bulk copies side by side, and the bytes between them
   int size[kAxes];                     // in memory
   int limit, cuts;                     // of axis 0: positions of a segment, segments
   int64_t n_step, c_step, step[kAxes];  // elements between neighbours
@@ -81,17 +87,23 @@ struct DenseGradArgs {
 struct DenseGradPlan {
   std::string refusal;
   DenseGradVariant variant;
+  DenseGradFrom from;
   DenseGradArgs args;
+  DenseMap x, y;  // of bulk copies
   int blocks;
   int64_t workspace, kept_offset;
   double seconds;
+};
+
+struct DenseGradMaps {
+  CUtensorMap x, y;
 };
 
 DenseGradPlan PlanDenseGrad(const Problem&, const Device&);
 
 // Defined in one small file a dtype, so that they compile in parallel.
 template <class T>
-cudaError_t EnqueueDenseGrad(const DenseGradPlan&, const DenseGradArgs&, bool channels_last,
+cudaError_t EnqueueDenseGrad(const DenseGradPlan&, const DenseGradArgs&, const DenseGradMaps&,
                              cudaStream_t);
 
 }  // namespace jaxconv::cuda

@@ -1,4 +1,5 @@
 #include "cuda/dense_grad.cuh"
 
-template cudaError_t jaxconv::cuda::EnqueueDenseGrad<float>(const DenseGradPlan&, const DenseGradArgs&,
-                                                         bool, cudaStream_t);
+template cudaError_t jaxconv::cuda::EnqueueDenseGrad<float>(const DenseGradPlan&,
+                                                       const DenseGradArgs&, const DenseGradMaps&,
+                                                       cudaStream_t);
