@@ -99,9 +99,6 @@ struct DenseMap {
   int row_bytes;   // of the box
 };
 
-// Describes a tensor to the copy units.
-cudaError_t EncodeMap(DType, const DenseMap&, const void* data, CUtensorMap&);
-
 // What a launch is made of, but for the pointers.
 struct DensePlan {
   std::string refusal;  // the sentence's end; empty: the rest is meant

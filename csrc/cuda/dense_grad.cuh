@@ -7,6 +7,7 @@
 
 #include "cuda/dense.cuh"
 #include "cuda/dense_grad.h"
+#include "cuda/dense_grad_wgmma.cuh"
 
 namespace jaxconv::cuda {
 
@@ -441,7 +442,7 @@ __device__ inline void MultiplyDenseGrad(const DenseGradArgs& a, const DenseGrad
                           ? uint64_t{1} << 62 | Descriptor(stages + rows * a.x.copied, a.x.copied,
                                                            a.x.pitch)
                           : Descriptor(stages + rows * 1024, a.x.pitch, 128);
-  using Mma = DenseMma<T, NT, kAcross>;
+  using Mma = DenseGradMma<T, NT, kAcross>;
   uint64_t y0[P];
 #pragma unroll
   for (int p = 0; p < P; ++p) {

@@ -99,6 +99,9 @@ struct DenseGradMaps {
   CUtensorMap x, y;
 };
 
+// Describes a tensor to the copy units (dense.cc).
+cudaError_t EncodeMap(DType, const DenseMap&, const void* data, CUtensorMap&);
+
 DenseGradPlan PlanDenseGrad(const Problem&, const Device&);
 
 // Defined in one small file a dtype, so that they compile in parallel.

@@ -14,9 +14,8 @@ namespace jaxconv::cuda {
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
 
 // d += a * b over a step of 32 bytes of channels, both in shared memory: `a` 64 pixels, `b` NT
-// tiles of eight columns. kAcross (16 bits): what is added up lies across the rows in memory, the 64
-// and the columns along them.
-template <class T, int NT, bool kAcross = false>
+// tiles of eight columns.
+template <class T, int NT>
 struct DenseMma;
 
 #define JAXCONV_ACC8(d, i)                                                                    \
@@ -46,9 +45,9 @@ struct DenseMma;
   "47,%48,%49,%50,%51,%52,%53,%54,%55,%56,%57,%58,%59,%60,%61,%62,%63}, %64, %65, 1, 1, 1"
 #define JAXCONV_SUMS_16(d) JAXCONV_ACC32(d, 0), JAXCONV_ACC32(d, 32)
 
-#define JAXCONV_DENSE_MMA(T, nt, across, shape, types, transpose)                                  \
+#define JAXCONV_DENSE_MMA(T, nt, shape, types, transpose)                                          \
   template <>                                                                                      \
-  struct DenseMma<T, nt, across> {                                                                 \
+  struct DenseMma<T, nt> {                                                                         \
     static __device__ void Run(float (&d)[4 * nt], uint64_t a, uint64_t b) {                       \
       asm volatile("wgmma.mma_async.sync.aligned." shape types JAXCONV_OPERANDS_##nt transpose ";" \
                    : JAXCONV_SUMS_##nt(d)                                                          \
@@ -56,20 +55,14 @@ struct DenseMma;
     }                                                                                              \
   };
 #define JAXCONV_DENSE_MMAS(nt, n)                                                    \
-  JAXCONV_DENSE_MMA(float, nt, false, "m64n" #n "k8", ".f32.tf32.tf32 ", "")                \
-  JAXCONV_DENSE_MMA(__nv_bfloat16, nt, false, "m64n" #n "k16", ".f32.bf16.bf16 ", ", 0, 0") \
-  JAXCONV_DENSE_MMA(__half, nt, false, "m64n" #n "k16", ".f32.f16.f16 ", ", 0, 0")
+  JAXCONV_DENSE_MMA(float, nt, "m64n" #n "k8", ".f32.tf32.tf32 ", "")                \
+  JAXCONV_DENSE_MMA(__nv_bfloat16, nt, "m64n" #n "k16", ".f32.bf16.bf16 ", ", 0, 0") \
+  JAXCONV_DENSE_MMA(__half, nt, "m64n" #n "k16", ".f32.f16.f16 ", ", 0, 0")
 JAXCONV_DENSE_MMAS(4, 32)
 JAXCONV_DENSE_MMAS(6, 48)
 JAXCONV_DENSE_MMAS(8, 64)
 JAXCONV_DENSE_MMAS(12, 96)
 JAXCONV_DENSE_MMAS(16, 128)
-#define JAXCONV_DENSE_MMAS_ACROSS(nt, n)                                                          \
-  JAXCONV_DENSE_MMA(__nv_bfloat16, nt, true, "m64n" #n "k16", ".f32.bf16.bf16 ", ", 1, 1") \
-  JAXCONV_DENSE_MMA(__half, nt, true, "m64n" #n "k16", ".f32.f16.f16 ", ", 1, 1")
-JAXCONV_DENSE_MMAS_ACROSS(8, 64)
-JAXCONV_DENSE_MMAS_ACROSS(16, 128)
-#undef JAXCONV_DENSE_MMAS_ACROSS
 #undef JAXCONV_DENSE_MMAS
 #undef JAXCONV_DENSE_MMA
 #undef JAXCONV_SUMS_4
