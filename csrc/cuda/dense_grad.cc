@@ -154,13 +154,13 @@ std::vector<Box> BoxesOf(const std::vector<Tap>& taps, int first, int count) {
 struct Chunks {
   const std::vector<Tap>* taps;
   int count, chunk_taps, most_boxes;
-  std::array<int, kAxes> reach, spread;  // of places of a box; of outputs of all boxes
+  std::array<int, kAxes> reach;
   double boxes, sectors;  // of a chunk: mean; of a (ci, co) in dw: all
 };
 
-Chunks ChunksOf(const Problem& p, const Shape& s, const std::vector<Tap>& taps, int most) {
+Chunks ChunksOf(const Problem& p, const std::vector<Tap>& taps, int most) {
   const int all = static_cast<int>(taps.size());
-  Chunks c{&taps, static_cast<int>(CeilDiv(all, most)), 0, 0, {0, 0, 0}, {0, 0, 0}, 0, 0};
+  Chunks c{&taps, static_cast<int>(CeilDiv(all, most)), 0, 0, {0, 0, 0}, 0, 0};
   c.chunk_taps = static_cast<int>(CeilDiv(all, c.count));
   c.count = static_cast<int>(CeilDiv(all, c.chunk_taps));
   for (int i = 0; i < c.count; ++i) {
@@ -171,10 +171,6 @@ Chunks ChunksOf(const Problem& p, const Shape& s, const std::vector<Tap>& taps, 
     for (const Box& b : boxes) {
       for (int a = 0; a < kAxes; ++a) {
         c.reach[a] = std::max(c.reach[a], b.high[a] - b.low[a]);
-        for (const Box& other : boxes) {
-          c.spread[a] = std::max(c.spread[a], (b.low[a] - other.low[a]) * static_cast<int>(s.stride[a]) +
-                                                b.residue[a] - other.residue[a]);
-        }
       }
     }
     for (int t = first, sector = -1; t < first + mine; ++t) {
@@ -213,10 +209,6 @@ bool Fill(const Problem& p, const Device& device, const Shape& s, const Chunks& 
     a.y_box[i] = c.box[i] + chunks.reach[i];
     a.tiles_of[i] = static_cast<int>(CeilDiv(i == 0 ? s.segment : s.isize[i], c.box[i]));
     a.stride[i] = static_cast<int>(s.stride[i]);
-    // Coordinates within a tile have nine bits.
-    const int highest = (a.y_box[i] - 1) * a.stride[i] + chunks.spread[i];
-    if (highest > 511) return false;
-    if (i == 0) a.y.most = highest;
     a.positions *= a.box[i];
     a.y_positions *= a.y_box[i];
     tiles *= a.tiles_of[i];
@@ -229,14 +221,14 @@ bool Fill(const Problem& p, const Device& device, const Shape& s, const Chunks& 
   if (a.positions % 4 != 0 || tiles > std::numeric_limits<int>::max()) return false;
   a.tiles = static_cast<int>(tiles);
   a.steps = a.positions / 2;
-  a.x.most = a.box[0] - 1;
   a.x.channels = 64 * c.row_blocks;
   a.y.channels = columns;
   const int y_all = chunks.most_boxes * a.y_positions;
   const bool copies = s.from == DenseGradFrom::kCopies;
   for (DenseGradOperand* o : {&a.x, &a.y}) {
     o->copies = copies && s.element == 2 ? o->channels / 64 : 1;
-    o->pitch = o->channels * 16 / o->copies;
+    // Channels first, neighbouring positions are stored at once: 16 bytes bring them apart.
+    o->pitch = o->channels * 16 / o->copies + (p.channels_last ? 0 : 16);
     o->copied = (o == &a.x ? a.positions : y_all) * o->pitch;
   }
   if (copies) {
@@ -252,8 +244,8 @@ bool Fill(const Problem& p, const Device& device, const Shape& s, const Chunks& 
     return at;
   };
   place(0);
-  a.smem_x = place(a.positions * 8);
-  a.smem_y = place(y_all * 8);
+  a.smem_x = place(a.positions * 16);
+  a.smem_y = place(y_all * 16);
   a.smem_pairs = place(a.steps * 4);
   // Swizzled rows begin at multiples of 1024 bytes.
   a.smem_stages = smem = static_cast<int>(RoundUp(smem, 1024));
@@ -271,8 +263,9 @@ bool Fill(const Problem& p, const Device& device, const Shape& s, const Chunks& 
 
   // Parts: of clusters as many as fill the device so many times, and as have room.
   const int64_t column_blocks = int64_t{a.chunks} * a.co_tiles * a.ci_tiles * a.groups;
-  const int multiprocessors =
-      device.multiprocessors - (c.cluster == 8 ? 16 : c.cluster == 4 ? 4 : 0);
+  const int multiprocessors = device.multiprocessors - (c.cluster == 8   ? 16
+                                                        : c.cluster == 4 ? 4
+                                                                         : 0);
   const int64_t room = p.YElements() * s.element / 10;
   int64_t parts = int64_t{multiprocessors} * c.waves / (column_blocks * c.cluster);
   parts = std::min({parts, room / (4 * p.WElements()), tiles / c.cluster});
@@ -285,8 +278,8 @@ bool Fill(const Problem& p, const Device& device, const Shape& s, const Chunks& 
   const int64_t block_tiles = CeilDiv(tiles, int64_t{a.parts} * c.cluster);
   plan.workspace = a.parts > 1 ? 4 * a.parts * p.WElements() : 0;
   plan.kept_offset = RoundUp(plan.workspace, 128);
-  const int64_t kept = blocks * c.variant.products * c.variant.tiles * 4 * 4 * 128 *
-                       kDenseGradGroups;
+  const int64_t kept =
+      blocks * c.variant.products * c.variant.tiles * 4 * 4 * 128 * kDenseGradGroups;
   a.flush = std::max(1, kWeightGradFlush / a.steps);
   if (block_tiles <= a.flush || plan.kept_offset + kept > room) {
     a.flush = 0;
@@ -305,15 +298,15 @@ bool Fill(const Problem& p, const Device& device, const Shape& s, const Chunks& 
   const double shared = products * (2048 + columns * 32) / 128 +
                         vectors * 16 / 128 * (copies && s.element == 4 ? 3 : 1);
   const bool half = s.element == 2, last = p.channels_last;
-  const double instructions = vectors / 32 * (half && !last ? 44 : 26);
-  // Of 256 threads, one or two batches of 64 bytes (16 bits, channels first: half of them used) are
-  // always under way, for the latency of device memory.
-  const double load =
-      copies ? 0 : std::max(vectors * 16 / (half && !last ? 12 : 24), instructions / 2);
+  // Loads by threads wait for latency: that of device memory, if the arrays outgrow the L2 cache.
+  const bool cached = (p.XElements() + p.YElements()) * s.element < 40 << 20;
+  const double loaded = (cached ? 9 : 4.5) * (half && !last ? 0.75 : 1);  // bytes a cycle
+  const double load = copies ? 0 : vectors * 16 / loaded;
   // Channels first, rows touch sectors in part.
   const auto torn = [&](int axis_length, int64_t stride) {
     const double bytes = double{1} * axis_length * s.element;
-    return last ? 1 : std::min(32.0 / s.element, (bytes * static_cast<double>(stride) + 28) / bytes);
+    return last ? 1
+                : std::min(32.0 / s.element, (bytes * static_cast<double>(stride) + 28) / bytes);
   };
   const double x_torn = torn(a.box[2], 1), y_torn = torn(a.y_box[2], a.stride[2]);
   const double l2 = (x_vectors * x_torn + y_vectors * y_torn) * 16 / 22;
@@ -323,9 +316,8 @@ bool Fill(const Problem& p, const Device& device, const Shape& s, const Chunks& 
   const double least = (static_cast<double>(p.XElements()) * (1 + x_torn) +
                         static_cast<double>(p.YElements()) * (1 + y_torn)) /
                        2 * s.element / 4e12;
-  double seconds =
-      std::max(waves * static_cast<double>(block_tiles) * stage / kClock, least) +
-      waves * (3e-6 + results * 0.35 / kClock) + 6e-6;
+  double seconds = std::max(waves * static_cast<double>(block_tiles) * stage / kClock, least) +
+                   waves * (3e-6 + results * 0.35 / kClock) + 6e-6;
   seconds += a.parts * chunks.sectors * static_cast<double>(p.ci * p.cog()) / 170e9;
   if (a.flush > 0) {
     seconds += static_cast<double>(block_tiles / a.flush) * results * 8 / 22 / kClock;
@@ -336,7 +328,7 @@ bool Fill(const Problem& p, const Device& device, const Shape& s, const Chunks& 
 }
 
 void FillOperand(DenseGradOperand& o, const Shape& s, const Strides& steps, const Sizes& size,
-                 bool y, int64_t group_channels, bool last) {
+                 bool y, int64_t group_channels) {
   o.group_channels = static_cast<int>(group_channels);
   o.n_step = steps.n;
   o.c_step = steps.c;
@@ -351,8 +343,8 @@ void FillOperand(DenseGradOperand& o, const Shape& s, const Strides& steps, cons
     o.delta[stream] = (stream / s.cuts * steps.n + along * steps.s[0]) * s.element;
   }
   o.cuts = s.cuts;
-  const int shares = o.channels / (last ? 32 : 8 * s.element);
-  while (1 << o.log_shares < shares) ++o.log_shares;
+  o.by_units = DivisorOf(o.channels / 32);
+  while (32 << o.log_shares < o.channels) ++o.log_shares;
 }
 
 // A bulk copy's box: channels, then images, then positions.
@@ -380,8 +372,8 @@ DenseMap MapOf(const DenseGradArgs& a, const DenseGradOperand& o, const Shape& s
 // Fills what the choice does not need.
 void Complete(const Problem& p, const Shape& s, const Chunks& chunks, DenseGradPlan& plan) {
   DenseGradArgs& a = plan.args;
-  FillOperand(a.x, s, s.xs, s.isize, false, p.cig(), p.channels_last);
-  FillOperand(a.y, s, s.ys, s.osize, true, p.cog(), p.channels_last);
+  FillOperand(a.x, s, s.xs, s.isize, false, p.cig());
+  FillOperand(a.y, s, s.ys, s.osize, true, p.cog());
   if (s.from == DenseGradFrom::kCopies) {
     plan.x = MapOf(a, a.x, s, p.n, p.ci);
     plan.y = MapOf(a, a.y, s, p.n, p.co);
@@ -399,8 +391,7 @@ void Complete(const Problem& p, const Shape& s, const Chunks& chunks, DenseGradP
     a.first_box[c] = static_cast<uint16_t>(boxes_so_far);
     for (const Box& b : boxes) {
       for (int i = 0; i < kAxes; ++i) {
-        a.box_first[boxes_so_far][i] =
-            static_cast<int16_t>(b.low[i] * a.stride[i] + b.residue[i]);
+        a.box_first[boxes_so_far][i] = static_cast<int16_t>(b.low[i] * a.stride[i] + b.residue[i]);
       }
       ++boxes_so_far;
     }
@@ -430,8 +421,7 @@ DenseGradPlan Search(const Problem& p, const Device& device) {
   for (const DenseGradVariant& variant : kVariants) {
     for (int row_blocks = 1; row_blocks <= (p.cig() > 64 ? 2 : 1); ++row_blocks) {
       for (const std::vector<Tap>& taps : orders) {
-        const Chunks chunks =
-            ChunksOf(p, s, taps, variant.products * kDenseGradGroups / row_blocks);
+        const Chunks chunks = ChunksOf(p, taps, variant.products * kDenseGradGroups / row_blocks);
         for (int code = 0; code < 6 * 5 * 7; ++code) {
           const std::array<int, kAxes> box{1 << code % 6, 1 << code / 6 % 5, 1 << code / 30};
           bool useful = box[0] * box[1] * box[2] <= 128;
@@ -459,6 +449,20 @@ const DenseGradPlan& PlanOf(const Problem& p, const Device& d) {
   return Remember<DenseGradPlan>(p, d, [&] { return Search(p, d); });
 }
 
+template <class T>
+cudaError_t Enqueue(const DenseGradPlan& plan, const DenseGradArgs& args, const DenseGradMaps& maps,
+                    cudaStream_t stream) {
+  switch (plan.from) {
+    case DenseGradFrom::kRows:
+      return EnqueueDenseGrad<T, DenseGradFrom::kRows>(plan, args, maps, stream);
+    case DenseGradFrom::kRuns:
+      return EnqueueDenseGrad<T, DenseGradFrom::kRuns>(plan, args, maps, stream);
+    case DenseGradFrom::kCopies:
+      return EnqueueDenseGrad<T, DenseGradFrom::kCopies>(plan, args, maps, stream);
+  }
+  return cudaErrorInvalidValue;
+}
+
 cudaError_t LaunchPlan(const Problem& p, const Operands& ops, const DenseGradPlan& plan,
                        cudaStream_t stream) {
   DenseGradArgs args = plan.args;
@@ -474,13 +478,18 @@ cudaError_t LaunchPlan(const Problem& p, const Operands& ops, const DenseGradPla
     if (status == cudaSuccess) status = EncodeMap(p.in_dtype, plan.y, ops.y, maps.y);
     if (status != cudaSuccess) return status;
   }
-  status = cudaErrorInvalidValue;
-  if (p.in_dtype == DType::kF32) {
-    status = EnqueueDenseGrad<float>(plan, args, maps, stream);
-  } else if (p.in_dtype == DType::kBF16) {
-    status = EnqueueDenseGrad<__nv_bfloat16>(plan, args, maps, stream);
-  } else if (p.in_dtype == DType::kF16) {
-    status = EnqueueDenseGrad<__half>(plan, args, maps, stream);
+  switch (p.in_dtype) {
+    case DType::kF32:
+      status = Enqueue<float>(plan, args, maps, stream);
+      break;
+    case DType::kBF16:
+      status = Enqueue<__nv_bfloat16>(plan, args, maps, stream);
+      break;
+    case DType::kF16:
+      status = Enqueue<__half>(plan, args, maps, stream);
+      break;
+    case DType::kF64:
+      return cudaErrorInvalidValue;
   }
   if (status != cudaSuccess || args.parts == 1) return status;
   return SumParts(static_cast<const float*>(ops.workspace), args.parts, args.w_elements,

@@ -17,20 +17,11 @@ inline constexpr int kDenseGradWarps = 4 * kDenseGradGroups;  // that multiply
 
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
 
-// A staged position: the offset of its elements in memory from those of the tile, and its
-// coordinates from the lowest of the tile, ten bits each.
+// A staged position: the offset of its elements in memory and its coordinates, both from those of
+// the tile.
 struct DenseGradPosition {
-  int offset, at;
+  int offset, at[kAxes];
 };
-
-// The lowest output on an axis that a chunk of taps needs of the input at 0.
-__device__ inline int DenseGradLow(const DenseGradArgs& a, int chunk, int axis) {
-  int low = a.box_first[a.first_box[chunk]][axis];
-  for (int box = a.first_box[chunk] + 1; box < a.first_box[chunk + 1]; ++box) {
-    low = min(low, static_cast<int>(a.box_first[box][axis]));
-  }
-  return low;
-}
 
 __device__ inline void StoreVector(uint32_t to, uint32_t a, uint32_t b, uint32_t c, uint32_t d) {
   asm volatile("st.shared.v4.b32 [%0], {%1, %2, %3, %4};" ::"r"(to), "r"(a), "r"(b), "r"(c), "r"(d)
@@ -77,135 +68,50 @@ struct DenseGradBarriers {
   __device__ uint32_t Turned(int i) const { return base + 8 * (2 * kDenseGradStages + i); }
 };
 
-// Loads what a block stages, unit by unit, each stream of a unit by a load of its own. Warps take
-// units in turn, and of the next one, be it of the next stage, loads are under way while one is
-// stored.
-template <class T, bool kLast>
-class DenseGradLoader {
- public:
-  __device__ DenseGradLoader(const DenseGradArgs& args, const DenseGradBlock& block,
-                             const DenseGradBarriers& barriers_, const char* shared_, int thread)
-      : a(args),
-        barriers(barriers_),
-        shared(shared_),
-        warp(thread / 32),
-        lane(thread % 32),
-        tile(block.begin),
-        end(block.end),
-        unit(0) {
-    const int boxes = a.first_box[block.chunk + 1] - a.first_box[block.chunk];
-#pragma unroll
-    for (int i = 0; i < 2; ++i) {
-      const DenseGradOperand& o = i == 0 ? a.x : a.y;
-      const int channel = i == 0 ? block.ci : block.co;
-      positions[i] = i == 0 ? a.positions : boxes * a.y_positions;
-      units[i] = (positions[i] + Rows(i) - 1) / Rows(i) << (kLast ? 0 : LogRounds(i));
-      left[i] = o.group_channels - channel;
-      first[i] = static_cast<const T*>(o.from) +
-                 (int64_t{block.group} * o.group_channels + channel) * o.c_step;
-    }
-    low[0] = low[1] = low[2] = 0;
-#pragma unroll
-    for (int x = 0; x < kAxes; ++x) low[x] = DenseGradLow(a, block.chunk, x);
-    units[1] += units[0];
-    if (tile >= end) return;
-    int rest = tile;
-#pragma unroll
-    for (int x = kAxes - 1; x >= 0; --x) {
-      const int up = rest / a.tiles_of[x];
-      at[x] = rest - up * a.tiles_of[x];
-      rest = up;
-    }
-    set = rest;
-    Locate();
-  }
-
-  __device__ void Run() {
-    Batch one, other;
-    bool more = Load(one);
-    while (more) {
-      more = Load(other);
-      Store(one);
-      if (!more) break;
-      more = Load(one);
-      Store(other);
-    }
-  }
-
- private:
+// Stages an operand's positions, each of its streams by a load of its own. kBatch: words of a
+// thread under way.
+template <class T, bool kLast, int kBatch>
+struct DenseGradLoader {
   static constexpr bool kHalf = sizeof(T) == 2;
-  static constexpr int kStreams = 16 / sizeof(T), kWarps = kDenseGradLoaders / 32;
+  static constexpr int kStreams = 16 / sizeof(T);
   static constexpr uint32_t kAll = (1u << kStreams) - 1;
-  // A lane's loads bring neighbours in memory: four channels, of four positions a warp, or one
-  // position each of several channels.
+  // What a load brings: four channels, or one where positions are neighbours in memory.
   using Loaded = std::conditional_t<kLast, std::conditional_t<kHalf, uint2, uint4>,
                                     std::conditional_t<kHalf, uint16_t, uint32_t>>;
-  static constexpr int kLoads = kLast ? 1 : kHalf ? 2 : 4;
+  static constexpr int kWords = (sizeof(Loaded) + 3) / 4;
+  static constexpr int kBatches = kBatch / (kStreams * kWords);  // under way at once
 
-  struct Batch {
-    Loaded v[kLoads][kStreams];
-    uint32_t at;  // in shared memory, or 0
-    int tags;     // of the unit, and above them the stage
-  };
-  // The warp's first and last unit of a stage; of y; when its ring is at an odd turn.
-  enum Tag { kFirst = 1, kFinal = 2, kOfY = 4, kOdd = 8, kStage = 16 };
+  const DenseGradOperand& o;
+  int start[kAxes];  // coordinates of the tile
+  const T* base;     // at them, of the block's first channel
+  int left;          // channels of the group from there
+  const DenseGradPosition* table;
+  int positions;
+  uint32_t to;
+  int warp, lane;
 
-  __device__ const DenseGradOperand& Operand(int i) const { return i == 0 ? a.x : a.y; }
-  // Positions that all warps take at a time. Channels last, warps share them by 32 channels;
-  // channels first, in several rounds of eight warps.
-  __device__ int Rows(int i) const { return kLast ? 4 * kWarps >> Operand(i).log_shares : 32; }
-  __device__ int LogRounds(int i) const { return Operand(i).log_shares; }
-
-  // The tile's first elements, and which of its positions are inside.
-  __device__ void Locate() {
-    same = true;
-#pragma unroll
-    for (int i = 0; i < 2; ++i) {
-      const DenseGradOperand& o = Operand(i);
-      base[i] = first[i] + int64_t{set} * a.image_groups * o.n_step;
-      inside_low[i] = 0;
-      inside_high[i] = 0;
-#pragma unroll
-      for (int x = 0; x < kAxes; ++x) {
-        const int start = at[x] * a.box[x] * (i == 0 ? 1 : a.stride[x]);
-        base[i] += start * o.step[x];
-        const int from = start + (i == 0 ? 0 : low[x]);
-        int less = -from, most = o.size[x] - 1 - from;
-        if (x == 0) {
-          // Of all streams: the strictest.
-          if (o.cuts > 1) same = same && less <= 0 && most - o.along[kStreams - 1] >= o.most;
-          most = min(most, o.limit - 1 - from);
-        }
-        less = most < 0 ? 512 : min(max(less, 0), 512);
-        inside_low[i] |= less << 10 * x;
-        inside_high[i] |= (min(max(most, 0), 511) | 512) << 10 * x;
-      }
-    }
-  }
-
-  // The streams whose element at the position is inside, and its offset. Each axis has ten bits: a
-  // coordinate, and a bit above it that stays where a difference is not negative.
-  template <int i>
+  // The streams whose element at the position is inside, and its offset.
   __device__ uint32_t Inside(int p, int& offset) const {
-    const DenseGradOperand& o = Operand(i);
-    const int2 entry = reinterpret_cast<const int2*>(shared + (i == 0 ? a.smem_x : a.smem_y))[p];
+    const int4 entry = reinterpret_cast<const int4*>(table)[p];
     offset = entry.x;
-    constexpr int kOver = 512 << 20 | 512 << 10 | 512;
-    const int fits = ((entry.y | kOver) - inside_low[i]) & (inside_high[i] - entry.y) & kOver;
-    if (same) return fits == kOver ? kAll : 0;
-    if ((fits | 512) != kOver) return 0;
-    const int start = at[0] * a.box[0] * (i == 0 ? 1 : a.stride[0]);
-    const int u = (entry.y & 511) + start + (i == 0 ? 0 : low[0]);
+    const int u0 = start[0] + entry.y, u1 = start[1] + entry.z, u2 = start[2] + entry.w;
+    if (u0 >= o.limit || static_cast<unsigned>(u1) >= static_cast<unsigned>(o.size[1]) ||
+        static_cast<unsigned>(u2) >= static_cast<unsigned>(o.size[2])) {
+      return 0;
+    }
+    if (o.cuts == 1) {
+      return static_cast<unsigned>(u0) < static_cast<unsigned>(o.size[0]) ? kAll : 0;
+    }
     uint32_t mask = 0;
 #pragma unroll
     for (int s = 0; s < kStreams; ++s) {
-      if (static_cast<unsigned>(u + o.along[s]) < static_cast<unsigned>(o.size[0])) mask |= 1u << s;
+      if (static_cast<unsigned>(u0 + o.along[s]) < static_cast<unsigned>(o.size[0]))
+        mask |= 1u << s;
     }
-    return u < o.limit ? mask : 0;
+    return mask;
   }
 
-  __device__ static void LoadStreams(const DenseGradOperand& o, Loaded (&v)[kStreams],
-                                     uint32_t mask, const T* at) {
+  __device__ void Load(Loaded (&v)[kStreams], uint32_t mask, const T* at) const {
     const char* from = reinterpret_cast<const char*>(at);
 #pragma unroll
     for (int s = 0; s < kStreams; ++s) v[s] = {};
@@ -222,124 +128,128 @@ class DenseGradLoader {
     }
   }
 
-  // Channels first, neighbouring lanes take their channels in different orders, to store them into
-  // different banks.
-  __device__ int Turn(int load) const { return (load + lane) % kLoads; }
-
-  template <int i>
-  __device__ void LoadUnit(Batch& b, int u) const {
-    const DenseGradOperand& o = Operand(i);
-    int p, c;
-    if constexpr (kLast) {
-      const int share = warp & ((1 << o.log_shares) - 1);
-      p = u * Rows(i) + (warp >> o.log_shares) * 4 + lane / 8;
-      c = share * 32 + lane % 8 * 4;
-      b.at = p * o.pitch + share * 128 + lane % 8 * 16;
-    } else {
-      const int round = u & ((1 << o.log_shares) - 1);
-      p = (u >> o.log_shares) * 32 + lane;
-      c = (round * kWarps + warp) * kLoads;
-      b.at = p * o.pitch + c * 16;
-    }
-    if (p >= positions[i]) {
-      b.at = 0;
-      return;
-    }
-    b.at += SharedAddress(shared) + a.smem_stages + stage.at * a.stage_bytes +
-            (i == 0 ? 0 : a.y_offset);
-    int offset;
-    const uint32_t mask = Inside<i>(p, offset);
-#pragma unroll
-    for (int j = 0; j < kLoads; ++j) {
-      const int channel = kLast ? c : c + Turn(j);
-      const int further = kLast ? c : channel * static_cast<int>(o.c_step);
-      LoadStreams(o, b.v[j], channel < left[i] ? mask : 0, base[i] + (offset + further));
-    }
-  }
-
-  // Loads the next unit; false if there is none.
-  __device__ bool Load(Batch& b) {
-    if (tile >= end) return false;
-    b.tags = stage.at * kStage + (stage.parity ? kOdd : 0) + (unit == 0 ? kFirst : 0);
-    if (unit < units[0]) {
-      LoadUnit<0>(b, unit);
-    } else {
-      LoadUnit<1>(b, unit - units[0]);
-      b.tags |= kOfY;
-    }
-    if (++unit == units[1]) {
-      b.tags |= kFinal;
-      unit = 0;
-      stage.Next(a.stages);
-      if (++tile < end) {
-        if (++at[2] == a.tiles_of[2]) {
-          at[2] = 0;
-          if (++at[1] == a.tiles_of[1]) {
-            at[1] = 0;
-            if (++at[0] == a.tiles_of[0]) {
-              at[0] = 0;
-              ++set;
-            }
-          }
-        }
-        Locate();
-      }
-    }
-    return true;
-  }
-
   __device__ static uint32_t Word(uint4 v, int i) {
     return i == 0 ? v.x : i == 1 ? v.y : i == 2 ? v.z : v.w;
   }
   __device__ static uint32_t Word(uint2 v, int i) { return i == 0 ? v.x : v.y; }
 
-  __device__ void Store(const Batch& b) const {
-    const int at_stage = b.tags / kStage;
-    if (b.tags & kFirst) WaitForPhase(barriers.Empty(at_stage), b.tags & kOdd ? 0 : 1);
-    if (b.at != 0) {
-      constexpr int kVectors = kLast ? 4 : kLoads;
-      const int hop = kLast ? (b.tags & kOfY ? a.y.channels : a.x.channels) * 4 : 0;
-#pragma unroll
-      for (int i = 0; i < kVectors; ++i) {
-        uint32_t words[4];
-#pragma unroll
-        for (int w = 0; w < 4; ++w) {
-          if constexpr (kLast && kHalf) {
-            words[w] = __byte_perm(Word(b.v[0][2 * w], i / 2), Word(b.v[0][2 * w + 1], i / 2),
-                                   i % 2 == 0 ? 0x5410 : 0x7632);
-          } else if constexpr (kLast) {
-            words[w] = RoundToTF32(Word(b.v[0][w], i));
-          } else if constexpr (kHalf) {
-            words[w] = uint32_t{b.v[i][2 * w]} | uint32_t{b.v[i][2 * w + 1]} << 16;
-          } else {
-            words[w] = RoundToTF32(b.v[i][w]);
-          }
-        }
-        StoreVector(b.at + (kLast ? i * hop : Turn(i) * 16), words[0], words[1], words[2], words[3]);
-      }
-    }
-    if (b.tags & kFinal) {
-      ProxyFence();
-      __syncwarp();
-      if (lane == 0) Arrive(barriers.Full(at_stage));
+  // Channel i of what was loaded.
+  __device__ static void Store(uint32_t at, const Loaded (&v)[kStreams], int i) {
+    if constexpr (kLast && kHalf) {
+      const uint32_t pick = i % 2 == 0 ? 0x5410 : 0x7632;
+      const auto pair = [&](int s) {
+        return __byte_perm(Word(v[s], i / 2), Word(v[s + 1], i / 2), pick);
+      };
+      StoreVector(at, pair(0), pair(2), pair(4), pair(6));
+    } else if constexpr (kLast) {
+      StoreVector(at, RoundToTF32(Word(v[0], i)), RoundToTF32(Word(v[1], i)),
+                  RoundToTF32(Word(v[2], i)), RoundToTF32(Word(v[3], i)));
+    } else if constexpr (kHalf) {
+      const auto pair = [&](int s) { return uint32_t{v[s]} | uint32_t{v[s + 1]} << 16; };
+      StoreVector(at, pair(0), pair(2), pair(4), pair(6));
+    } else {
+      StoreVector(at, RoundToTF32(v[0]), RoundToTF32(v[1]), RoundToTF32(v[2]), RoundToTF32(v[3]));
     }
   }
 
-  const DenseGradArgs& a;
-  const DenseGradBarriers& barriers;
-  const char* const shared;
-  const int warp, lane;
-  int positions[2], left[2];  // of x and y; channels of the group
-  int units[2];               // of x; of both
-  const T* first[2];          // where the group's channels begin
-  int low[kAxes];             // of the boxes of y
-  // Where loads have come to.
-  int tile, end, unit, at[kAxes], set;
-  const T* base[2];
-  int inside_low[2], inside_high[2];
-  bool same;  // for all streams
-  DenseCursor stage;
+  __device__ void Run() const {
+    Loaded v[kBatches][kStreams];
+    if constexpr (kLast) {
+      // A warp takes 32 channels of 4 positions.
+      const int of_channels = o.channels / 32, units = (positions + 3) / 4 * of_channels;
+#pragma unroll 1
+      for (int u = warp; u < units; u += 8 * kBatches) {
+        uint32_t at[kBatches];
+#pragma unroll
+        for (int i = 0; i < kBatches; ++i) {
+          const int unit = u + 8 * i, row = Divide(unit, o.by_units);
+          const int p = row * 4 + lane / 8, q = unit - row * of_channels;
+          const int c = q * 32 + lane % 8 * 4;
+          at[i] = unit < units && p < positions ? to + p * o.pitch + q * 128 + lane % 8 * 16 : 0;
+          int offset = 0;
+          uint32_t mask = 0;
+          if (at[i] != 0 && c < left) mask = Inside(p, offset);
+          Load(v[i], mask, base + offset + c);
+        }
+#pragma unroll
+        for (int i = 0; i < kBatches; ++i) {
+          if (at[i] == 0) continue;
+#pragma unroll
+          for (int k = 0; k < 4; ++k) Store(at[i] + k * of_channels * 128, v[i], k);
+        }
+      }
+    } else {
+      // A warp takes 32 positions of every eighth channel.
+#pragma unroll 1
+      for (int p = lane; p - lane < positions; p += 32) {
+        int offset = 0;
+        const uint32_t inside = p < positions ? Inside(p, offset) : 0;
+        uint32_t at = to + p * o.pitch + warp * 16;
+        const T* from = base + offset + warp * o.c_step;
+        const int64_t hop = 8 * o.c_step;
+#pragma unroll 1
+        for (int c = warp; c < o.channels; c += 8 * kBatches) {
+#pragma unroll
+          for (int i = 0; i < kBatches; ++i, from += hop) {
+            Load(v[i], c + 8 * i < left ? inside : 0, from);
+          }
+#pragma unroll
+          for (int i = 0; i < kBatches; ++i, at += 128) {
+            if (p < positions && c + 8 * i < o.channels) Store(at, v[i], 0);
+          }
+        }
+      }
+    }
+  }
 };
+
+template <class T, bool kLast, int kBatch>
+__device__ inline void LoadDenseGrad(const DenseGradArgs& a, const DenseGradBlock& block,
+                                     const DenseGradBarriers& barriers, const char* shared,
+                                     int thread) {
+  const auto* x_table = reinterpret_cast<const DenseGradPosition*>(shared + a.smem_x);
+  const auto* y_table = reinterpret_cast<const DenseGradPosition*>(shared + a.smem_y);
+  const int boxes = a.first_box[block.chunk + 1] - a.first_box[block.chunk];
+  const uint32_t stages = SharedAddress(shared) + a.smem_stages;
+  DenseCursor stage;
+  for (int tile = block.begin; tile < block.end; ++tile) {
+    int rest = tile, at[kAxes];
+#pragma unroll
+    for (int i = kAxes - 1; i >= 0; --i) {
+      const int up = rest / a.tiles_of[i];
+      at[i] = (rest - up * a.tiles_of[i]) * a.box[i];
+      rest = up;
+    }
+    WaitForPhase(barriers.Empty(stage.at), stage.parity ^ 1);
+#pragma unroll
+    for (int operand = 0; operand < 2; ++operand) {
+      const DenseGradOperand& o = operand == 0 ? a.x : a.y;
+      const int channel = operand == 0 ? block.ci : block.co;
+      const T* base = static_cast<const T*>(o.from) + int64_t{rest} * a.image_groups * o.n_step +
+                      (block.group * o.group_channels + channel) * o.c_step;
+      int start[kAxes];
+#pragma unroll
+      for (int i = 0; i < kAxes; ++i) {
+        start[i] = operand == 0 ? at[i] : at[i] * a.stride[i];
+        base += start[i] * o.step[i];
+      }
+      const DenseGradLoader<T, kLast, kBatch> loader{
+          o,
+          {start[0], start[1], start[2]},
+          base,
+          min(o.group_channels - channel, o.channels),
+          operand == 0 ? x_table : y_table,
+          operand == 0 ? a.positions : boxes * a.y_positions,
+          stages + stage.at * a.stage_bytes + (operand == 0 ? 0 : a.y_offset),
+          thread / 32,
+          thread % 32};
+      loader.Run();
+    }
+    ProxyFence();
+    Arrive(barriers.Full(stage.at));
+    stage.Next(a.stages);
+  }
+}
 
 // Bulk tensor copies bring each position's streams as rows of channels. Of 16 bits that is what
 // products across rows read: eight streams by 128 bytes of channels are what is swizzled.
@@ -366,7 +276,7 @@ __device__ inline void CopyDenseGrad(const DenseGradArgs& a, const DenseGradMaps
               at[0], full);
     }
     for (int box = 0; box < boxes; ++box) {
-      const int16_t(&first)[kAxes] = a.box_first[first_box + box];
+      const int16_t (&first)[kAxes] = a.box_first[first_box + box];
       for (int i = 0; i < a.y.copies; ++i) {
         CopyBox(x + a.y_offset + i * a.y.copied + box * a.y_positions * a.y.pitch, &maps.y,
                 block.group * a.cog + block.co + i * 64, n, at[2] * a.stride[2] + first[2],
@@ -377,8 +287,8 @@ __device__ inline void CopyDenseGrad(const DenseGradArgs& a, const DenseGradMaps
   }
 }
 
-// Of float32, warps round what has arrived and turn it into cores where it lies: eight lanes take 32
-// channels of a position's four streams.
+// Of float32, warps round what has arrived and turn it into cores where it lies: eight lanes take
+// 32 channels of a position's four streams.
 __device__ inline void TurnDenseGrad(const DenseGradArgs& a, const DenseGradBlock& block,
                                      const DenseGradBarriers& barriers, char* stages, int thread) {
   constexpr int kEights = kDenseGradTurners / 8, kBatch = 2;
@@ -431,17 +341,16 @@ __device__ inline void TurnDenseGrad(const DenseGradArgs& a, const DenseGradBloc
 
 template <class T, DenseGradFrom kFrom, int NT, int P>
 __device__ inline void MultiplyDenseGrad(const DenseGradArgs& a, const DenseGradBlock& block,
-                                         const DenseGradBarriers& barriers, char* shared,
-                                         int group, int thread) {
+                                         const DenseGradBarriers& barriers, char* shared, int group,
+                                         int thread) {
   const int rows = group % a.row_blocks, first = group / a.row_blocks * P;  // of products
   const uint32_t stages = SharedAddress(shared) + a.smem_stages;
   const int2* pairs = reinterpret_cast<const int2*>(shared + a.smem_pairs);
   // Across rows, a descriptor has the distances to the next 64 channels and to the next eight rows.
   constexpr bool kCopies = kFrom == DenseGradFrom::kCopies, kAcross = kCopies && sizeof(T) == 2;
-  const uint64_t x0 = kAcross
-                          ? uint64_t{1} << 62 | Descriptor(stages + rows * a.x.copied, a.x.copied,
-                                                           a.x.pitch)
-                          : Descriptor(stages + rows * 1024, a.x.pitch, 128);
+  const uint64_t x0 =
+      kAcross ? uint64_t{1} << 62 | Descriptor(stages + rows * a.x.copied, a.x.copied, a.x.pitch)
+              : Descriptor(stages + rows * 1024, a.x.pitch, 128);
   using Mma = DenseGradMma<T, NT, kAcross>;
   uint64_t y0[P];
 #pragma unroll
@@ -458,8 +367,8 @@ __device__ inline void MultiplyDenseGrad(const DenseGradArgs& a, const DenseGrad
 #pragma unroll
     for (int i = 0; i < 4 * NT; ++i) acc[p][i] = 0;
   }
-  float* kept = a.kept + int64_t{blockIdx.x} * (P * NT * 4 * 128 * kDenseGradGroups) +
-                group * 128 + thread;
+  float* kept =
+      a.kept + int64_t{blockIdx.x} * (P * NT * 4 * 128 * kDenseGradGroups) + group * 128 + thread;
   const auto each = [&](auto visit) {
 #pragma unroll
     for (int p = 0; p < P; ++p) {
@@ -516,8 +425,7 @@ __device__ inline void MultiplyDenseGrad(const DenseGradArgs& a, const DenseGrad
   asm volatile("bar.sync 1, %0;" ::"n"(128 * kDenseGradGroups) : "memory");
   constexpr int kPitch = 8 * NT + 8;
   const int row = rows * 64 + thread / 32 * 16 + thread % 32 / 4;
-  float* results = reinterpret_cast<float*>(shared + a.smem_stages) + row * kPitch +
-                   thread % 4 * 2;
+  float* results = reinterpret_cast<float*>(shared + a.smem_stages) + row * kPitch + thread % 4 * 2;
 #pragma unroll
   for (int p = 0; p < P; ++p) {
     float* to = results + (first + p) * a.tap_pitch;
@@ -583,7 +491,7 @@ __global__ void __launch_bounds__(kDenseGradThreads, 1)
   const int thread = threadIdx.x;
   if (thread == 0) {
     for (int i = 0; i < a.stages; ++i) {
-      InitBarrier(barriers.Full(i), kCopies ? 1 : kDenseGradLoaders / 32);
+      InitBarrier(barriers.Full(i), kCopies ? 1 : kDenseGradLoaders);
       InitBarrier(barriers.Turned(i), kDenseGradTurners / 32);
       InitBarrier(barriers.Empty(i), kDenseGradWarps);
     }
@@ -598,42 +506,41 @@ __global__ void __launch_bounds__(kDenseGradThreads, 1)
   };
   auto* x_table = reinterpret_cast<DenseGradPosition*>(shared + a.smem_x);
   for (int p = thread; p < a.positions; p += kDenseGradThreads) {
-    int at[kAxes];
-    locate(p, a.box, at);
-    DenseGradPosition e{0, 0};
-    for (int i = 0; i < kAxes; ++i) {
-      e.offset += at[i] * static_cast<int>(a.x.step[i]);
-      e.at |= at[i] << 10 * i;
-    }
-    x_table[p] = e;
+    DenseGradPosition e{0, {}};
+    locate(p, a.box, e.at);
+    for (int i = 0; i < kAxes; ++i) e.offset += e.at[i] * static_cast<int>(a.x.step[i]);
+    if (!kCopies) x_table[p] = e;
     if (p % 2 == 0) {
       reinterpret_cast<int*>(shared + a.smem_pairs)[p / 2] =
-          ((at[0] * a.y_box[1] + at[1]) * a.y_box[2] + at[2]) * a.y.pitch / 16;
+          ((e.at[0] * a.y_box[1] + e.at[1]) * a.y_box[2] + e.at[2]) * a.y.pitch / 16;
     }
   }
   auto* y_table = reinterpret_cast<DenseGradPosition*>(shared + a.smem_y);
   const int first_box = a.first_box[block.chunk];
   const int boxes = a.first_box[block.chunk + 1] - first_box;
-  const int low[kAxes] = {DenseGradLow(a, block.chunk, 0), DenseGradLow(a, block.chunk, 1),
-                          DenseGradLow(a, block.chunk, 2)};
-  for (int p = thread; p < boxes * a.y_positions; p += kDenseGradThreads) {
+  for (int p = thread; p < boxes * a.y_positions && !kCopies; p += kDenseGradThreads) {
+    DenseGradPosition e{0, {}};
     const int box = p / a.y_positions;
-    int at[kAxes];
-    locate(p - box * a.y_positions, a.y_box, at);
-    DenseGradPosition e{0, 0};
+    locate(p - box * a.y_positions, a.y_box, e.at);
     for (int i = 0; i < kAxes; ++i) {
-      at[i] = at[i] * a.stride[i] + a.box_first[first_box + box][i];
-      e.offset += at[i] * static_cast<int>(a.y.step[i]);
-      e.at |= (at[i] - low[i]) << 10 * i;
+      e.at[i] = e.at[i] * a.stride[i] + a.box_first[first_box + box][i];
+      e.offset += e.at[i] * static_cast<int>(a.y.step[i]);
     }
     y_table[p] = e;
   }
   __syncthreads();
   constexpr int kSums = P * NT * 4, kRegisters = kSums > 128 ? 192 : kSums > 64 ? 176 : 128;
-  if (thread < kDenseGradLoaders) {
-    if (kRegisters > 128) GiveRegisters<256 - kRegisters>();
+  constexpr int kLoaderRegisters = 256 - kRegisters;
+  const bool multiplies = thread >= kDenseGradLoaders;
+  if (multiplies) {
+    if (kRegisters > 128) TakeRegisters<kRegisters>();
+    MultiplyDenseGrad<T, kFrom, NT, P>(a, block, barriers, shared, thread / 128 - 2, thread % 128);
+    if (kRegisters > 128) GiveRegisters<128>();
+  } else {
+    if (kRegisters > 128) GiveRegisters<kLoaderRegisters>();
     if constexpr (!kCopies) {
-      DenseGradLoader<T, kFrom == DenseGradFrom::kRuns>(a, block, barriers, shared, thread).Run();
+      LoadDenseGrad<T, kFrom == DenseGradFrom::kRuns, (kSums > 128 ? 16 : 32)>(a, block, barriers,
+                                                                               shared, thread);
     } else if (thread == 0) {
       CopyDenseGrad(a, maps, block, barriers, SharedAddress(shared) + a.smem_stages);
     } else if (sizeof(T) == 4 && thread >= kDenseGradLoaders - kDenseGradTurners) {
@@ -641,12 +548,10 @@ __global__ void __launch_bounds__(kDenseGradThreads, 1)
                     thread - (kDenseGradLoaders - kDenseGradTurners));
     }
     __syncwarp();
-    if (kRegisters > 128) TakeRegisters<128>();  // all store the results
-  } else {
-    if (kRegisters > 128) TakeRegisters<kRegisters>();
-    MultiplyDenseGrad<T, kFrom, NT, P>(a, block, barriers, shared, thread / 128 - 2, thread % 128);
-    if (kRegisters > 128) GiveRegisters<128>();
   }
+  // All store the results. None may take back registers that those who multiply still wait for.
+  __syncthreads();
+  if (kRegisters > 128 && !multiplies) TakeRegisters<128>();
   SyncCluster();
   switch (static_cast<DType>(a.out_dtype)) {
     case DType::kBF16:
@@ -683,17 +588,12 @@ cudaError_t EnqueueDenseGradVariant(const DenseGradPlan& plan, const DenseGradAr
   return cudaLaunchKernelEx(&config, kernel, maps, args);
 }
 
-template <class T>
+template <class T, DenseGradFrom kFrom>
 cudaError_t EnqueueDenseGrad(const DenseGradPlan& plan, const DenseGradArgs& args,
                              const DenseGradMaps& maps, cudaStream_t stream) {
-  using From = DenseGradFrom;
-#define JAXCONV_CASE(NT, P)                                                                   \
-  if (plan.variant.tiles == NT && plan.variant.products == P) {                               \
-    return plan.from == From::kRows                                                           \
-               ? EnqueueDenseGradVariant<T, From::kRows, NT, P>(plan, args, maps, stream)     \
-           : plan.from == From::kRuns                                                         \
-               ? EnqueueDenseGradVariant<T, From::kRuns, NT, P>(plan, args, maps, stream)     \
-               : EnqueueDenseGradVariant<T, From::kCopies, NT, P>(plan, args, maps, stream);  \
+#define JAXCONV_CASE(NT, P)                                                    \
+  if (plan.variant.tiles == NT && plan.variant.products == P) {                \
+    return EnqueueDenseGradVariant<T, kFrom, NT, P>(plan, args, maps, stream); \
   }
   JAXCONV_DENSE_GRAD_VARIANTS(JAXCONV_CASE)
 #undef JAXCONV_CASE

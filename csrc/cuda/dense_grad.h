@@ -33,24 +33,24 @@ struct DenseGradVariant {
 // by bulk tensor copies of such runs.
 enum class DenseGradFrom { kRows, kRuns, kCopies };
 
-inline constexpr int kDenseGradGroups = 2;  // that multiply
-inline constexpr int kDenseGradStages = 4;  // at most
+inline constexpr int kDenseGradGroups = 2;   // that multiply
+inline constexpr int kDenseGradStages = 4;   // at most
 inline constexpr int kDenseGradStreams = 8;  // at most: 16 bytes of them
 
 // An operand as it is staged: positions of a box by channels.
 struct DenseGradOperand {
   const void* from;
-  int channels, group_channels;        // staged by a block; of a group in memory
-  int pitch;                           // bytes between positions in shared memory
-  int copies, copied;                  // bulk copies side by side, and the bytes between them
-  int size[kAxes];                     // in memory
-  int limit, cuts;                     // of axis 0: positions of a segment, segments
+  int channels, group_channels;         // staged by a block; of a group in memory
+  int pitch;                            // bytes between positions in shared memory
+  int copies, copied;                   // bulk copies side by side, and the bytes between them
+  int size[kAxes];                      // in memory
+  int limit, cuts;                      // of axis 0: positions of a segment, segments
   int64_t n_step, c_step, step[kAxes];  // elements between neighbours
   // Of the streams of 16 bytes: bytes from the first, and positions of axis 0.
   int64_t delta[kDenseGradStreams];
   int along[kDenseGradStreams];
-  int most;        // the highest coordinate of axis 0 in a box
-  int log_shares;  // of warps' 32 channels (channels first: rounds of all warps) in `channels`
+  SmallDivisor by_units;  // channels / 32
+  int log_shares;         // of the same
 };
 
 // Axes 0, 1, 2 may be any order of depth, rows and columns: axis 0 is the one that is cut.
@@ -65,10 +65,10 @@ struct DenseGradArgs {
   // Blocks: chunks of taps, tiles of channels, groups; parts of the pixels, of which `cluster` are
   // added up by a cluster of blocks.
   int chunks, co_tiles, ci_tiles, groups, parts, cluster;
-  int row_blocks;                     // 64 input channels each that a block keeps: 1 or 2
-  int chunk_taps;                     // of a block
-  int tiles, tile_groups;             // boxes of positions; of them, sets of streams
-  int box[kAxes], tiles_of[kAxes];    // positions of a box, boxes of an axis
+  int row_blocks;                   // 64 input channels each that a block keeps: 1 or 2
+  int chunk_taps;                   // of a block
+  int tiles, tile_groups;           // boxes of positions; of them, sets of streams
+  int box[kAxes], tiles_of[kAxes];  // positions of a box, boxes of an axis
   int stride[kAxes];
   int y_box[kAxes], y_positions;      // of one box of y
   int y_pair;                         // places from a position's to the next one's, of two
@@ -77,7 +77,7 @@ struct DenseGradArgs {
   int flush;                          // after as many stages; 0: never
   int stages, stage_bytes, y_offset;  // of the ring
   int smem_x, smem_y, smem_pairs, smem_stages, smem;
-  int tap_pitch;                      // floats between taps in the stage for results
+  int tap_pitch;  // floats between taps in the stage for results
   SmallDivisor by_chunk_taps;
   uint16_t tap[kMaxTaps], shift[kMaxTaps];  // index in dw; place in the boxes of a chunk
   uint16_t first_box[kMaxTaps + 1];         // of a chunk
@@ -104,8 +104,8 @@ cudaError_t EncodeMap(DType, const DenseMap&, const void* data, CUtensorMap&);
 
 DenseGradPlan PlanDenseGrad(const Problem&, const Device&);
 
-// Defined in one small file a dtype, so that they compile in parallel.
-template <class T>
+// Defined in one small file each, so that they compile in parallel.
+template <class T, DenseGradFrom>
 cudaError_t EnqueueDenseGrad(const DenseGradPlan&, const DenseGradArgs&, const DenseGradMaps&,
                              cudaStream_t);
 

@@ -1,5 +1,0 @@
-#include "cuda/dense_grad.cuh"
-
-template cudaError_t jaxconv::cuda::EnqueueDenseGrad<__nv_bfloat16>(const DenseGradPlan&,
-                                                       const DenseGradArgs&, const DenseGradMaps&,
-                                                       cudaStream_t);
