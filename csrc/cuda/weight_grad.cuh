@@ -73,6 +73,10 @@ __device__ inline void CopyAsyncWords(uint32_t to, const void* from, bool wanted
 __device__ inline void SyncMultipliers() {
   asm volatile("bar.sync 1, %0;" ::"n"(32 * kWeightGradWarps) : "memory");
 }
+// The whole block, from two places in the code: __syncthreads wants all threads at one.
+__device__ inline void SyncCopiersAndMultipliers() {
+  asm volatile("bar.sync 2, %0;" ::"n"(32 * (kWeightGradWarps + kWeightGradCopyWarps)) : "memory");
+}
 __device__ inline void CommitCopies() { asm volatile("cp.async.commit_group;" ::: "memory"); }
 template <int kPending>
 __device__ inline void WaitCopies() {
@@ -594,7 +598,7 @@ __global__ void __launch_bounds__(kThreads, 1)
       } else {
         WaitCopies<2>();
       }
-      __syncthreads();  // and the step before is multiplied
+      SyncCopiersAndMultipliers();  // and the step before is multiplied
       issue_next();
     }
     return;
@@ -940,7 +944,7 @@ __global__ void __launch_bounds__(kThreads, 1)
   const int count = static_cast<int>(step_end - step_begin);
   int stage = 0;
   for (int i = 1, flush = a.flush; i <= count; ++i) {
-    __syncthreads();  // the step's copies are there
+    SyncCopiersAndMultipliers();  // the step's copies are there
     compute(now, stage);
     now.Advance(a);
     stage = stage == a.ahead ? 0 : stage + 1;
