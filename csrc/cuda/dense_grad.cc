@@ -93,15 +93,9 @@ Shape ShapeOf(const Problem& p) {
   }
   s.segment = CeilDiv(s.isize[0], s.cuts);
   s.from = p.channels_last ? DenseGradFrom::kRuns : DenseGradFrom::kRows;
-  // Copies need whole images as streams, aligned pixels, and a map for each residue of the outputs.
-  int64_t residues = 1;
-  bool all = true;  // have outputs
-  for (int i = 0; i < kAxes; ++i) {
-    residues *= std::min(s.stride[i], s.k[i]);
-    all = all && s.osize[i] >= s.stride[i];
-  }
+  // Copies need whole images as streams, aligned pixels, and steps of up to eight elements.
   if (p.channels_last && s.cuts == 1 && p.ci * s.element % 16 == 0 && p.co * s.element % 16 == 0 &&
-      residues <= kDenseGradResidues && all) {
+      *std::max_element(s.stride.begin(), s.stride.end()) <= 8) {
     s.from = DenseGradFrom::kCopies;
   }
   return s;
@@ -239,7 +233,7 @@ bool Fill(const Problem& p, const Device& device, const Shape& s, const Chunks& 
   }
   if (copies) {
     for (int i = 0; i < kAxes; ++i) {
-      if (a.y_box[i] > 256) return false;
+      if (a.y_box[i] * a.stride[i] > 256) return false;
     }
   }
   if (y_all > 2048) return false;
@@ -353,23 +347,24 @@ void FillOperand(DenseGradOperand& o, const Shape& s, const Strides& steps, cons
   while (32 << o.log_shares < o.channels) ++o.log_shares;
 }
 
-// A bulk copy's box: channels, then images, then positions `stride` apart, from `residue` on.
-DenseMap MapOf(const DenseGradOperand& o, const Shape& s, int64_t n, int64_t channels,
-               const int (&box)[kAxes], const Sizes& stride,
-               const std::array<int, kAxes>& residue) {
+// A bulk copy's box: channels, then images, then positions.
+DenseMap MapOf(const DenseGradArgs& a, const DenseGradOperand& o, const Shape& s, int64_t n,
+               int64_t channels) {
+  const bool y = &o == &a.y;
   DenseMap m{};
   m.size[0] = static_cast<uint64_t>(channels);
   m.size[1] = static_cast<uint64_t>(n);
   m.stride[0] = static_cast<uint64_t>(o.n_step * s.element);
   m.box[0] = static_cast<uint32_t>(o.channels / o.copies);
   m.box[1] = static_cast<uint32_t>(s.streams);
+  m.step[0] = m.step[1] = 1;
   m.row_bytes = static_cast<int>(m.box[0]) * s.element;
-  std::fill(std::begin(m.step), std::end(m.step), 1);
   for (int i = 0; i < kAxes; ++i) {
-    m.size[4 - i] = static_cast<uint64_t>(CeilDiv(o.size[i] - residue[i], stride[i]));
-    m.stride[3 - i] = static_cast<uint64_t>(o.step[i] * stride[i] * s.element);
-    m.box[4 - i] = static_cast<uint32_t>(box[i]);
-    m.offset += residue[i] * o.step[i] * s.element;
+    const uint32_t step = static_cast<uint32_t>(y ? a.stride[i] : 1);
+    m.size[4 - i] = static_cast<uint64_t>(o.size[i]);
+    m.stride[3 - i] = static_cast<uint64_t>(o.step[i] * s.element);
+    m.box[4 - i] = static_cast<uint32_t>(y ? a.y_box[i] : a.box[i]) * step;
+    m.step[4 - i] = step;
   }
   return m;
 }
@@ -379,9 +374,10 @@ void Complete(const Problem& p, const Shape& s, const Chunks& chunks, DenseGradP
   DenseGradArgs& a = plan.args;
   FillOperand(a.x, s, s.xs, s.isize, false, p.cig());
   FillOperand(a.y, s, s.ys, s.osize, true, p.cog());
-  const bool copies = s.from == DenseGradFrom::kCopies;
-  std::vector<std::array<int, kAxes>> residues;  // of the maps
-  if (copies) plan.x = MapOf(a.x, s, p.n, p.ci, a.box, {1, 1, 1}, {0, 0, 0});
+  if (s.from == DenseGradFrom::kCopies) {
+    plan.x = MapOf(a, a.x, s, p.n, p.ci);
+    plan.y = MapOf(a, a.y, s, p.n, p.co);
+  }
   a.w_elements = p.WElements();
   a.cig = static_cast<int>(p.cig());
   a.cog = static_cast<int>(p.cog());
@@ -395,16 +391,7 @@ void Complete(const Problem& p, const Shape& s, const Chunks& chunks, DenseGradP
     a.first_box[c] = static_cast<uint16_t>(boxes_so_far);
     for (const Box& b : boxes) {
       for (int i = 0; i < kAxes; ++i) {
-        a.box_first[boxes_so_far][i] =
-            static_cast<int16_t>(copies ? b.low[i] : b.low[i] * a.stride[i] + b.residue[i]);
-      }
-      if (copies) {
-        const auto known = std::find(residues.begin(), residues.end(), b.residue);
-        a.box_map[boxes_so_far] = static_cast<uint8_t>(known - residues.begin());
-        if (known == residues.end()) {
-          residues.push_back(b.residue);
-          plan.y.push_back(MapOf(a.y, s, p.n, p.co, a.y_box, s.stride, b.residue));
-        }
+        a.box_first[boxes_so_far][i] = static_cast<int16_t>(b.low[i] * a.stride[i] + b.residue[i]);
       }
       ++boxes_so_far;
     }
@@ -488,9 +475,7 @@ cudaError_t LaunchPlan(const Problem& p, const Operands& ops, const DenseGradPla
   cudaError_t status = cudaSuccess;
   if (plan.from == DenseGradFrom::kCopies) {
     status = EncodeMap(p.in_dtype, plan.x, ops.x, maps.x);
-    for (size_t i = 0; i < plan.y.size() && status == cudaSuccess; ++i) {
-      status = EncodeMap(p.in_dtype, plan.y[i], ops.y, maps.y[i]);
-    }
+    if (status == cudaSuccess) status = EncodeMap(p.in_dtype, plan.y, ops.y, maps.y);
     if (status != cudaSuccess) return status;
   }
   switch (p.in_dtype) {
