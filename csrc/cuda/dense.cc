@@ -568,8 +568,9 @@ cudaError_t LaunchRow(const Problem& p, const Operands& ops, const Device& d, cu
   return LaunchDense(p, ops, PlanOf(p, d), stream);
 }
 
-// Describes a tensor to the copy units. The driver's function is asked for at run time, since the
-// driver is not linked.
+}  // namespace
+
+// The driver's function is asked for at run time, since the driver is not linked.
 cudaError_t EncodeMap(DType dtype, const DenseMap& m, const void* data, CUtensorMap& map) {
   using Encode = decltype(&cuTensorMapEncodeTiled);
   static const Encode encode = [] {
@@ -594,8 +595,6 @@ cudaError_t EncodeMap(DType dtype, const DenseMap& m, const void* data, CUtensor
              swizzle, CU_TENSOR_MAP_L2_PROMOTION_L2_128B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
   return result == CUDA_SUCCESS ? cudaSuccess : cudaErrorInvalidValue;
 }
-
-}  // namespace
 
 DensePlan PlanDense(const Problem& p, const Device& device, const DenseTile& tile) {
   return MakePlan(p, device, tile);

@@ -2,6 +2,7 @@
 
 #include "cuda/correlate.h"
 #include "cuda/dense.h"
+#include "cuda/dense_grad.h"
 #include "cuda/depthwise.h"
 #include "cuda/direct.h"
 #include "cuda/rows.h"
@@ -17,6 +18,7 @@ const std::vector<Row>& Table() {
     AddDepthwise(rows);
     AddWeightGrad(rows);
     AddDense(rows);
+    AddDenseGrad(rows);
     AddCorrelate(rows);
     AddRows(rows);
     AddThin(rows);

@@ -1,0 +1,4 @@
+#include "cuda/dense_grad.cuh"
+
+template cudaError_t jaxconv::cuda::EnqueueDenseGrad<float, jaxconv::cuda::DenseGradFrom::kRows>(
+    const DenseGradPlan&, const DenseGradArgs&, const DenseGradMaps&, cudaStream_t);
