@@ -122,6 +122,7 @@ void ListTaps(const Shape& s, RowsArgs& a) {
   struct Source {
     std::array<int, kAxes> at;
     std::vector<Reader> readers;
+    int columns;
   };
   std::vector<std::vector<Source>> sources(a.phase_sets);
   std::vector<std::map<std::array<int, kAxes>, size_t>> index(a.phase_sets);
@@ -136,7 +137,7 @@ void ListTaps(const Shape& s, RowsArgs& a) {
                                            static_cast<int>(th.source[h] - s.first[1]),
                                            static_cast<int>(tw.source[w] - s.first[2])};
         const auto [found, added] = index[set].try_emplace(at, sources[set].size());
-        if (added) sources[set].push_back({at, {}});
+        if (added) sources[set].push_back({at, {}, 0});
         sources[set][found->second].readers.push_back({tap, phase % a.set_phases});
       }
     }
@@ -149,22 +150,29 @@ void ListTaps(const Shape& s, RowsArgs& a) {
       auto& readers = source.readers;
       std::sort(readers.begin(), readers.end(),
                 [](const Reader& x, const Reader& y) { return x.phase < y.phase; });
-      int columns = 0;
+      for (const Reader& reader : readers) {
+        for (int t = 0; t < a.set_tiles; ++t) {
+          source.columns |= 1 << (t * a.set_phases + reader.phase);
+        }
+      }
+    }
+    std::stable_sort(sources[set].begin(), sources[set].end(),
+                     [](const Source& x, const Source& y) { return x.columns > y.columns; });
+    for (const Source& source : sources[set]) {
+      const auto& readers = source.readers;
       const int before = taps - a.first_tap[set];
       for (size_t i = 0; i < readers.size(); ++i) {
         a.tap[taps++] = {static_cast<uint16_t>(readers[i].tap), static_cast<uint16_t>(before),
                          static_cast<uint8_t>(set), static_cast<uint8_t>(i),
                          static_cast<uint8_t>(readers.size())};
-        for (int t = 0; t < a.set_tiles; ++t) {
-          columns |= 1 << (t * a.set_phases + readers[i].phase);
-        }
       }
       const auto& [down, along, right] = source.at;
       a.entry[entries++] = {along * a.row_pitch, static_cast<uint16_t>(right),
-                            static_cast<uint16_t>(down), static_cast<uint16_t>(columns),
-                            static_cast<uint16_t>(32 * readers.size() * a.set_tiles)};
+                            static_cast<uint16_t>(down), static_cast<uint16_t>(source.columns)};
     }
   }
+  a.thirds = entries == 8 && a.phase_sets == 1 && a.set_tiles == 1;
+  for (int e = 0; e < 8 && a.thirds; ++e) a.thirds = a.entry[e].columns == RowsArgs::kThirds[e];
   a.first_entry[a.phase_sets] = static_cast<uint16_t>(entries);
   a.first_tap[a.phase_sets] = static_cast<uint16_t>(taps);
 }
@@ -218,12 +226,19 @@ bool Fill(const Problem& p, const Device& device, const Shape& s, const Cut& cut
   a.out_n_step = out.n;
   a.in_c_step = in.c;
   a.out_c_step = out.c;
-  a.groups = static_cast<int>(p.groups);
   a.cg = s.cg;
   a.jg = s.jg;
   a.steps = s.steps;
   a.columns = static_cast<int>(walks);
   a.last = p.channels_last;
+  // Channels last, groups whose pixels are less than a sector go two by two.
+  const int group_bytes = s.jg * s.out_element;
+  const bool two = a.last && group_bytes < 32 && p.groups % 2 == 0 && 2 * group_bytes % 16 == 0 &&
+                   out.s[2] * s.out_element % 16 == 0;
+  a.groups_beside = two ? 2 : 1;
+  a.group_blocks = s.blocks;
+  a.staged = !a.last || two;
+  const int blocks = s.blocks * a.groups_beside;
   a.pairs = s.jg % 2 == 0;
   a.out_f32 = p.out_dtype == DType::kF32;
   a.fresh = std::min(s.si[0], a.axis[0].length);
@@ -234,13 +249,13 @@ bool Fill(const Problem& p, const Device& device, const Shape& s, const Cut& cut
   a.row_pitch = 16 * (9 + block_of(width + granule));
   int block_pitch = height * a.row_pitch / 16;
   if (a.last) {
-    while (block_pitch % 8 != (s.blocks % 2 ? 0 : s.blocks % 4 ? 4 : 2)) ++block_pitch;
+    while (block_pitch % 8 != (blocks % 2 ? 0 : blocks % 4 ? 4 : 2)) ++block_pitch;
   }
-  if (int64_t{block_pitch} * 16 * s.blocks > 200 * 1024) return false;
+  if (int64_t{block_pitch} * 16 * blocks > 200 * 1024) return false;
   a.block_pitch = block_pitch * 16;
-  a.plane = static_cast<int>(CeilDiv(a.block_pitch * s.blocks, 128) * 128);
-  a.blocks_beside = !a.last || s.blocks % 2 ? 1 : s.blocks % 4 ? 2 : 4;
-  a.rows = height * s.blocks / a.blocks_beside;
+  a.plane = static_cast<int>(CeilDiv(a.block_pitch * blocks, 128) * 128);
+  a.blocks_beside = !a.last || blocks % 2 ? 1 : blocks % 4 ? 2 : 4;
+  a.rows = height * blocks / a.blocks_beside;
   if (a.rows > 1 << 14) return false;
   a.by_height = DivisorOf(height);
 
@@ -261,17 +276,21 @@ bool Fill(const Problem& p, const Device& device, const Shape& s, const Cut& cut
   const int64_t run_pitch = CeilDiv((run + 16 / s.out_element) * s.out_element, 16);
   int64_t channel_pitch = run_pitch * s.so[0] * a.run_rows;
   while (channel_pitch % 4 != (s.out_element == 4 && s.so[2] > 1 ? 2 : 1)) ++channel_pitch;
-  const int64_t stage = CeilDiv(channel_pitch * 16 * s.tiles_j * 8, 128) * 128;
-  if (!a.last && stage > 200 * 1024) return false;
+  a.pixel_pitch = 2 * group_bytes + 16;
+  const int64_t stage = !a.staged ? 0
+                        : a.last  ? int64_t{s.so[0]} * high * s.so[1] * box[2] * s.so[2] * a.pixel_pitch
+                                  : CeilDiv(channel_pitch * 16 * s.tiles_j * 8, 128) * 128;
+  if (stage > 200 * 1024) return false;
   a.run_pitch = static_cast<int>(run_pitch * 16);
   a.channel_pitch = static_cast<int>(channel_pitch * 16);
-  a.stage = a.last ? 0 : static_cast<int>(stage);
+  a.stage = static_cast<int>(CeilDiv(stage, 128) * 128);
   a.stages = stages;
 
   const int tile_sets = columns.column_sets / columns.phase_sets;
   int64_t smem = 2 * RowsArgs::kMaxSlots * 8;
   a.smem_weights = static_cast<int>(smem);
-  smem += int64_t{tile_sets} * a.taps * columns.set_tiles * s.steps * 256;
+  a.weights = tile_sets * a.taps * columns.set_tiles * s.steps * 256;
+  smem += int64_t{a.groups_beside} * a.weights;
   a.smem_places = static_cast<int>(smem);
   smem += entries * 128;
   a.smem_stage = static_cast<int>(smem);
@@ -296,9 +315,9 @@ bool Fill(const Problem& p, const Device& device, const Shape& s, const Cut& cut
   plan.smem = static_cast<int>(smem);
   plan.mt = shape.mt;
   plan.nc = shape.nc;
-  plan.grid_y = static_cast<int>(p.groups);
+  plan.grid_y = static_cast<int>(p.groups / a.groups_beside);
   const int64_t occupancy = std::min(beside, (most + 1024) / (smem + 1024));
-  const int64_t places = std::max<int64_t>(1, device.multiprocessors * occupancy / p.groups);
+  const int64_t places = std::max<int64_t>(1, device.multiprocessors * occupancy / plan.grid_y);
   plan.grid_x = static_cast<int>(CeilDiv(walks, CeilDiv(walks, places)));
 
   // The model, of a step: instructions, and the time of the busiest warp.
@@ -316,13 +335,13 @@ bool Fill(const Problem& p, const Device& device, const Shape& s, const Cut& cut
   const double plane_issue =
       a.rows * (60 + turns * (a.last ? 18 : s.element == 4 ? 12 : 18));
   const double steps_of = march, planes = a.axis[0].length + (march - 1.0) * a.fresh;
-  const double issue = steps_of * (unit_issue * a.units + 8 * 300.0) + planes * plane_issue;
+  const double issue = steps_of * (unit_issue * a.units * a.groups_beside + 8 * 300.0) + planes * plane_issue;
   const double turns_of_units =
-      static_cast<double>(CeilDiv(a.units, RowsArgs::kWarps / wn)) * imbalance / wn;
+      static_cast<double>(CeilDiv(a.units * a.groups_beside, RowsArgs::kWarps / wn)) * imbalance / wn;
   const double busiest = steps_of * (turns_of_units * unit_wait + 700);
   const double arrangers = planes * a.rows / Arrangers(shape.mt, shape.nc) *
                            std::ceil(turns / 5) * 1500;
-  const double shared = steps_of * unit_shared * a.units + planes * a.rows * turns * 8;
+  const double shared = steps_of * unit_shared * a.units * a.groups_beside + planes * a.rows * turns * 8;
   const double load = std::max({busiest, slots >= a.axis[0].length + a.fresh ? 0 : arrangers});
   const double cycles = std::max({load + 0.25 * issue / 4, arrangers});
   const double blocks_here = std::min<double>(
@@ -334,7 +353,7 @@ bool Fill(const Problem& p, const Device& device, const Shape& s, const Cut& cut
   const double compute = (rounds * column_cycles + 6000) / kClock;
   // Pieces of rows tear lines that other blocks write, too.
   const double piece = static_cast<double>(run) * s.out_element;
-  const double torn = a.last ? (s.jg * s.out_element < 32 ? 1.5 : 1) : 1 + 100 / piece;
+  const double torn = a.last ? (!a.staged && group_bytes < 32 ? 3 : 1) : 1 + 100 / piece;
   const double in_bytes = static_cast<double>(p.n) * static_cast<double>(in.n) * s.element;
   const double out_bytes =
       static_cast<double>(p.n) * static_cast<double>(out.n) * s.out_element * torn;

@@ -100,6 +100,7 @@ __device__ inline void KeepWeights(const RowsArgs& a, int group, char* weights, 
   const int tile_sets = a.column_sets / a.phase_sets;
   const int all = tile_sets * a.taps * a.set_tiles * a.steps * 32;
   const T* w = static_cast<const T*>(a.w) + group * a.w_g_step;
+#pragma unroll 4
   for (int i = tid; i < all; i += threads) {
     const int lane = i % 32;
     int rest = i / 32;
@@ -112,7 +113,7 @@ __device__ inline void KeepWeights(const RowsArgs& a, int group, char* weights, 
     const int j = (tile_set * a.set_tiles + tile) * 8 + lane / 4, k = lane % 4;
     const auto weight = [&](int c) {
       c += step * kRowsStep<T>;
-      return j < a.jg && c < a.cg ? w[c * a.w_c_step + j * a.w_j_step + tap.tap] : T{};
+      return j < a.jg && c < a.cg ? __ldg(w + c * a.w_c_step + j * a.w_j_step + tap.tap) : T{};
     };
     uint2 pair;
     if constexpr (sizeof(T) == 4) {
@@ -167,8 +168,8 @@ inline constexpr int kRowsBatch = 5;  // loads of a lane that are under way toge
 // A vector begins where memory has a multiple of 16 bytes, so up to kPer - 1 pixels early. What it
 // brings from before or beyond the row ends in gaps.
 template <class T>
-__device__ inline void ArrangeRow(const T* from, const T* in_end, const RowsWindow& row, bool inside,
-                                  char* to, int number) {
+__device__ inline void ArrangeRow(const T* from, const RowsWindow& row, bool inside, char* to,
+                                  int number) {
   constexpr int kPer = 16 / sizeof(T), kBatch = kRowsBatch;
   const int beyond = static_cast<int>(reinterpret_cast<uintptr_t>(from) / sizeof(T)) & (kPer - 1);
   const int pixel = number * kPer - beyond;
@@ -176,41 +177,28 @@ __device__ inline void ArrangeRow(const T* from, const T* in_end, const RowsWind
   const int early = kPer == 8 || number % 2 == 0 ? beyond : 0;
   from += pixel;
   to += (pixel + (kPer == 8 ? number : number / 2)) * 16;
-  char* places[kPer];
+  uint32_t places[kPer];
 #pragma unroll
-  for (int j = 0; j < kPer; ++j) places[j] = to - (j < early ? 16 : 0) + j * 16;
-  // 32 pixels of each channel at a time.
-  for (int first = 0; first < row.length + kPer - 1; first += 32 * kBatch) {
+  for (int j = 0; j < kPer; ++j) places[j] = SharedAddress(to) + (j < early ? j - 1 : j) * 16;
+  const int reaches = (inside ? row.end : -32) - pixel;  // pixels from this lane's first to the end
+  const int misses = row.begin - kPer - pixel;  // that many pixels on, vectors hold one of the row
+  const int turns = (row.length + kPer - 1 + 31) / 32;  // 32 pixels of each channel at a time
+  for (int turn = 0; turn < turns; turn += kBatch) {
     uint4 v[kBatch];
-    const auto easy = [&](int k) {
-      return inside && (row.begin == 0 || first + 32 * k >= row.begin + kPer) &&
-             first + 32 * (k + 1) <= row.end;
-    };
 #pragma unroll
     for (int k = 0; k < kBatch; ++k) {
-      const T* at = from + first + 32 * k;
-      if (easy(k)) {
-        v[k] = __ldg(reinterpret_cast<const uint4*>(at));
-        continue;
-      }
-      const int p = pixel + first + 32 * k;
       v[k] = make_uint4(0, 0, 0, 0);
-      if (!inside || p >= row.end || p + kPer <= row.begin) continue;
-      if (at + kPer <= in_end) {
-        v[k] = __ldg(reinterpret_cast<const uint4*>(at));
-      } else {
-        T tail[kPer];
-#pragma unroll
-        for (int j = 0; j < kPer; ++j) tail[j] = at + j < in_end ? at[j] : T{};
-        memcpy(&v[k], tail, 16);
-      }
+      const int on = 32 * (turn + k);
+      if (on > misses && on < reaches) v[k] = __ldg(reinterpret_cast<const uint4*>(from + 32 * k));
     }
 #pragma unroll
     for (int k = 0; k < kBatch; ++k) {
-      const int p = pixel + first + 32 * k;
+      if (turn + k >= turns) break;
       Round<T>(v[k]);
       uint32_t words[4] = {v[k].x, v[k].y, v[k].z, v[k].w};
-      if (!easy(k)) {
+      const int first = 32 * (turn + k);
+      if (first < row.begin || first + 32 > row.end) {
+        const int p = pixel + first;
         if (p >= row.length) continue;
 #pragma unroll
         for (int j = 0; j < kPer; ++j) {
@@ -218,17 +206,37 @@ __device__ inline void ArrangeRow(const T* from, const T* in_end, const RowsWind
           words[j * sizeof(T) / 4] &= sizeof(T) == 4 ? 0 : j % 2 == 0 ? 0xffff0000u : 0xffffu;
         }
       }
-      const int offset = (first / 32 + k) * 36 * 16;  // 32 pixels and their gaps
 #pragma unroll
       for (int j = 0; j < kPer; ++j) {
+        const uint32_t place = places[j] + 36 * 16 * k;  // 32 pixels and their gaps
         if constexpr (sizeof(T) == 4) {
-          *reinterpret_cast<uint32_t*>(places[j] + offset) = words[j];
+          asm volatile("st.shared.b32 [%0], %1;" ::"r"(place), "r"(words[j]) : "memory");
         } else {
-          *reinterpret_cast<uint16_t*>(places[j] + offset) =
-              static_cast<uint16_t>(words[j / 2] >> (j % 2 * 16));
+          asm volatile("st.shared.b16 [%0], %1;" ::"r"(place),
+                       "h"(static_cast<uint16_t>(words[j / 2] >> (j % 2 * 16)))
+                       : "memory");
         }
       }
     }
+    from += 32 * kBatch;
+#pragma unroll
+    for (int j = 0; j < kPer; ++j) places[j] += 36 * 16 * kBatch;
+  }
+}
+
+// The same, an element at a time: rows at the input's end, of which no vector may be read.
+template <class T>
+__device__ inline void ArrangeSlowly(const T* from, int64_t in_c_step, const RowsWindow& row,
+                                     bool inside, char* to, int lane) {
+  constexpr int kPer = 16 / sizeof(T);
+  for (int p = lane / kPer; p < row.length; p += 32 / kPer) {
+    const int channel = lane % kPer;
+    const bool has = inside && p >= row.begin && p < row.end;
+    uint4 v = make_uint4(0, 0, 0, 0);
+    T value = has ? from[channel * in_c_step + p] : T{};
+    memcpy(&v, &value, sizeof(T));
+    Round<T>(v);
+    memcpy(to + BlockOf(p) * 16 + channel * sizeof(T), &v, sizeof(T));
   }
 }
 
@@ -283,11 +291,16 @@ __device__ inline void ArrangePlane(const RowsArgs& a, const T* image, int sourc
       ArrangeRowLast<T>(from + block * kPer + static_cast<int64_t>(pixel) * width.in_step,
                         width.in_step, window, in, to + block * a.block_pitch + BlockOf(pixel) * 16,
                         pixel, 32 / a.blocks_beside);
+      continue;
+    }
+    from += part * kPer * a.in_c_step;
+    to += part * a.block_pitch;
+    if (from + (kPer - 1) * a.in_c_step + window.end + kPer > static_cast<const T*>(a.in_end)) {
+      ArrangeSlowly<T>(from, a.in_c_step, window, in, to, lane);
     } else {
       const int channel = lane % kPer;
-      ArrangeRow<T>(from + (part * kPer + channel) * a.in_c_step, static_cast<const T*>(a.in_end),
-                    window, in, to + part * a.block_pitch + channel * static_cast<int>(sizeof(T)),
-                    lane / kPer);
+      ArrangeRow<T>(from + channel * a.in_c_step, window, in,
+                    to + channel * static_cast<int>(sizeof(T)), lane / kPer);
     }
   }
 }
@@ -339,6 +352,8 @@ __device__ inline void MultiplyTile(float (&acc)[4], const uint32_t (&x)[4], uin
   }
 }
 
+constexpr int CountBits(int mask) { return mask == 0 ? 0 : mask % 2 + CountBits(mask / 2); }
+
 // One step for the columns of a mask that is known when compiled.
 template <class T, bool Lone, int Mask, int MT, int NC>
 __device__ inline void MultiplyColumns(float (&acc)[MT][NC][4], const uint32_t (&x)[MT][4],
@@ -354,15 +369,35 @@ __device__ inline void MultiplyColumns(float (&acc)[MT][NC][4], const uint32_t (
   }
 }
 
+// Entries [begin, end), which share a mask. Addresses come from `address_of`; `w` moves on.
+template <class T, bool Lone, int Mask, int MT, int NC, class Address>
+__device__ inline void MultiplyEntries(const RowsArgs& a, float (&acc)[MT][NC][4],
+                                       const Address& address_of, int tile_bytes, const uint2*& w,
+                                       int begin, int end) {
+  constexpr int kTaps = CountBits(Mask), kUnroll = kTaps == NC ? 2 : 1;
+  for (int e = begin; e < end; ++e) {
+    uint32_t address = address_of(e);
+#pragma unroll kUnroll
+    for (int k = 0; k < a.steps; ++k, w += kTaps * 32, address += 2 * a.block_pitch) {
+      uint32_t x[MT][4];
+      LoadPixels<Lone>(x, address, tile_bytes);
+      MultiplyColumns<T, Lone, Mask>(acc, x, w);
+    }
+  }
+}
+
 // Taps of axes with a stride of two reach products of one, the other or both of an axis's phases:
-// those masks are compiled. A predicated instruction costs as much as another.
-template <class T, bool Lone, int MT, int NC>
-__device__ inline void MultiplyMasked(float (&acc)[MT][NC][4], const uint32_t (&x)[MT][4],
-                                      const uint2* w, int mask) {
-#define JAXCONV_ROWS_MASK(m) \
-  case m:                    \
-    return MultiplyColumns<T, Lone, (m) & ((1 << NC) - 1)>(acc, x, w);
-#define JAXCONV_ROWS_MASKS(m) JAXCONV_ROWS_MASK(m) JAXCONV_ROWS_MASK(16 * m) JAXCONV_ROWS_MASK(17 * m)
+// those masks are compiled, as a predicated instruction costs as much as another.
+template <class T, bool Lone, int MT, int NC, class Address>
+__device__ inline void MultiplyMasked(const RowsArgs& a, float (&acc)[MT][NC][4],
+                                      const Address& address_of, int tile_bytes, const uint2*& w,
+                                      int begin, int end, int mask) {
+#define JAXCONV_ROWS_MASK(m)                                                                     \
+  case m:                                                                                        \
+    return MultiplyEntries<T, Lone, (m) & ((1 << NC) - 1)>(a, acc, address_of, tile_bytes, w,    \
+                                                           begin, end);
+#define JAXCONV_ROWS_MASKS(m) \
+  JAXCONV_ROWS_MASK(m) JAXCONV_ROWS_MASK(16 * m) JAXCONV_ROWS_MASK(17 * m)
   if constexpr (NC == 8) {
     switch (mask) {
       JAXCONV_ROWS_MASKS(1)
@@ -390,14 +425,43 @@ __device__ inline void MultiplyMasked(float (&acc)[MT][NC][4], const uint32_t (&
   }
 #undef JAXCONV_ROWS_MASKS
 #undef JAXCONV_ROWS_MASK
+  for (int e = begin; e < end; ++e) {
+    uint32_t address = address_of(e);
+    for (int k = 0; k < a.steps; ++k, address += 2 * a.block_pitch) {
+      uint32_t x[MT][4];
+      LoadPixels<Lone>(x, address, tile_bytes);
 #pragma unroll
-  for (int j = 0; j < NC; ++j) {
-    if (mask >> j & 1) {
+      for (int j = 0; j < NC; ++j) {
+        if (mask >> j & 1) {
 #pragma unroll
-      for (int mt = 0; mt < MT; ++mt) MultiplyTile<T, Lone>(acc[mt][j], x[mt], *w);
-      w += 32;
+          for (int mt = 0; mt < MT; ++mt) MultiplyTile<T, Lone>(acc[mt][j], x[mt], *w);
+          w += 32;
+        }
+      }
     }
   }
+}
+
+// Three taps on each axis, with strides of two and padding of one: of two sources on an axis the
+// first serves both phases, the second the second one. A step of all eight, without a loop.
+template <class T, bool Lone, int MT, class Address>
+__device__ inline void MultiplyThirds(float (&acc)[MT][8][4], const Address& address_of,
+                                      int tile_bytes, const uint2* w, int begin) {
+#define JAXCONV_ROWS_ENTRY(i, mask, before)                        \
+  {                                                                \
+    uint32_t x[MT][4];                                             \
+    LoadPixels<Lone>(x, address_of(begin + i), tile_bytes);        \
+    MultiplyColumns<T, Lone, mask>(acc, x, w + before * 32);       \
+  }
+  JAXCONV_ROWS_ENTRY(0, RowsArgs::kThirds[0], 0)
+  JAXCONV_ROWS_ENTRY(1, RowsArgs::kThirds[1], 8)
+  JAXCONV_ROWS_ENTRY(2, RowsArgs::kThirds[2], 12)
+  JAXCONV_ROWS_ENTRY(3, RowsArgs::kThirds[3], 16)
+  JAXCONV_ROWS_ENTRY(4, RowsArgs::kThirds[4], 18)
+  JAXCONV_ROWS_ENTRY(5, RowsArgs::kThirds[5], 22)
+  JAXCONV_ROWS_ENTRY(6, RowsArgs::kThirds[6], 24)
+  JAXCONV_ROWS_ENTRY(7, RowsArgs::kThirds[7], 26)
+#undef JAXCONV_ROWS_ENTRY
 }
 
 template <class T>
@@ -413,14 +477,14 @@ __device__ inline float RowsBias(const RowsArgs& a, int group, int j) {
 // plane where they are whole (flat), or a piece of one row.
 template <class Out>
 __device__ inline void StoreRuns(const RowsArgs& a, const RowsColumn& at, int group, int step,
-                                 const char* stage, int warp, int lane) {
+                                 const char* stage, int lane) {
   constexpr int kMask = 16 / sizeof(Out) - 1;
   const RowsAxis& deep = a.axis[0];
   const RowsAxis& high = a.axis[1];
   const RowsAxis& wide = a.axis[2];
   const int per_channel = deep.so * a.run_rows, runs = a.jg * per_channel;
   Out* image = static_cast<Out*>(a.out) + at.n * a.out_n_step;
-  for (int run = warp + RowsArgs::kWarps * lane; run < runs; run += RowsArgs::kWarps * 32) {
+  for (int run = lane; run < runs; run += 32) {
     const int j = run / per_channel, in_channel = run - j * per_channel;
     const int rd = in_channel / a.run_rows, row = in_channel - rd * a.run_rows;
     const int od = step * deep.so + rd, oh = at.h * high.so + row, ow = at.w * wide.so;
@@ -440,11 +504,37 @@ __device__ inline void StoreRuns(const RowsArgs& a, const RowsColumn& at, int gr
     for (int i = 0; i < head; ++i) to[i] = from[i];
     for (int i = head + body; i < length; ++i) to[i] = from[i];
   }
-  CommitStores();
+}
+
+// Channels last, the groups of a block together, so that sectors of device memory are written whole.
+__device__ inline void StorePixels(const RowsArgs& a, const RowsColumn& at, int group, int step,
+                                   const char* stage, int out_bytes, int warp, int lane) {
+  const RowsAxis& deep = a.axis[0];
+  const RowsAxis& high = a.axis[1];
+  const RowsAxis& wide = a.axis[2];
+  const int rows = high.box * high.so, row_bytes = wide.box * wide.so * a.pixel_pitch;
+  const int bytes = a.groups_beside * a.jg * out_bytes, ow = at.w * wide.so;
+  const int pixels = min(wide.box * wide.so, wide.out_size - ow);
+  for (int run = warp; run < deep.so * rows; run += RowsArgs::kWarps) {
+    const int rd = run / rows, row = run - rd * rows;
+    const int od = step * deep.so + rd, oh = at.h * high.so + row;
+    if (od >= deep.out_size || oh >= high.out_size) continue;
+    char* to = static_cast<char*>(a.out) +
+               (at.n * a.out_n_step + int64_t{od} * deep.out_step + int64_t{oh} * high.out_step +
+                int64_t{ow} * wide.out_step + group * a.jg) *
+                   out_bytes;
+    const char* from = stage + run * row_bytes;
+    for (int i = lane * 16; i < pixels * bytes; i += 32 * 16) {
+      const int pixel = i / bytes, in_pixel = i - pixel * bytes;
+      *reinterpret_cast<uint4*>(to + int64_t{pixel} * wide.out_step * out_bytes + in_pixel) =
+          *reinterpret_cast<const uint4*>(from + pixel * a.pixel_pitch + in_pixel);
+    }
+  }
 }
 
 template <class T, int MT, int NC, int SO, bool Lone>
-__device__ inline void MultiplyRows(const RowsArgs& a, char* smem, int group, int warp, int lane) {
+__device__ inline void MultiplyRows(const RowsArgs& a, char* smem, int first_group, int warp,
+                                    int lane) {
   const uint32_t barriers = SharedAddress(smem);
   const int wn = warp % a.wn, wm = warp / a.wn, workers = RowsArgs::kWarps / a.wn;
   const int columns = a.set_phases * a.set_tiles;
@@ -469,7 +559,7 @@ __device__ inline void MultiplyRows(const RowsArgs& a, char* smem, int group, in
         if (++waited_slot == a.slots) waited_slot = 0, ++waited_round;
       }
       char* stage = smem + a.smem_stage + stage_index * a.stage;
-      bool stage_free = a.last;
+      bool stage_free = !a.staged;
       const auto wait_for_stage = [&] {
         if (stage_free) return;
         if (a.stages == 2) {
@@ -480,14 +570,19 @@ __device__ inline void MultiplyRows(const RowsArgs& a, char* smem, int group, in
         MeetMultipliers();
         stage_free = true;
       };
-      for (int unit = wm; unit < a.units; unit += workers) {
+      for (int job = wm; job < a.units * a.groups_beside; job += workers) {
+        const int unit = a.groups_beside == 1 ? job : job / a.groups_beside;
+        const int beside = job - unit * a.groups_beside, group = first_group + beside;
         const int unit_h = unit / a.across, unit_w = (unit - unit_h * a.across) * 16 * MT;
         const uint32_t place = lane_place + slot * a.plane + unit_h * high.si * a.row_pitch +
-                               BlockOf(unit_w * wide.si) * 16;
+                               BlockOf(unit_w * wide.si) * 16 +
+                               beside * a.group_blocks * a.block_pitch;
         for (int column_set = wn; column_set < a.column_sets; column_set += a.wn) {
           const int tile_set = a.phase_sets == 1 ? column_set : column_set / a.phase_sets;
           const int set = column_set - tile_set * a.phase_sets;
-          const uint2* w = reinterpret_cast<const uint2*>(smem + a.smem_weights) + lane +
+          const uint2* w = reinterpret_cast<const uint2*>(smem + a.smem_weights +
+                                                          beside * a.weights) +
+                           lane +
                            (tile_set * a.taps + a.first_tap[set]) * a.set_tiles * a.steps * 32;
           const auto address_of = [&](int e) {
             const uint32_t at = place + places[e * 32];
@@ -495,18 +590,6 @@ __device__ inline void MultiplyRows(const RowsArgs& a, char* smem, int group, in
           };
           const int begin = a.first_entry[set], end = a.first_entry[set + 1];
           float acc[MT][NC][4] = {};
-          if (a.bias != nullptr) {
-#pragma unroll
-            for (int j = 0; j < NC; ++j) {
-              const int to = (tile_set * a.set_tiles + j / a.set_phases) * 8 + own;
-              const float even = RowsBias<T>(a, group, to), odd = RowsBias<T>(a, group, to + 1);
-#pragma unroll
-              for (int mt = 0; mt < MT; ++mt) {
-#pragma unroll
-                for (int r = 0; r < 4; ++r) acc[mt][j][r] = r % 2 == 0 ? even : odd;
-              }
-            }
-          }
           if constexpr (NC == 1) {
             // With so little to do a step, several are under way at once, in two chains of sums.
             float other[MT][4] = {};
@@ -541,24 +624,33 @@ __device__ inline void MultiplyRows(const RowsArgs& a, char* smem, int group, in
               for (int r = 0; r < 4; ++r) acc[mt][0][r] += sum[mt][r] + other[mt][r];
             }
           } else {
-            uint32_t address = address_of(begin);
-            uint32_t x[MT][4];
-            LoadPixels<Lone>(x, address, tile_bytes);
-            for (int e = begin; e < end; ++e) {
-              const int mask = a.entry[e].columns, readers = a.entry[e].readers;
-              for (int k = 1; k <= a.steps; ++k) {
-                // The next step's pixels are on their way meanwhile; after the last, any.
-                uint32_t next[MT][4];
-                address = k < a.steps ? address + 2 * a.block_pitch
-                                      : address_of(e + 1 < end ? e + 1 : begin);
-                LoadPixels<Lone>(next, address, tile_bytes);
-                MultiplyMasked<T, Lone>(acc, x, w, mask);
-                w += readers;
+            const auto all = [&] {
+              for (int e = begin; e < end;) {
+                const int mask = a.entry[e].columns, first = e;
+                do ++e;
+                while (e < end && a.entry[e].columns == mask);
+                MultiplyMasked<T, Lone>(a, acc, address_of, tile_bytes, w, first, e, mask);
+              }
+            };
+            if constexpr (NC == 8 && SO == 2) {
+              if (a.thirds && a.steps == 1) {
+                MultiplyThirds<T, Lone>(acc, address_of, tile_bytes, w, begin);
+              } else {
+                all();
+              }
+            } else {
+              all();
+            }
+          }
+          if (a.bias != nullptr) {
 #pragma unroll
-                for (int mt = 0; mt < MT; ++mt) {
+            for (int j = 0; j < NC; ++j) {
+              const int to = (tile_set * a.set_tiles + j / a.set_phases) * 8 + own;
+              const float even = RowsBias<T>(a, group, to), odd = RowsBias<T>(a, group, to + 1);
 #pragma unroll
-                  for (int r = 0; r < 4; ++r) x[mt][r] = next[mt][r];
-                }
+              for (int mt = 0; mt < MT; ++mt) {
+#pragma unroll
+                for (int r = 0; r < 4; ++r) acc[mt][j][r] += r % 2 == 0 ? even : odd;
               }
             }
           }
@@ -584,7 +676,7 @@ __device__ inline void MultiplyRows(const RowsArgs& a, char* smem, int group, in
             const int od = q * deep.so + rd, oh = at.h * high.so + row_h + rh;
             const bool exists =
                 j0 < a.jg && rd < deep.so && od < deep.out_size && oh < high.out_size;
-            const auto each = [&](const auto& put) {
+            const auto those = [&](const auto& put, const auto& inside) {
 #pragma unroll
               for (int i = 0; i < kRow; ++i) {
 #pragma unroll
@@ -592,20 +684,37 @@ __device__ inline void MultiplyRows(const RowsArgs& a, char* smem, int group, in
 #pragma unroll
                   for (int half = 0; half < 2; ++half) {
                     const int w_at = (mt * 16 + half * 8) * so + (SO > 0 ? i : rw);
-                    if (whole || first_w + w_at < limit) {
+                    if (inside(w_at)) {
                       put(w_at, acc[mt][j + i][2 * half], acc[mt][j + i][2 * half + 1]);
                     }
                   }
                 }
               }
             };
+            const auto each = [&](const auto& put) {
+              if (whole) {
+                those(put, [](int) { return true; });
+              } else {
+                those(put, [&](int w_at) { return first_w + w_at < limit; });
+              }
+            };
             if (!exists) {
             } else if (a.last) {
               // Four lanes hold eight neighbours.
-              const int64_t to = at.n * a.out_n_step + int64_t{od} * deep.out_step +
-                                 int64_t{oh} * high.out_step +
-                                 int64_t{at.w * so + first_w} * wide.out_step + group * a.jg + j0 +
-                                 own;
+              char* to;
+              int apart;  // bytes between pixels
+              if (a.staged) {
+                apart = a.pixel_pitch;
+                to = stage + ((rd * high.box * high.so + row_h + rh) * wide.box * so + first_w) * apart +
+                     (beside * a.jg + j0 + own) * out_bytes;
+              } else {
+                apart = wide.out_step * out_bytes;
+                to = static_cast<char*>(a.out) +
+                     (at.n * a.out_n_step + int64_t{od} * deep.out_step +
+                      int64_t{oh} * high.out_step + int64_t{at.w * so + first_w} * wide.out_step +
+                      group * a.jg + j0 + own) *
+                         out_bytes;
+              }
               const bool two = j0 + own + 1 < a.jg, one = j0 + own < a.jg;
               const auto store = [&](auto* out, float u, float v) {
                 using Out = std::remove_pointer_t<decltype(out)>;
@@ -621,11 +730,13 @@ __device__ inline void MultiplyRows(const RowsArgs& a, char* smem, int group, in
                 }
               };
               if (out_bytes == 4) {
-                float* out = static_cast<float*>(a.out) + to;
-                each([&](int w_at, float u, float v) { store(out + w_at * wide.out_step, u, v); });
+                each([&](int w_at, float u, float v) {
+                  store(reinterpret_cast<float*>(to + w_at * apart), u, v);
+                });
               } else if constexpr (sizeof(T) == 2) {
-                T* out = static_cast<T*>(a.out) + to;
-                each([&](int w_at, float u, float v) { store(out + w_at * wide.out_step, u, v); });
+                each([&](int w_at, float u, float v) {
+                  store(reinterpret_cast<T*>(to + w_at * apart), u, v);
+                });
               }
             } else {
               // A run lies as far from a multiple of 16 bytes as it does in device memory.
@@ -677,15 +788,22 @@ __device__ inline void MultiplyRows(const RowsArgs& a, char* smem, int group, in
         if (lane == 0) Arrive(barriers + (RowsArgs::kMaxSlots + slot) * 8);
         if (++slot == a.slots) slot = 0;
       }
-      if (a.last) continue;
+      if (!a.staged) continue;
       wait_for_stage();
       FenceForCopies();
       MeetMultipliers();
-      if (out_bytes == 4) {
-        StoreRuns<float>(a, at, group, q, stage, warp, lane);
-      } else {
-        StoreRuns<T>(a, at, group, q, stage, warp, lane);
+      if (a.last) {
+        StorePixels(a, at, first_group, q, stage, out_bytes, warp, lane);
+        continue;
       }
+      if (warp == q % RowsArgs::kWarps) {
+        if (out_bytes == 4) {
+          StoreRuns<float>(a, at, first_group, q, stage, lane);
+        } else {
+          StoreRuns<T>(a, at, first_group, q, stage, lane);
+        }
+      }
+      CommitStores();  // all warps, so that each counts steps
       if (a.stages == 2) stage_index ^= 1;
     }
   }
@@ -700,7 +818,7 @@ __global__ void __launch_bounds__(kRowsThreads<MT, NC>, BlocksBeside(MT, NC))
   extern __shared__ __align__(128) char smem[];
   const int tid = threadIdx.x, lane = tid % 32;
   const int warp = __shfl_sync(~0u, tid / 32, 0);  // known to be the same in all lanes
-  const int group = blockIdx.y;
+  const int group = blockIdx.y * a.groups_beside;
   const uint32_t full = SharedAddress(smem), empty = full + RowsArgs::kMaxSlots * 8;
   if (tid == 0) {
     for (int slot = 0; slot < a.slots; ++slot) {
@@ -708,12 +826,16 @@ __global__ void __launch_bounds__(kRowsThreads<MT, NC>, BlocksBeside(MT, NC))
       InitBarrier(empty + slot * 8, RowsArgs::kWarps);
     }
   }
-  KeepWeights<T>(a, group, smem + a.smem_weights, tid, kRowsThreads<MT, NC>);
-  ListPlaces(a, reinterpret_cast<int*>(smem + a.smem_places), sizeof(T) == 2 && a.cg == 8, MT, tid,
-             kRowsThreads<MT, NC>);
   __syncthreads();
 
   if (warp < RowsArgs::kWarps) {
+    constexpr int kThreads = RowsArgs::kWarps * 32;
+    for (int i = 0; i < a.groups_beside; ++i) {
+      KeepWeights<T>(a, group + i, smem + a.smem_weights + i * a.weights, tid, kThreads);
+    }
+    ListPlaces(a, reinterpret_cast<int*>(smem + a.smem_places), sizeof(T) == 2 && a.cg == 8, MT, tid,
+               kThreads);
+    MeetMultipliers();
     if constexpr (sizeof(T) == 2) {
       if (a.cg == 8) {
         MultiplyRows<T, MT, NC, SO, true>(a, smem, group, warp, lane);

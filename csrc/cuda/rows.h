@@ -28,11 +28,10 @@ struct RowsAxis {
 
 // A source that some taps of a phase set share, relatively to that of the pixel.
 struct RowsEntry {
-  int row;          // bytes from the first row of a plane
-  uint16_t right;   // pixels from the first of a row
-  uint16_t plane;   // of those that a step needs
-  uint16_t columns;  // a bit for each column that has a tap there
-  uint16_t readers;  // how many have, times 32
+  int row;           // bytes from the first row of a plane
+  uint16_t right;    // pixels from the first of a row
+  uint16_t plane;    // of those that a step needs
+  uint16_t columns;  // a bit for each column that has a tap there; entries of a kind are neighbours
 };
 
 // A tap, and the place of its weights among those of its entry, for one tile of output channels.
@@ -43,6 +42,8 @@ struct RowsTap {
 
 struct RowsArgs {
   static constexpr int kMaxTaps = 512, kMaxPhaseSets = 64, kMaxSlots = 16, kWarps = 8;
+  // The masks of three taps on each axis with strides of two and padding of one.
+  static constexpr int kThirds[8] = {255, 240, 204, 192, 170, 160, 136, 128};
   const void* in;
   const void* in_end;
   const void* w;
@@ -51,7 +52,8 @@ struct RowsArgs {
   RowsAxis axis[kAxes];
   int64_t in_n_step, out_n_step, in_c_step, out_c_step;
   int64_t w_g_step, w_c_step, w_j_step;
-  int groups, cg, jg;
+  int groups_beside, group_blocks;  // groups of a block, and 16-byte blocks of channels of each
+  int cg, jg;
   int steps;    // of the tensor cores over the channels
   int columns;  // to walk through, by the grid's first axis
   int slots, fresh;  // planes in shared memory, and those that a step brings
@@ -63,9 +65,11 @@ struct RowsArgs {
   int wn, units;           // column sets side by side, and a step's tiles of pixels
   int across;              // tiles of pixels in a row
   int stages;              // 1 or 2
-  int run_pitch, channel_pitch, stage, run_rows;  // bytes, and runs of a channel and plane
+  int run_pitch, channel_pitch, run_rows;  // bytes, and runs of a channel and plane
+  int pixel_pitch;                         // bytes, channels last
+  int weights, stage;                      // bytes, of a group and of a step
   int smem_weights, smem_places, smem_stage, smem_ring;  // bytes
-  bool last, pairs, flat, out_f32;
+  bool last, staged, pairs, flat, thirds, out_f32;
   uint16_t first_entry[kMaxPhaseSets + 1], first_tap[kMaxPhaseSets + 1];
   RowsEntry entry[kMaxTaps];
   RowsTap tap[kMaxTaps];
