@@ -6,6 +6,7 @@
 #include <algorithm>
 #include <array>
 #include <cmath>
+#include <iterator>
 #include <limits>
 #include <map>
 #include <set>
@@ -142,7 +143,8 @@ void ListTaps(const Shape& s, RowsArgs& a) {
       }
     }
   }
-  int entries = 0, taps = 0;
+  size_t entries = 0;
+  int taps = 0;
   for (int set = 0; set < a.phase_sets; ++set) {
     a.first_entry[set] = static_cast<uint16_t>(entries);
     a.first_tap[set] = static_cast<uint16_t>(taps);
@@ -171,8 +173,17 @@ void ListTaps(const Shape& s, RowsArgs& a) {
                             static_cast<uint16_t>(down), static_cast<uint16_t>(source.columns)};
     }
   }
-  a.thirds = entries == 8 && a.phase_sets == 1 && a.set_tiles == 1;
-  for (int e = 0; e < 8 && a.thirds; ++e) a.thirds = a.entry[e].columns == RowsArgs::kThirds[e];
+  // Masks that are compiled.
+  const auto matches = [&](const auto& masks) {
+    if (entries != std::size(masks)) return false;
+    return std::equal(std::begin(masks), std::end(masks), a.entry,
+                      [](int mask, const RowsEntry& entry) { return mask == entry.columns; });
+  };
+  const bool single = a.phase_sets == 1 && a.set_tiles == 1 && a.steps == 1;
+  a.pattern = !single                            ? RowsArgs::kNone
+              : matches(RowsArgs::kMasks3x3x3) ? RowsArgs::k3x3x3
+              : matches(RowsArgs::kMasks3x5x7) ? RowsArgs::k3x5x7
+                                               : RowsArgs::kNone;
   a.first_entry[a.phase_sets] = static_cast<uint16_t>(entries);
   a.first_tap[a.phase_sets] = static_cast<uint16_t>(taps);
 }
@@ -287,7 +298,7 @@ bool Fill(const Problem& p, const Device& device, const Shape& s, const Cut& cut
   a.stages = stages;
 
   const int tile_sets = columns.column_sets / columns.phase_sets;
-  int64_t smem = 2 * RowsArgs::kMaxSlots * 8;
+  int64_t smem = RowsArgs::kBarriers;
   a.smem_weights = static_cast<int>(smem);
   a.weights = tile_sets * a.taps * columns.set_tiles * s.steps * 256;
   smem += int64_t{a.groups_beside} * a.weights;
@@ -364,6 +375,7 @@ bool Fill(const Problem& p, const Device& device, const Shape& s, const Cut& cut
   const double memory = (in_bytes + out_bytes) / kBandwidth;
   const double slow = std::max({compute, l2, memory});
   plan.seconds = 5e-6 + slow + 0.2 * (compute + l2 + memory - slow);
+  if (a.staged && !a.last && stages == 1) plan.seconds *= 1.05;
   return true;
 }
 

@@ -16,7 +16,7 @@
 namespace jaxconv::cuda {
 
 template <int MT, int NC>
-inline constexpr int kRowsThreads = (RowsArgs::kWarps + Arrangers(MT, NC)) * 32;
+inline constexpr int kRowsThreads = (RowsArgs::kWarps + Arrangers(MT, NC) + 1) * 32;
 
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
 inline constexpr bool kHasBulkCopies = true;
@@ -40,11 +40,10 @@ __device__ inline void StoreBulk(void* to, uint32_t from, int bytes) {
                "r"(bytes)
                : "memory");
 }
-__device__ inline void CommitStores() { asm volatile("cp.async.bulk.commit_group;" ::: "memory"); }
-// Until all of this thread's stores but those committed last have read shared memory.
-template <int kButLast>
+// Until all of this thread's stores have read shared memory.
 __device__ inline void WaitForStores() {
-  asm volatile("cp.async.bulk.wait_group.read %0;" ::"n"(kButLast) : "memory");
+  asm volatile("cp.async.bulk.commit_group;" ::: "memory");
+  asm volatile("cp.async.bulk.wait_group.read 0;" ::: "memory");
 }
 // What this thread has written is seen by the copies that are asked for later.
 __device__ inline void FenceForCopies() {
@@ -56,8 +55,6 @@ __device__ inline void InitBarrier(uint32_t, int) {}
 __device__ inline void Arrive(uint32_t) {}
 __device__ inline void WaitFor(uint32_t, int) {}
 __device__ inline void StoreBulk(void*, uint32_t, int) {}
-__device__ inline void CommitStores() {}
-template <int kButLast>
 __device__ inline void WaitForStores() {}
 __device__ inline void FenceForCopies() {}
 #endif
@@ -74,6 +71,11 @@ inline constexpr int kRowsStep = 32 / sizeof(T);  // channels of a step: 8 float
 // that an arranger writes at once, every fourth or eighth pixel, in different banks.
 __device__ inline int BlockOf(int pixel) { return pixel + (pixel >> 3); }
 inline constexpr int kLead = 9;  // blocks before pixel 0, for what a vector brings before it
+
+// Barriers, in bytes from the beginning of shared memory: planes that are full and that are empty,
+// stages that are full and that are empty.
+inline constexpr int kPlaneEmpty = RowsArgs::kMaxSlots * 8, kStageFull = 2 * kPlaneEmpty,
+                     kStageEmpty = kStageFull + 16;
 
 // What a block marches through.
 struct RowsColumn {
@@ -308,18 +310,18 @@ __device__ inline void ArrangePlane(const RowsArgs& a, const T* image, int sourc
 // ---------------------------------------------------------------------------------------------
 // Multipliers
 
-// Eight rows of 16 bytes from each of four (or two) addresses, which quarters of the lanes give.
+// Eight rows of 16 bytes from each of four (or two) addresses, which quarters of the lanes give. The
+// compiler may move these: their addresses come from memory that is read after a plane is waited
+// for, and what comes of them is written before it is given back.
 __device__ inline void LoadFour(uint32_t (&x)[4], uint32_t address) {
-  asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];"
-               : "=r"(x[0]), "=r"(x[1]), "=r"(x[2]), "=r"(x[3])
-               : "r"(address)
-               : "memory");
+  asm("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];"
+      : "=r"(x[0]), "=r"(x[1]), "=r"(x[2]), "=r"(x[3])
+      : "r"(address));
 }
 __device__ inline void LoadTwo(uint32_t (&x)[4], uint32_t address) {
-  asm volatile("ldmatrix.sync.aligned.m8n8.x2.shared.b16 {%0,%1}, [%2];"
-               : "=r"(x[0]), "=r"(x[1])
-               : "r"(address)
-               : "memory");
+  asm("ldmatrix.sync.aligned.m8n8.x2.shared.b16 {%0,%1}, [%2];"
+      : "=r"(x[0]), "=r"(x[1])
+      : "r"(address));
 }
 
 // The pixels of a step: MT tiles, 16 * si pixels apart, two blocks of channels; or, where the step
@@ -442,26 +444,17 @@ __device__ inline void MultiplyMasked(const RowsArgs& a, float (&acc)[MT][NC][4]
   }
 }
 
-// Three taps on each axis, with strides of two and padding of one: of two sources on an axis the
-// first serves both phases, the second the second one. A step of all eight, without a loop.
-template <class T, bool Lone, int MT, class Address>
-__device__ inline void MultiplyThirds(float (&acc)[MT][8][4], const Address& address_of,
-                                      int tile_bytes, const uint2* w, int begin) {
-#define JAXCONV_ROWS_ENTRY(i, mask, before)                        \
-  {                                                                \
-    uint32_t x[MT][4];                                             \
-    LoadPixels<Lone>(x, address_of(begin + i), tile_bytes);        \
-    MultiplyColumns<T, Lone, mask>(acc, x, w + before * 32);       \
+// All entries of a pattern of masks that is known when compiled, without a loop.
+template <class T, bool Lone, const auto& Pattern, int Entry = 0, int Before = 0, int MT, class Address>
+__device__ inline void MultiplyPattern(float (&acc)[MT][8][4], const Address& address_of,
+                                       int tile_bytes, const uint2* w, int begin) {
+  if constexpr (Entry < sizeof(Pattern) / sizeof(Pattern[0])) {
+    uint32_t x[MT][4];
+    LoadPixels<Lone>(x, address_of(begin + Entry), tile_bytes);
+    MultiplyColumns<T, Lone, Pattern[Entry]>(acc, x, w + Before * 32);
+    MultiplyPattern<T, Lone, Pattern, Entry + 1, Before + CountBits(Pattern[Entry])>(
+        acc, address_of, tile_bytes, w, begin);
   }
-  JAXCONV_ROWS_ENTRY(0, RowsArgs::kThirds[0], 0)
-  JAXCONV_ROWS_ENTRY(1, RowsArgs::kThirds[1], 8)
-  JAXCONV_ROWS_ENTRY(2, RowsArgs::kThirds[2], 12)
-  JAXCONV_ROWS_ENTRY(3, RowsArgs::kThirds[3], 16)
-  JAXCONV_ROWS_ENTRY(4, RowsArgs::kThirds[4], 18)
-  JAXCONV_ROWS_ENTRY(5, RowsArgs::kThirds[5], 22)
-  JAXCONV_ROWS_ENTRY(6, RowsArgs::kThirds[6], 24)
-  JAXCONV_ROWS_ENTRY(7, RowsArgs::kThirds[7], 26)
-#undef JAXCONV_ROWS_ENTRY
 }
 
 template <class T>
@@ -550,7 +543,7 @@ __device__ inline void MultiplyRows(const RowsArgs& a, char* smem, int first_gro
   const uint32_t ring_end = barriers + a.smem_ring + a.slots * a.plane;
   const int* places = reinterpret_cast<const int*>(smem + a.smem_places) + lane;
   const int own = 2 * (lane % 4);  // the first of this lane's two channels of a tile
-  int slot = 0, waited_slot = 0, waited_round = 0, stage_index = 0;
+  int slot = 0, waited_slot = 0, waited_round = 0, stage_index = 0, stage_round = 0;
   for (int column = blockIdx.x; column < a.columns; column += gridDim.x) {
     const RowsColumn at = ColumnOf(a, column);
     for (int q = at.begin; q < at.end; ++q) {
@@ -562,12 +555,11 @@ __device__ inline void MultiplyRows(const RowsArgs& a, char* smem, int first_gro
       bool stage_free = !a.staged;
       const auto wait_for_stage = [&] {
         if (stage_free) return;
-        if (a.stages == 2) {
-          WaitForStores<1>();
-        } else {
-          WaitForStores<0>();
+        if (a.last) {
+          MeetMultipliers();
+        } else if (stage_round > 0) {
+          WaitFor(barriers + kStageEmpty + stage_index * 8, (stage_round - 1) & 1);
         }
-        MeetMultipliers();
         stage_free = true;
       };
       for (int job = wm; job < a.units * a.groups_beside; job += workers) {
@@ -633,8 +625,12 @@ __device__ inline void MultiplyRows(const RowsArgs& a, char* smem, int first_gro
               }
             };
             if constexpr (NC == 8 && SO == 2) {
-              if (a.thirds && a.steps == 1) {
-                MultiplyThirds<T, Lone>(acc, address_of, tile_bytes, w, begin);
+              if (a.pattern == RowsArgs::k3x3x3) {
+                MultiplyPattern<T, Lone, RowsArgs::kMasks3x3x3>(acc, address_of, tile_bytes, w,
+                                                                begin);
+              } else if (a.pattern == RowsArgs::k3x5x7) {
+                MultiplyPattern<T, Lone, RowsArgs::kMasks3x5x7>(acc, address_of, tile_bytes, w,
+                                                                begin);
               } else {
                 all();
               }
@@ -785,29 +781,45 @@ __device__ inline void MultiplyRows(const RowsArgs& a, char* smem, int first_gro
       // Planes that the next step does not need.
       __syncwarp();
       for (int p = q + 1 == at.end ? deep.length : a.fresh; p > 0; --p) {
-        if (lane == 0) Arrive(barriers + (RowsArgs::kMaxSlots + slot) * 8);
+        if (lane == 0) Arrive(barriers + kPlaneEmpty + slot * 8);
         if (++slot == a.slots) slot = 0;
       }
       if (!a.staged) continue;
       wait_for_stage();
-      FenceForCopies();
-      MeetMultipliers();
       if (a.last) {
+        MeetMultipliers();
         StorePixels(a, at, first_group, q, stage, out_bytes, warp, lane);
         continue;
       }
-      if (warp == q % RowsArgs::kWarps) {
-        if (out_bytes == 4) {
-          StoreRuns<float>(a, at, first_group, q, stage, lane);
-        } else {
-          StoreRuns<T>(a, at, first_group, q, stage, lane);
-        }
-      }
-      CommitStores();  // all warps, so that each counts steps
-      if (a.stages == 2) stage_index ^= 1;
+      FenceForCopies();
+      __syncwarp();
+      if (lane == 0) Arrive(barriers + kStageFull + stage_index * 8);
+      if (++stage_index == a.stages) stage_index = 0, ++stage_round;
     }
   }
-  WaitForStores<0>();
+}
+
+// The warp that sends off what the others have put on the stage.
+template <class T>
+__device__ inline void StoreStages(const RowsArgs& a, const char* smem, int group, int lane) {
+  const uint32_t barriers = SharedAddress(smem);
+  int index = 0, round = 0;
+  for (int column = blockIdx.x; column < a.columns; column += gridDim.x) {
+    const RowsColumn at = ColumnOf(a, column);
+    for (int q = at.begin; q < at.end; ++q) {
+      const char* stage = smem + a.smem_stage + index * a.stage;
+      WaitFor(barriers + kStageFull + index * 8, round & 1);
+      if (sizeof(T) == 4 || a.out_f32) {
+        StoreRuns<float>(a, at, group, q, stage, lane);
+      } else {
+        StoreRuns<T>(a, at, group, q, stage, lane);
+      }
+      WaitForStores();
+      __syncwarp();
+      if (lane == 0) Arrive(barriers + kStageEmpty + index * 8);
+      if (++index == a.stages) index = 0, ++round;
+    }
+  }
 }
 
 template <class T, int MT, int NC, int SO>
@@ -819,11 +831,15 @@ __global__ void __launch_bounds__(kRowsThreads<MT, NC>, BlocksBeside(MT, NC))
   const int tid = threadIdx.x, lane = tid % 32;
   const int warp = __shfl_sync(~0u, tid / 32, 0);  // known to be the same in all lanes
   const int group = blockIdx.y * a.groups_beside;
-  const uint32_t full = SharedAddress(smem), empty = full + RowsArgs::kMaxSlots * 8;
+  const uint32_t full = SharedAddress(smem), empty = full + kPlaneEmpty;
   if (tid == 0) {
     for (int slot = 0; slot < a.slots; ++slot) {
       InitBarrier(full + slot * 8, kArrangers);
       InitBarrier(empty + slot * 8, RowsArgs::kWarps);
+    }
+    for (int i = 0; i < 2; ++i) {
+      InitBarrier(full + kStageFull + i * 8, RowsArgs::kWarps);
+      InitBarrier(full + kStageEmpty + i * 8, 1);
     }
   }
   __syncthreads();
@@ -843,6 +859,10 @@ __global__ void __launch_bounds__(kRowsThreads<MT, NC>, BlocksBeside(MT, NC))
       }
     }
     MultiplyRows<T, MT, NC, SO, false>(a, smem, group, warp, lane);
+    return;
+  }
+  if (warp == RowsArgs::kWarps + kArrangers) {
+    if (!a.last) StoreStages<T>(a, smem, group, lane);
     return;
   }
   const RowsAxis& deep = a.axis[0];

@@ -41,9 +41,16 @@ struct RowsTap {
 };
 
 struct RowsArgs {
+  static constexpr int kBarriers = 384;  // bytes
   static constexpr int kMaxTaps = 512, kMaxPhaseSets = 64, kMaxSlots = 16, kWarps = 8;
-  // The masks of three taps on each axis with strides of two and padding of one.
-  static constexpr int kThirds[8] = {255, 240, 204, 192, 170, 160, 136, 128};
+  // Masks of the entries of kernels with strides of two and padding of half the kernel: of the
+  // sources of 3 taps on an axis one serves both phases and one the second, of 5 two serve both and
+  // one the first, of 7 three serve both and one the second.
+  static constexpr uint8_t kMasks3x3x3[] = {255, 240, 204, 192, 170, 160, 136, 128};
+  static constexpr uint8_t kMasks3x5x7[] = {255, 255, 255, 255, 255, 255, 240, 240,
+                                            240, 240, 240, 240, 170, 170, 160, 160,
+                                            51,  51,  51,  48,  48,  48,  34,  32};
+  enum Pattern : int { kNone, k3x3x3, k3x5x7 };
   const void* in;
   const void* in_end;
   const void* w;
@@ -69,7 +76,8 @@ struct RowsArgs {
   int pixel_pitch;                         // bytes, channels last
   int weights, stage;                      // bytes, of a group and of a step
   int smem_weights, smem_places, smem_stage, smem_ring;  // bytes
-  bool last, staged, pairs, flat, thirds, out_f32;
+  bool last, staged, pairs, flat, out_f32;
+  Pattern pattern;
   uint16_t first_entry[kMaxPhaseSets + 1], first_tap[kMaxPhaseSets + 1];
   RowsEntry entry[kMaxTaps];
   RowsTap tap[kMaxTaps];
@@ -77,7 +85,7 @@ struct RowsArgs {
 
 // Blocks that a multiprocessor has registers for, and their warps that copy.
 constexpr int BlocksBeside(int mt, int nc) { return mt * nc > 8 || nc == 1 ? 1 : 2; }
-constexpr int Arrangers(int mt, int nc) { return nc == 1 ? 16 : BlocksBeside(mt, nc) == 1 ? 8 : 4; }
+constexpr int Arrangers(int mt, int nc) { return nc == 1 ? 15 : BlocksBeside(mt, nc) == 1 ? 7 : 3; }
 
 struct RowsPlan {
   std::string refusal;  // the sentence's end; empty: the rest is meant
