@@ -6,7 +6,6 @@
 #include <algorithm>
 #include <array>
 #include <cmath>
-#include <iterator>
 #include <limits>
 #include <map>
 #include <set>
@@ -21,20 +20,10 @@ namespace {
 
 constexpr int64_t kIntMax = std::numeric_limits<int32_t>::max();
 
-// A problem whose first axis is trivial marches along the second.
-Problem Turned(Problem p) {
-  if (p.isize[0] == 1 && p.osize[0] == 1 && p.k[0] == 1) {
-    for (Sizes* sizes : {&p.isize, &p.osize, &p.k, &p.stride, &p.dilation, &p.pad}) {
-      std::swap((*sizes)[0], (*sizes)[1]);
-    }
-  }
-  return p;
-}
-
 // What does not depend on the tile.
 struct Shape {
   bool forward;
-  int element, out_element, cg, jg, blocks, steps, tiles_j, phases;
+  int element, cg, jg, step, blocks, tiles_j, phases;
   Sizes in_size, out_size, q_size;
   std::array<int, kAxes> si, so;
   std::array<Taps, kAxes> taps;
@@ -45,11 +34,10 @@ Shape ShapeOf(const Problem& p) {
   Shape s;
   s.forward = p.pass == Pass::kForward;
   s.element = static_cast<int>(SizeOf(p.in_dtype));
-  s.out_element = static_cast<int>(SizeOf(p.out_dtype));
   s.cg = static_cast<int>(s.forward ? p.cig() : p.cog());
   s.jg = static_cast<int>(s.forward ? p.cog() : p.cig());
-  s.blocks = s.cg * s.element / 16;
-  s.steps = static_cast<int>(CeilDiv(s.blocks, 2));
+  s.step = 32 / s.element;
+  s.blocks = static_cast<int>(CeilDiv(s.cg, s.step));
   s.tiles_j = static_cast<int>(CeilDiv(s.jg, 8));
   s.in_size = s.forward ? p.isize : p.osize;
   s.out_size = s.forward ? p.osize : p.isize;
@@ -70,6 +58,7 @@ Shape ShapeOf(const Problem& p) {
 std::string Refuse(const Problem& p, const Device& device) {
   if (p.Empty()) return "has nothing to read or write";
   if (CodeFor(device.compute_capability) < 90) return "needs compute capability 9.0";
+  if (p.channels_last) return "takes channels first";
   if (p.in_dtype == DType::kF64) return "float64 has no tensor cores here";
   if (p.in_dtype == DType::kF32 && p.precision == Precision::kHighest) {
     return "rounds float32 products to TF32";
@@ -85,8 +74,8 @@ std::string Refuse(const Problem& p, const Device& device) {
   }
   for (int a = 0; a < kAxes; ++a) {
     if (p.stride[a] > 8) return "takes strides up to 8";
-    if ((p.k[a] - 1) * p.dilation[a] + std::abs(p.pad[a]) > (1 << 15)) {
-      return "takes kernels that reach over less than 2^15 outputs";
+    if ((p.k[a] - 1) * p.dilation[a] + std::abs(p.pad[a]) > (1 << 20)) {
+      return "takes kernels that reach over less than 2^20 outputs";
     }
   }
   if (forward && Product(p.stride) > RowsArgs::kMaxPhaseSets) {
@@ -121,12 +110,11 @@ void ListTaps(const Shape& s, RowsArgs& a) {
     int tap, phase;
   };
   struct Source {
-    std::array<int, kAxes> at;
+    int place, turn;
     std::vector<Reader> readers;
-    int columns;
   };
   std::vector<std::vector<Source>> sources(a.phase_sets);
-  std::vector<std::map<std::array<int, kAxes>, size_t>> index(a.phase_sets);
+  std::vector<std::map<int, size_t>> index(a.phase_sets);
   const auto& [td, th, tw] = s.taps;
   int tap = 0;
   for (size_t d = 0; d < td.phase.size(); ++d) {
@@ -134,17 +122,21 @@ void ListTaps(const Shape& s, RowsArgs& a) {
       for (size_t w = 0; w < tw.phase.size(); ++w, ++tap) {
         const int phase = (td.phase[d] * s.so[1] + th.phase[h]) * s.so[2] + tw.phase[w];
         const int set = phase / a.set_phases;
-        const std::array<int, kAxes> at = {static_cast<int>(td.source[d] - s.first[0]),
-                                           static_cast<int>(th.source[h] - s.first[1]),
-                                           static_cast<int>(tw.source[w] - s.first[2])};
-        const auto [found, added] = index[set].try_emplace(at, sources[set].size());
-        if (added) sources[set].push_back({at, {}, 0});
+        const auto down = static_cast<int>(td.source[d] - s.first[0]);
+        const auto along = static_cast<int>(th.source[h] - s.first[1]);
+        const auto right = static_cast<int>(tw.source[w] - s.first[2]);
+        const int place = (down * a.axis[1].length + along) * a.pitch + right * s.element;
+        const int64_t ahead =
+            int64_t{down} * a.axis[0].in_step + int64_t{along} * a.axis[1].in_step;
+        const auto [found, added] = index[set].try_emplace(place, sources[set].size());
+        if (added) {
+          sources[set].push_back({place, static_cast<int>(ahead & (16 / s.element - 1)), {}});
+        }
         sources[set][found->second].readers.push_back({tap, phase % a.set_phases});
       }
     }
   }
-  size_t entries = 0;
-  int taps = 0;
+  int entries = 0, taps = 0;
   for (int set = 0; set < a.phase_sets; ++set) {
     a.first_entry[set] = static_cast<uint16_t>(entries);
     a.first_tap[set] = static_cast<uint16_t>(taps);
@@ -152,38 +144,20 @@ void ListTaps(const Shape& s, RowsArgs& a) {
       auto& readers = source.readers;
       std::sort(readers.begin(), readers.end(),
                 [](const Reader& x, const Reader& y) { return x.phase < y.phase; });
-      for (const Reader& reader : readers) {
-        for (int t = 0; t < a.set_tiles; ++t) {
-          source.columns |= 1 << (t * a.set_phases + reader.phase);
-        }
-      }
-    }
-    std::stable_sort(sources[set].begin(), sources[set].end(),
-                     [](const Source& x, const Source& y) { return x.columns > y.columns; });
-    for (const Source& source : sources[set]) {
-      const auto& readers = source.readers;
+      int columns = 0;
       const int before = taps - a.first_tap[set];
       for (size_t i = 0; i < readers.size(); ++i) {
         a.tap[taps++] = {static_cast<uint16_t>(readers[i].tap), static_cast<uint16_t>(before),
                          static_cast<uint8_t>(set), static_cast<uint8_t>(i),
                          static_cast<uint8_t>(readers.size())};
+        for (int t = 0; t < a.set_tiles; ++t) {
+          columns |= 1 << (t * a.set_phases + readers[i].phase);
+        }
       }
-      const auto& [down, along, right] = source.at;
-      a.entry[entries++] = {along * a.row_pitch, static_cast<uint16_t>(right),
-                            static_cast<uint16_t>(down), static_cast<uint16_t>(source.columns)};
+      a.entry[entries++] = {source.place, static_cast<uint16_t>(columns),
+                            static_cast<uint16_t>(source.turn)};
     }
   }
-  // Masks that are compiled.
-  const auto matches = [&](const auto& masks) {
-    if (entries != std::size(masks)) return false;
-    return std::equal(std::begin(masks), std::end(masks), a.entry,
-                      [](int mask, const RowsEntry& entry) { return mask == entry.columns; });
-  };
-  const bool single = a.phase_sets == 1 && a.set_tiles == 1 && a.steps == 1;
-  a.pattern = !single                            ? RowsArgs::kNone
-              : matches(RowsArgs::kMasks3x3x3) ? RowsArgs::k3x3x3
-              : matches(RowsArgs::kMasks3x5x7) ? RowsArgs::k3x5x7
-                                               : RowsArgs::kNone;
   a.first_entry[a.phase_sets] = static_cast<uint16_t>(entries);
   a.first_tap[a.phase_sets] = static_cast<uint16_t>(taps);
 }
@@ -191,30 +165,21 @@ void ListTaps(const Shape& s, RowsArgs& a) {
 struct TileShape {
   int mt, nc;
 };
-constexpr TileShape kTileShapes[] = {{1, 8}, {2, 8}, {2, 4}, {4, 4}, {4, 2}, {4, 1}, {2, 1}, {1, 1}};
-// Compiled for a stride of the results' last axis of two alone.
-constexpr bool OnlyForTwo(const TileShape& t) { return t.mt * t.nc == 8 && t.nc > 2; }
+constexpr TileShape kTileShapes[] = {{1, 8}, {2, 4}, {4, 4}, {3, 4},
+                                     {4, 2}, {4, 1}, {2, 1}, {1, 1}};
 
-constexpr double kClock = 1.7e9, kBandwidth = 4.0e12, kL2Bandwidth = 5.0e12;
-
-// How a block's work is cut, and what comes of it.
-struct Cut {
-  TileShape shape;
-  Columns columns;
-  int wn, across, high, march, stages, slots;
-  int64_t entries;
-  double imbalance;
-};
+// The model counts, for a block's tile: cycles of the tensor cores, of shared memory, of the issue
+// of instructions, and of the warp that asks for copies; against device memory and L2.
+constexpr double kClock = 1.7e9, kBandwidth = 4.0e12, kL2Bandwidth = 4.5e12;
 
 // Fills the plan, but for the lists of taps; false where the tile does not fit.
-bool Fill(const Problem& p, const Device& device, const Shape& s, const Cut& cut, RowsPlan& plan) {
+bool Fill(const Problem& p, const Device& device, const Shape& s, const TileShape& shape,
+          const Columns& columns, int wn, int rounds, const std::array<int, kAxes>& box,
+          int64_t entries, double imbalance, RowsPlan& plan) {
   RowsArgs& a = plan.args;
-  const auto& [shape, columns, wn, across, high, march, stages, forced_slots, entries, imbalance] =
-      cut;
   const Strides in = s.forward ? p.XStrides() : p.YStrides();
   const Strides out = s.forward ? p.YStrides() : p.XStrides();
-  const std::array<int, kAxes> box = {march, high, across * 16 * shape.mt};
-  int64_t walks = p.n;
+  int64_t tiles = p.n;
   for (int i = 0; i < kAxes; ++i) {
     RowsAxis& x = a.axis[i];
     x.in_size = static_cast<int>(s.in_size[i]);
@@ -224,158 +189,117 @@ bool Fill(const Problem& p, const Device& device, const Shape& s, const Cut& cut
     x.si = s.si[i];
     x.so = s.so[i];
     x.first = static_cast<int>(s.first[i]);
-    x.q_size = static_cast<int>(s.q_size[i]);
     x.box = box[i];
     x.tiles = static_cast<int>(CeilDiv(s.q_size[i], box[i]));
-    x.length = static_cast<int>(((i == 0 ? 1 : box[i]) - 1) * s.si[i] + s.reach[i]);
-    walks *= x.tiles;
+    x.length = static_cast<int>((box[i] - 1) * s.si[i] + s.reach[i]);
+    tiles *= x.tiles;
   }
-  if (walks > kIntMax || a.axis[0].length > RowsArgs::kMaxSlots || a.axis[2].length > 16000) {
+  const int64_t channel_rows = int64_t{a.axis[0].length} * a.axis[1].length;
+  if (tiles > kIntMax || a.axis[0].length > 128 || a.axis[1].length > 2048 || channel_rows > 4096 ||
+      a.axis[2].length > 8192)
     return false;
-  }
   a.in_n_step = in.n;
   a.out_n_step = out.n;
   a.in_c_step = in.c;
   a.out_c_step = out.c;
+  a.n = static_cast<int>(p.n);
+  a.groups = static_cast<int>(p.groups);
   a.cg = s.cg;
   a.jg = s.jg;
-  a.steps = s.steps;
-  a.columns = static_cast<int>(walks);
-  a.last = p.channels_last;
-  // Channels last, groups whose pixels are less than a sector go two by two.
-  const int group_bytes = s.jg * s.out_element;
-  const bool two = a.last && group_bytes < 32 && p.groups % 2 == 0 && 2 * group_bytes % 16 == 0 &&
-                   out.s[2] * s.out_element % 16 == 0;
-  a.groups_beside = two ? 2 : 1;
-  a.group_blocks = s.blocks;
-  a.staged = !a.last || two;
-  const int blocks = s.blocks * a.groups_beside;
-  a.pairs = s.jg % 2 == 0;
-  a.out_f32 = p.out_dtype == DType::kF32;
-  a.fresh = std::min(s.si[0], a.axis[0].length);
-
-  // Shared memory of the input.
-  const int granule = 16 / s.element, width = a.axis[2].length, height = a.axis[1].length;
-  const auto block_of = [](int pixel) { return pixel + pixel / 8; };
-  a.row_pitch = 16 * (9 + block_of(width + granule));
-  int block_pitch = height * a.row_pitch / 16;
-  if (a.last) {
-    while (block_pitch % 8 != (blocks % 2 ? 0 : blocks % 4 ? 4 : 2)) ++block_pitch;
-  }
-  if (int64_t{block_pitch} * 16 * blocks > 200 * 1024) return false;
-  a.block_pitch = block_pitch * 16;
-  a.plane = static_cast<int>(CeilDiv(a.block_pitch * blocks, 128) * 128);
-  a.blocks_beside = !a.last || blocks % 2 ? 1 : blocks % 4 ? 2 : 4;
-  a.rows = height * blocks / a.blocks_beside;
-  if (a.rows > 1 << 14) return false;
-  a.by_height = DivisorOf(height);
-
+  a.tiles_j = s.tiles_j;
+  a.blocks = s.blocks;
+  const int granule = 16 / s.element;
+  a.pitch = static_cast<int>(CeilDiv(a.axis[2].length + granule - 1, granule) * 16);
+  a.skew = 8 * s.si[2] * s.element;
+  a.plane = static_cast<int>(CeilDiv(channel_rows * a.pitch + 128 - 16, 128) * 128);
   a.taps = static_cast<int>(Product(p.k));
   a.phase_sets = columns.phase_sets;
   a.set_phases = columns.set_phases;
   a.set_tiles = columns.set_tiles;
   a.column_sets = columns.column_sets;
   a.wn = wn;
-  a.across = across;
-  a.units = across * high;
+  a.rounds = rounds;
+  a.tiles = static_cast<int>(tiles);
+  const int64_t all = p.n * in.n;
+  a.whole = all / granule * granule;
+  a.ragged = all != a.whole;
+  a.out_f32 = p.out_dtype == DType::kF32;
 
-  // Shared memory of the results. Neighbouring channels of a fragment lie in different banks.
-  a.flat = a.axis[2].tiles == 1;
-  a.run_rows = a.flat ? 1 : high * s.so[1];
-  const int64_t run = a.flat ? int64_t{high} * s.so[1] * a.axis[2].out_size
-                             : int64_t{box[2]} * s.so[2];
-  const int64_t run_pitch = CeilDiv((run + 16 / s.out_element) * s.out_element, 16);
-  int64_t channel_pitch = run_pitch * s.so[0] * a.run_rows;
-  while (channel_pitch % 4 != (s.out_element == 4 && s.so[2] > 1 ? 2 : 1)) ++channel_pitch;
-  a.pixel_pitch = 2 * group_bytes + 16;
-  const int64_t stage = !a.staged ? 0
-                        : a.last  ? int64_t{s.so[0]} * high * s.so[1] * box[2] * s.so[2] * a.pixel_pitch
-                                  : CeilDiv(channel_pitch * 16 * s.tiles_j * 8, 128) * 128;
-  if (stage > 200 * 1024) return false;
-  a.run_pitch = static_cast<int>(run_pitch * 16);
-  a.channel_pitch = static_cast<int>(channel_pitch * 16);
-  a.stage = static_cast<int>(CeilDiv(stage, 128) * 128);
-  a.stages = stages;
-
-  const int tile_sets = columns.column_sets / columns.phase_sets;
-  int64_t smem = RowsArgs::kBarriers;
-  a.smem_weights = static_cast<int>(smem);
-  a.weights = tile_sets * a.taps * columns.set_tiles * s.steps * 256;
-  smem += int64_t{a.groups_beside} * a.weights;
-  a.smem_places = static_cast<int>(smem);
-  smem += entries * 128;
-  a.smem_stage = static_cast<int>(smem);
-  smem += int64_t{a.stage} * stages;
-  a.smem_ring = static_cast<int>(smem);
-  const int64_t most = SharedMemoryOfBlock(device.compute_capability);
-  const int64_t beside = BlocksBeside(shape.mt, shape.nc);
-  // Planes: those of a step, and some ahead; for two blocks, if that leaves one step ahead.
-  const int enough = std::min(RowsArgs::kMaxSlots, a.axis[0].length + std::max(3, 2 * a.fresh));
-  const auto slots_in = [&](int64_t bytes) {
-    return static_cast<int>(std::min<int64_t>(enough, (bytes - smem) / a.plane));
+  const int64_t rows = s.cg * channel_rows;
+  const int64_t row_tiles = int64_t{RowsArgs::kWarps / wn} * rounds;
+  const int row = 16 * shape.mt * s.so[2];
+  int64_t smem = 64;
+  const auto place = [&](int& at, int64_t bytes) {
+    at = static_cast<int>(smem);
+    smem += CeilDiv(bytes, 128) * 128;
   };
-  int slots = forced_slots;
-  if (slots == 0) {
-    slots = slots_in((most + 1024) / beside - 1024);
-    if (slots < a.axis[0].length + a.fresh) slots = slots_in(most);
-  }
-  if (slots < a.axis[0].length || slots > RowsArgs::kMaxSlots) return false;
-  a.slots = slots;
-  smem += int64_t{slots} * a.plane;
+  place(a.smem_table, rows * 8);
+  place(a.smem_spots, row_tiles * 16);
+  const int tile_sets = columns.column_sets / columns.phase_sets;
+  place(a.smem_weights, int64_t{tile_sets} * a.taps * columns.set_tiles * s.blocks * 256);
+  place(a.smem_stage, int64_t{RowsArgs::kWarps} * 8 * (row + 4) * 4);
+  smem = CeilDiv(smem, 128) * 128;
+  a.buffer = static_cast<int>(int64_t{s.cg} * a.plane);
+  if (a.buffer > 200 * 1024) return false;
+  place(a.smem_in, 2 * int64_t{a.buffer});
+  const int most = SharedMemoryOfBlock(device.compute_capability);
   if (smem > most) return false;
   plan.smem = static_cast<int>(smem);
   plan.mt = shape.mt;
   plan.nc = shape.nc;
-  plan.grid_y = static_cast<int>(p.groups / a.groups_beside);
-  const int64_t occupancy = std::min(beside, (most + 1024) / (smem + 1024));
-  const int64_t places = std::max<int64_t>(1, device.multiprocessors * occupancy / plan.grid_y);
-  plan.grid_x = static_cast<int>(CeilDiv(walks, CeilDiv(walks, places)));
+  plan.grid_y = static_cast<int>(p.groups);
+  const int occupancy =
+      std::min<int>(BlocksBeside(shape.mt, shape.nc), (most + 1024) / (plan.smem + 1024));
+  const int64_t slots =
+      std::max<int64_t>(1, int64_t{device.multiprocessors} * occupancy / p.groups);
+  plan.grid_x = static_cast<int>(CeilDiv(tiles, CeilDiv(tiles, slots)));
 
-  // The model, of a step: instructions, and the time of the busiest warp.
-  const double unit_steps = static_cast<double>(entries) * tile_sets * s.steps;
-  const double products = static_cast<double>(a.taps) * s.tiles_j * s.steps;
-  const double outputs = 16.0 * shape.mt * s.phases * s.tiles_j * 8 / 32;
-  const double set_columns = static_cast<double>(s.phases) * s.tiles_j;
-  const double unit_issue = unit_steps * (shape.nc > 1 ? 20 + 5 * shape.mt : 6 + shape.mt) +
-                            products * (1.5 + shape.mt) + outputs * 1.5 + set_columns * 15 +
-                            100.0 * columns.column_sets;
-  const double unit_wait = unit_steps * (shape.nc == 1 ? 20 : 45) + products * 10 +
-                           set_columns * 40 + outputs * 4 + 200.0 * columns.column_sets;
-  const double unit_shared = unit_steps * shape.mt * 6 + products * 2 + outputs * 3;
-  const double turns = std::ceil(static_cast<double>(width) * a.blocks_beside / 32);
-  const double plane_issue =
-      a.rows * (60 + turns * (a.last ? 18 : s.element == 4 ? 12 : 18));
-  const double steps_of = march, planes = a.axis[0].length + (march - 1.0) * a.fresh;
-  const double issue = steps_of * (unit_issue * a.units * a.groups_beside + 8 * 300.0) + planes * plane_issue;
-  const double turns_of_units =
-      static_cast<double>(CeilDiv(a.units * a.groups_beside, RowsArgs::kWarps / wn)) * imbalance / wn;
-  const double busiest = steps_of * (turns_of_units * unit_wait + 700);
-  const double arrangers = planes * a.rows / Arrangers(shape.mt, shape.nc) *
-                           std::ceil(turns / 5) * 1500;
-  const double shared = steps_of * unit_shared * a.units * a.groups_beside + planes * a.rows * turns * 8;
-  const double load = std::max({busiest, slots >= a.axis[0].length + a.fresh ? 0 : arrangers});
-  const double cycles = std::max({load + 0.25 * issue / 4, arrangers});
-  const double blocks_here = std::min<double>(
-      static_cast<double>(occupancy),
-      std::ceil(static_cast<double>(plan.grid_x) * plan.grid_y / device.multiprocessors));
-  const double column_cycles =
-      std::max({cycles, blocks_here * issue / 4 / 0.7, blocks_here * shared / 0.8});
-  const double rounds = std::ceil(static_cast<double>(walks) / plan.grid_x);
-  const double compute = (rounds * column_cycles + 6000) / kClock;
+  // The model.
+  const double steps = static_cast<double>(entries) * tile_sets * s.blocks * row_tiles;
+  const double products =
+      static_cast<double>(a.taps) * s.tiles_j * s.blocks * row_tiles;  // by MT tiles of pixels
+  const double outputs = static_cast<double>(row_tiles) * 16 * shape.mt * s.phases * s.tiles_j * 8;
+  const double staged = static_cast<double>(rows);
+  const bool wide = s.element == 4;
+  const double conflicts = wide && s.si[2] % 2 == 0 ? std::min(4, s.si[2]) : 1;
+  const double tensor = 1.5 * imbalance * products * shape.mt;
+  const double shared = steps * shape.mt * (wide ? 4 * conflicts : 8) + products * 2 +
+                        outputs / 32 * 4 + staged * a.pitch / 128;
+  // With one column and one step of channels, several steps are under way at once.
+  const bool overlaps = shape.nc == 1 && s.blocks == 1;
+  const double a_step =
+      overlaps ? 8 + shape.mt * (wide ? 8 : 12) : (wide ? 20 : 18) + shape.mt * (wide ? 9 : 14);
+  // Fitted: with registers for a block alone, sums stay there and more is under way.
+  double ease = 1.0;
+  if (shape.mt == 3) ease = 1.2;
+  if (shape.mt * shape.nc >= 16 && wide && s.blocks > 1) ease = 0.7;
+  if (shape.mt * shape.nc >= 16 && !wide) ease = 0.85;
+  const double alone_cost = overlaps ? 3.0 : shape.mt == 1 && shape.nc == 8 ? 10.0 : 4.0;
+  const double issue = imbalance * ease * (steps * a_step + products * (4 + shape.mt)) +
+                       outputs / 32 * (row % 32 == 0 ? 12 : 24) +
+                       (90 + 30.0 * columns.column_sets) * row_tiles + staged * 6;
+  const double asking = staged * (shape.nc == 1 ? 12 : 20);
+  const double blocks_beside = std::min<double>(
+      occupancy, std::ceil(static_cast<double>(tiles) * plan.grid_y / device.multiprocessors));
+  const double alone = tensor + alone_cost * issue / RowsArgs::kWarps + 1500;
+  const double cycles =
+      std::max({alone / blocks_beside, tensor, shared, issue / (overlaps ? 2.4 : 2.0), asking});
+  const double grid = static_cast<double>(plan.grid_x) * plan.grid_y;
+  const double turns = std::ceil(static_cast<double>(tiles) / plan.grid_x);
+  const double compute = turns * std::max(1.0, grid / device.multiprocessors) * cycles / kClock;
   // Pieces of rows tear lines that other blocks write, too.
-  const double piece = static_cast<double>(run) * s.out_element;
-  const double torn = a.last ? (!a.staged && group_bytes < 32 ? 3 : 1) : 1 + 100 / piece;
-  const double in_bytes = static_cast<double>(p.n) * static_cast<double>(in.n) * s.element;
+  const double piece = static_cast<double>(a.axis[2].box) * s.so[2] * SizeOf(p.out_dtype);
+  const double torn = a.axis[2].tiles > 1 ? 1 + 250 / piece : 1;
+  const double in_bytes = static_cast<double>(all) * s.element;
   const double out_bytes =
-      static_cast<double>(p.n) * static_cast<double>(out.n) * s.out_element * torn;
-  const double l2 = (static_cast<double>(walks) * plan.grid_y * planes * height * s.cg *
-                         (width * s.element + (a.last ? 0 : 32)) +
-                     out_bytes) /
-                    kL2Bandwidth;
+      static_cast<double>(p.n) * static_cast<double>(out.n) * SizeOf(p.out_dtype) * torn;
+  const double l2 =
+      (static_cast<double>(tiles) * plan.grid_y * staged * (a.axis[2].length * s.element + 32) +
+       out_bytes) /
+      kL2Bandwidth;
   const double memory = (in_bytes + out_bytes) / kBandwidth;
   const double slow = std::max({compute, l2, memory});
-  plan.seconds = 5e-6 + slow + 0.2 * (compute + l2 + memory - slow);
-  if (a.staged && !a.last && stages == 1) plan.seconds *= 1.05;
+  plan.seconds = 5e-6 + slow + 0.25 * (compute + l2 + memory - slow);
   return true;
 }
 
@@ -413,45 +337,41 @@ double ImbalanceOf(const std::vector<Load>& loads, const Columns& c, int wn) {
   return most * wn / sum;
 }
 
-RowsPlan MakePlan(const Problem& problem, const Device& device, const RowsTile& forced) {
+RowsPlan MakePlan(const Problem& p, const Device& device, const RowsTile& forced) {
   RowsPlan best{};
-  best.refusal = Refuse(problem, device);
+  best.refusal = Refuse(p, device);
   if (!best.refusal.empty()) return best;
-  const Problem p = Turned(problem);
   const Shape s = ShapeOf(p);
   best.seconds = std::numeric_limits<double>::infinity();
   const auto allowed = [](int want, int have) { return want == 0 || want == have; };
   RowsPlan plan{};
   for (const TileShape& shape : kTileShapes) {
-    Cut cut;
-    cut.shape = shape;
-    cut.slots = forced.slots;
+    Columns columns;
     if (!allowed(forced.mt, shape.mt) || !allowed(forced.nc, shape.nc)) continue;
-    if (OnlyForTwo(shape) && s.so[2] != 2) continue;
-    if (!GroupColumns(s, shape.nc, cut.columns)) continue;
-    if (cut.columns.set_phases * cut.columns.set_tiles * 2 <= shape.nc) continue;
-    const std::vector<Load> loads = LoadsOf(s, cut.columns);
-    cut.entries = 0;
-    for (const Load& load : loads) cut.entries += load.entries;
+    if (!GroupColumns(s, shape.nc, columns)) continue;
+    if (columns.set_phases * columns.set_tiles * 2 <= shape.nc) continue;
+    const std::vector<Load> loads = LoadsOf(s, columns);
+    int64_t entries = 0;
+    for (const Load& load : loads) entries += load.entries;
     const int pixels = 16 * shape.mt;
-    const auto most_across = static_cast<int>(CeilDiv(s.q_size[2], pixels));
-    for (cut.wn = 1; cut.wn <= std::min(cut.columns.column_sets, RowsArgs::kWarps); cut.wn *= 2) {
-      if (!allowed(forced.wn, cut.wn)) continue;
-      cut.imbalance = ImbalanceOf(loads, cut.columns, cut.wn);
-      const int workers = RowsArgs::kWarps / cut.wn;
-      for (int pieces = 1; pieces <= most_across; ++pieces) {
-        cut.across = static_cast<int>(CeilDiv(most_across, pieces));
-        if (pieces > 1 && cut.across == CeilDiv(most_across, pieces - 1)) continue;
-        if (cut.across > 8 * workers || !allowed(forced.box_w, cut.across * pixels)) continue;
-        for (cut.high = 1; cut.high <= s.q_size[1]; ++cut.high) {
-          if (cut.across * cut.high > 8 * workers) break;
-          if (!allowed(forced.box_h, cut.high)) continue;
-          for (int parts = 1; parts <= 8 && parts <= s.q_size[0]; ++parts) {
-            cut.march = static_cast<int>(CeilDiv(s.q_size[0], parts));
-            if (!allowed(forced.march, cut.march)) continue;
-            for (cut.stages = 1; cut.stages <= (p.channels_last ? 1 : 2); ++cut.stages) {
-              if (!allowed(forced.stages, cut.stages)) continue;
-              if (Fill(p, device, s, cut, plan) && plan.seconds < best.seconds) best = plan;
+    for (int wn = 1; wn <= std::min(columns.column_sets, RowsArgs::kWarps); wn *= 2) {
+      if (!allowed(forced.wn, wn)) continue;
+      const double imbalance = ImbalanceOf(loads, columns, wn);
+      for (int rounds : {1, 2, 4}) {
+        if (!allowed(forced.rounds, rounds)) continue;
+        const int row_tiles = RowsArgs::kWarps / wn * rounds;
+        for (int across = 1; across <= row_tiles; across *= 2) {
+          if (across > 1 && (across / 2) * pixels >= s.q_size[2]) break;
+          if (!allowed(forced.box_w, across * pixels)) continue;
+          for (int high = 1; high * across <= row_tiles; high *= 2) {
+            const int deep = row_tiles / across / high;
+            if (high > 1 && high / 2 >= s.q_size[1]) break;
+            if (!allowed(forced.box_h, high)) continue;
+            if (deep > 1 && deep / 2 >= s.q_size[0]) continue;
+            if (Fill(p, device, s, shape, columns, wn, rounds, {deep, high, across * pixels},
+                     entries, imbalance, plan) &&
+                plan.seconds < best.seconds) {
+              best = plan;
             }
           }
         }
@@ -492,8 +412,6 @@ cudaError_t LaunchRows(const Problem& p, const Operands& ops, const RowsPlan& pl
   const bool forward = p.pass == Pass::kForward;
   RowsArgs args = plan.args;
   args.in = forward ? ops.x : ops.y;
-  args.in_end = static_cast<const char*>(args.in) +
-                (forward ? p.XElements() : p.YElements()) * SizeOf(p.in_dtype);
   args.w = ops.w;
   args.out = ops.out;
   args.bias = forward ? ops.bias : nullptr;

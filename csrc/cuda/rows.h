@@ -1,7 +1,7 @@
-// "rows": the forward and the input gradient of few channels a group, on the tensor cores. It is
-// the correlation of cuda/correlate.h on another data path: a block marches along one axis through
-// a column of the input, planes go round in shared memory, and whole rows of results leave it by
-// bulk copies. docs/gpu_kernels.md explains the kernel.
+// "rows": the forward and the input gradient of few channels a group, channels first, on the tensor
+// cores. It is the correlation of cuda/correlate.h on another data path: whole rows of the input go
+// to shared memory by bulk copies, as they are, and the tensor cores' operands are read from there.
+// docs/gpu_kernels.md explains the kernel.
 #ifndef JAXCONV_CUDA_ROWS_H_
 #define JAXCONV_CUDA_ROWS_H_
 
@@ -9,29 +9,26 @@
 #include <string>
 #include <vector>
 
-#include "cuda/small_divisor.h"
 #include "cuda/table.h"
 
 namespace jaxconv::cuda {
 
 void AddRows(std::vector<Row>& rows);
 
-// One axis: out[q * so + r] reads in[q * si + source]. A step needs `length` sources. Axis 0 is
-// marched along, one q a step, `box` steps a column.
+// One axis: out[q * so + r] reads in[q * si + source]. A block stages `length` sources.
 struct RowsAxis {
   int in_size, out_size;
   int in_step, out_step;  // elements between neighbours
   int si, so;
   int first;  // source of q = 0 that lies first
-  int q_size, box, tiles, length;
+  int box, tiles, length;
 };
 
-// A source that some taps of a phase set share, relatively to that of the pixel.
+// A source that some taps of a phase set share.
 struct RowsEntry {
-  int row;           // bytes from the first row of a plane
-  uint16_t right;    // pixels from the first of a row
-  uint16_t plane;    // of those that a step needs
-  uint16_t columns;  // a bit for each column that has a tap there; entries of a kind are neighbours
+  int place;         // bytes from the source of the pixel, in shared memory
+  uint16_t columns;  // a bit for each column that has a tap there
+  uint16_t turn;     // elements that its row lies past a multiple of 16 bytes, relatively
 };
 
 // A tap, and the place of its weights among those of its entry, for one tile of output channels.
@@ -41,51 +38,30 @@ struct RowsTap {
 };
 
 struct RowsArgs {
-  static constexpr int kBarriers = 384;  // bytes
-  static constexpr int kMaxTaps = 512, kMaxPhaseSets = 64, kMaxSlots = 16, kWarps = 8;
-  // Masks of the entries of kernels with strides of two and padding of half the kernel: of the
-  // sources of 3 taps on an axis one serves both phases and one the second, of 5 two serve both and
-  // one the first, of 7 three serve both and one the second.
-  static constexpr uint8_t kMasks3x3x3[] = {255, 240, 204, 192, 170, 160, 136, 128};
-  static constexpr uint8_t kMasks3x5x7[] = {255, 255, 255, 255, 255, 255, 240, 240,
-                                            240, 240, 240, 240, 170, 170, 160, 160,
-                                            51,  51,  51,  48,  48,  48,  34,  32};
-  enum Pattern : int { kNone, k3x3x3, k3x5x7 };
+  static constexpr int kMaxTaps = 512, kMaxPhaseSets = 64, kWarps = 8;
   const void* in;
-  const void* in_end;
   const void* w;
   const void* bias;  // [groups * jg], or null
   void* out;
   RowsAxis axis[kAxes];
   int64_t in_n_step, out_n_step, in_c_step, out_c_step;
   int64_t w_g_step, w_c_step, w_j_step;
-  int groups_beside, group_blocks;  // groups of a block, and 16-byte blocks of channels of each
-  int cg, jg;
-  int steps;    // of the tensor cores over the channels
-  int columns;  // to walk through, by the grid's first axis
-  int slots, fresh;  // planes in shared memory, and those that a step brings
-  int plane, block_pitch, row_pitch;  // bytes of a plane, of 16 bytes of channels, of a row
-  int rows;                // that one warp copies, of a plane
-  int blocks_beside;       // channels last: blocks of a pixel that neighbouring lanes copy
-  SmallDivisor by_height;
+  int64_t whole;  // elements of the input, but for what follows its last multiple of 16 bytes
+  int n, groups, cg, jg, tiles_j;
+  int blocks;              // of channels: a step of the tensor cores each
+  int pitch, plane, skew;  // bytes of a staged row, of a channel, and between channels' banks
   int taps, phase_sets, set_phases, set_tiles, column_sets;
-  int wn, units;           // column sets side by side, and a step's tiles of pixels
-  int across;              // tiles of pixels in a row
-  int stages;              // 1 or 2
-  int run_pitch, channel_pitch, run_rows;  // bytes, and runs of a channel and plane
-  int pixel_pitch;                         // bytes, channels last
-  int weights, stage;                      // bytes, of a group and of a step
-  int smem_weights, smem_places, smem_stage, smem_ring;  // bytes
-  bool last, staged, pairs, flat, out_f32;
-  Pattern pattern;
+  int wn, rounds;  // column sets side by side, and a warp's tiles of pixels one after another
+  int tiles;       // of the grid's first axis to walk over
+  int smem_table, smem_spots, smem_weights, smem_stage, smem_in, buffer;  // bytes
+  bool ragged, out_f32;
   uint16_t first_entry[kMaxPhaseSets + 1], first_tap[kMaxPhaseSets + 1];
   RowsEntry entry[kMaxTaps];
   RowsTap tap[kMaxTaps];
 };
 
-// Blocks that a multiprocessor has registers for, and their warps that copy.
-constexpr int BlocksBeside(int mt, int nc) { return mt * nc > 8 || nc == 1 ? 1 : 2; }
-constexpr int Arrangers(int mt, int nc) { return nc == 1 ? 15 : BlocksBeside(mt, nc) == 1 ? 7 : 3; }
+// Blocks that a multiprocessor has registers for.
+constexpr int BlocksBeside(int mt, int nc) { return nc == 1 || mt * nc >= 16 ? 1 : 2; }
 
 struct RowsPlan {
   std::string refusal;  // the sentence's end; empty: the rest is meant
@@ -96,7 +72,7 @@ struct RowsPlan {
 
 // A tile: 0 means that the cost model chooses.
 struct RowsTile {
-  int mt = 0, nc = 0, wn = 0, box_w = 0, box_h = 0, march = 0, stages = 0, slots = 0;
+  int mt = 0, nc = 0, wn = 0, rounds = 0, box_w = 0, box_h = 0;
 };
 RowsPlan PlanRows(const Problem&, const Device&, const RowsTile& = {});
 

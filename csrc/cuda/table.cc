@@ -4,6 +4,7 @@
 #include "cuda/dense.h"
 #include "cuda/depthwise.h"
 #include "cuda/direct.h"
+#include "cuda/planes.h"
 #include "cuda/rows.h"
 #include "cuda/weight_grad.h"
 
@@ -18,6 +19,7 @@ const std::vector<Row>& Table() {
     AddDense(rows);
     AddCorrelate(rows);
     AddRows(rows);
+    AddPlanes(rows);
     return rows;
   }();
   return table;
