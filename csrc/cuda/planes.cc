@@ -34,7 +34,7 @@ Problem Turned(Problem p) {
 // What does not depend on the tile.
 struct Shape {
   bool forward;
-  int element, out_element, cg, jg, blocks, steps, tiles_j, phases;
+  int element, out_element, jg, blocks, tiles_j, phases;
   Sizes in_size, out_size, q_size;
   std::array<int, kAxes> si, so;
   std::array<Taps, kAxes> taps;
@@ -46,10 +46,8 @@ Shape ShapeOf(const Problem& p) {
   s.forward = p.pass == Pass::kForward;
   s.element = static_cast<int>(SizeOf(p.in_dtype));
   s.out_element = static_cast<int>(SizeOf(p.out_dtype));
-  s.cg = static_cast<int>(s.forward ? p.cig() : p.cog());
   s.jg = static_cast<int>(s.forward ? p.cog() : p.cig());
-  s.blocks = s.cg * s.element / 16;
-  s.steps = static_cast<int>(CeilDiv(s.blocks, 2));
+  s.blocks = 8 * s.element / 16;
   s.tiles_j = static_cast<int>(CeilDiv(s.jg, 8));
   s.in_size = s.forward ? p.isize : p.osize;
   s.out_size = s.forward ? p.osize : p.isize;
@@ -76,10 +74,8 @@ std::string Refuse(const Problem& p, const Device& device) {
   }
   const bool forward = p.pass == Pass::kForward;
   const int64_t cg = forward ? p.cig() : p.cog(), jg = forward ? p.cog() : p.cig();
-  if (cg > 64 || jg > 64 || jg < 4) return "takes groups of at most 64 channels and at least 4";
-  if (p.in_dtype == DType::kF32 ? cg % 8 != 0 : cg != 8 && cg % 16 != 0) {
-    return "contracts channels in eights, or sixteens of 16 bits";
-  }
+  if (cg != 8) return "contracts eight channels a group";
+  if (jg > 64 || jg < 4) return "takes groups of at most 64 channels and at least 4";
   if (Product(p.k) > PlanesArgs::kMaxTaps) {
     return "takes at most " + std::to_string(PlanesArgs::kMaxTaps) + " taps";
   }
@@ -179,7 +175,7 @@ void ListTaps(const Shape& s, PlanesArgs& a) {
     return std::equal(std::begin(masks), std::end(masks), a.entry,
                       [](int mask, const PlanesEntry& entry) { return mask == entry.columns; });
   };
-  const bool single = a.phase_sets == 1 && a.set_tiles == 1 && a.steps == 1;
+  const bool single = a.phase_sets == 1 && a.set_tiles == 1;
   a.pattern = !single                            ? PlanesArgs::kNone
               : matches(PlanesArgs::kMasks3x3x3) ? PlanesArgs::k3x3x3
               : matches(PlanesArgs::kMasks3x5x7) ? PlanesArgs::k3x5x7
@@ -191,7 +187,7 @@ void ListTaps(const Shape& s, PlanesArgs& a) {
 struct TileShape {
   int mt, nc;
 };
-constexpr TileShape kTileShapes[] = {{1, 8}, {2, 8}, {2, 4}, {4, 4}, {4, 2}, {4, 1}, {2, 1}, {1, 1}};
+constexpr TileShape kTileShapes[] = {{1, 8}, {2, 8}, {2, 4}, {4, 1}, {2, 1}, {1, 1}};
 // Compiled for a stride of the results' last axis of two alone.
 constexpr bool OnlyForTwo(const TileShape& t) { return t.mt * t.nc == 8 && t.nc > 2; }
 
@@ -237,9 +233,7 @@ bool Fill(const Problem& p, const Device& device, const Shape& s, const Cut& cut
   a.out_n_step = out.n;
   a.in_c_step = in.c;
   a.out_c_step = out.c;
-  a.cg = s.cg;
   a.jg = s.jg;
-  a.steps = s.steps;
   a.columns = static_cast<int>(walks);
   a.last = p.channels_last;
   // Channels last, groups whose pixels are less than a sector go two by two.
@@ -247,7 +241,6 @@ bool Fill(const Problem& p, const Device& device, const Shape& s, const Cut& cut
   const bool two = a.last && group_bytes < 32 && p.groups % 2 == 0 && 2 * group_bytes % 16 == 0 &&
                    out.s[2] * s.out_element % 16 == 0;
   a.groups_beside = two ? 2 : 1;
-  a.group_blocks = s.blocks;
   a.staged = !a.last || two;
   const int blocks = s.blocks * a.groups_beside;
   a.pairs = s.jg % 2 == 0;
@@ -300,7 +293,7 @@ bool Fill(const Problem& p, const Device& device, const Shape& s, const Cut& cut
   const int tile_sets = columns.column_sets / columns.phase_sets;
   int64_t smem = PlanesArgs::kBarriers;
   a.smem_weights = static_cast<int>(smem);
-  a.weights = tile_sets * a.taps * columns.set_tiles * s.steps * 256;
+  a.weights = tile_sets * a.taps * columns.set_tiles * (s.element == 4 ? 256 : 128);
   smem += int64_t{a.groups_beside} * a.weights;
   a.smem_places = static_cast<int>(smem);
   smem += entries * 128;
@@ -332,8 +325,8 @@ bool Fill(const Problem& p, const Device& device, const Shape& s, const Cut& cut
   plan.grid_x = static_cast<int>(CeilDiv(walks, CeilDiv(walks, places)));
 
   // The model, of a step: instructions, and the time of the busiest warp.
-  const double unit_steps = static_cast<double>(entries) * tile_sets * s.steps;
-  const double products = static_cast<double>(a.taps) * s.tiles_j * s.steps;
+  const double unit_steps = static_cast<double>(entries) * tile_sets;
+  const double products = static_cast<double>(a.taps) * s.tiles_j;
   const double outputs = 16.0 * shape.mt * s.phases * s.tiles_j * 8 / 32;
   const double set_columns = static_cast<double>(s.phases) * s.tiles_j;
   const double unit_issue = unit_steps * (shape.nc > 1 ? 20 + 5 * shape.mt : 6 + shape.mt) +
@@ -368,7 +361,7 @@ bool Fill(const Problem& p, const Device& device, const Shape& s, const Cut& cut
   const double in_bytes = static_cast<double>(p.n) * static_cast<double>(in.n) * s.element;
   const double out_bytes =
       static_cast<double>(p.n) * static_cast<double>(out.n) * s.out_element * torn;
-  const double l2 = (static_cast<double>(walks) * plan.grid_y * planes * height * s.cg *
+  const double l2 = (static_cast<double>(walks) * plan.grid_y * planes * height * 8 *
                          (width * s.element + (a.last ? 0 : 32)) +
                      out_bytes) /
                     kL2Bandwidth;

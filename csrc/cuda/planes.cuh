@@ -41,8 +41,10 @@ __device__ inline void MeetPlanesWarps() {
   asm volatile("bar.sync 1, %0;" ::"n"(PlanesArgs::kWarps * 32) : "memory");
 }
 
+// A group's eight channels: two blocks of 16 bytes in float32, one of 16-bit values, which takes the
+// tensor cores' instruction of half the depth.
 template <class T>
-inline constexpr int kPlanesStep = 32 / sizeof(T);  // channels of a step: 8 float32, 16 of 16 bits
+inline constexpr int kBlocks = 8 * sizeof(T) / 16;
 
 // A pixel's place in its row, in blocks of 16 bytes. The gap after every eighth keeps the blocks
 // that an arranger writes at once, every fourth or eighth pixel, in different banks.
@@ -77,48 +79,40 @@ template <class T>
 __device__ inline void KeepWeights(const PlanesArgs& a, int group, char* weights, int tid,
                                    int threads) {
   const int tile_sets = a.column_sets / a.phase_sets;
-  const int all = tile_sets * a.taps * a.set_tiles * a.steps * 32;
+  const int all = tile_sets * a.taps * a.set_tiles * 32;
   const T* w = static_cast<const T*>(a.w) + group * a.w_g_step;
 #pragma unroll 4
   for (int i = tid; i < all; i += threads) {
     const int lane = i % 32;
     int rest = i / 32;
-    const int step = rest % a.steps;
-    rest /= a.steps;
     const int tile = rest % a.set_tiles;
     rest /= a.set_tiles;
     const PlanesTap tap = a.tap[rest % a.taps];
     const int tile_set = rest / a.taps;
     const int j = (tile_set * a.set_tiles + tile) * 8 + lane / 4, k = lane % 4;
     const auto weight = [&](int c) {
-      c += step * kPlanesStep<T>;
-      return j < a.jg && c < a.cg ? __ldg(w + c * a.w_c_step + j * a.w_j_step + tap.tap) : T{};
+      return j < a.jg ? __ldg(w + c * a.w_c_step + j * a.w_j_step + tap.tap) : T{};
     };
-    uint2 pair;
+    const int place = (tile_set * a.taps + a.first_tap[tap.set] + tap.first) * a.set_tiles +
+                      tile * tap.count + tap.index;
     if constexpr (sizeof(T) == 4) {
-      pair = make_uint2(RoundTF32(weight(k)), RoundTF32(weight(k + 4)));
+      reinterpret_cast<uint2*>(weights)[place * 32 + lane] =
+          make_uint2(RoundTF32(weight(k)), RoundTF32(weight(k + 4)));
     } else {
-      const T v[4] = {weight(2 * k), weight(2 * k + 1), weight(2 * k + 8), weight(2 * k + 9)};
-      const uint16_t* bits = reinterpret_cast<const uint16_t*>(v);
-      pair = make_uint2(bits[0] | static_cast<uint32_t>(bits[1]) << 16,
-                        bits[2] | static_cast<uint32_t>(bits[3]) << 16);
+      const T pair[2] = {weight(2 * k), weight(2 * k + 1)};
+      memcpy(reinterpret_cast<uint32_t*>(weights) + place * 32 + lane, pair, 4);
     }
-    const int before = (tile_set * a.taps + a.first_tap[tap.set] + tap.first) * a.set_tiles;
-    const int place = before * a.steps + step * tap.count * a.set_tiles + tile * tap.count;
-    reinterpret_cast<uint2*>(weights)[(place + tap.index) * 32 + lane] = pair;
   }
 }
 
 // Where each lane reads an entry's pixels in a ring whose first plane is the step's, for a unit at
 // the corner: the lane's own pixel is that of the rows of 16 bytes that it points to.
-__device__ inline int LanePixel(bool lone, int mt, int lane) {
-  return lone && mt > 1 ? lane : lane % 16;
-}
-__device__ inline void ListPlaces(const PlanesArgs& a, int* places, bool lone, int mt, int tid,
-                                  int threads) {
+template <class T, int MT>
+__device__ inline void ListPlaces(const PlanesArgs& a, int* places, int tid, int threads) {
   for (int i = tid; i < a.first_entry[a.phase_sets] * 32; i += threads) {
     const PlanesEntry& entry = a.entry[i / 32];
-    const int pixel = LanePixel(lone, mt, i % 32) * a.axis[2].si + entry.right;
+    const int own = kBlocks<T> == 1 && MT > 1 ? i % 32 : i % 16;
+    const int pixel = own * a.axis[2].si + entry.right;
     places[i] = entry.plane * a.plane + entry.row + BlockOf(pixel) * 16;
   }
 }
@@ -295,17 +289,18 @@ __device__ inline void LoadFour(uint32_t (&x)[4], uint32_t address) {
       : "=r"(x[0]), "=r"(x[1]), "=r"(x[2]), "=r"(x[3])
       : "r"(address));
 }
-__device__ inline void LoadTwo(uint32_t (&x)[4], uint32_t address) {
+__device__ inline void LoadTwo(uint32_t (&x)[2], uint32_t address) {
   asm("ldmatrix.sync.aligned.m8n8.x2.shared.b16 {%0,%1}, [%2];"
       : "=r"(x[0]), "=r"(x[1])
       : "r"(address));
 }
 
-// The pixels of a step: MT tiles, 16 * si pixels apart, two blocks of channels; or, where the step
-// has one (Lone), two tiles at once.
-template <bool Lone, int MT>
-__device__ inline void LoadPixels(uint32_t (&x)[MT][4], uint32_t address, int tile_bytes) {
-  if constexpr (!Lone) {
+// The pixels of a step: MT tiles, 16 * si pixels apart, of two blocks of channels; or of one, two
+// tiles at once.
+template <class T, int MT>
+__device__ inline void LoadPixels(uint32_t (&x)[MT][2 * kBlocks<T>], uint32_t address,
+                                  int tile_bytes) {
+  if constexpr (kBlocks<T> == 2) {
 #pragma unroll
     for (int mt = 0; mt < MT; ++mt) LoadFour(x[mt], address + mt * tile_bytes);
   } else if constexpr (MT == 1) {
@@ -322,10 +317,15 @@ __device__ inline void LoadPixels(uint32_t (&x)[MT][4], uint32_t address, int ti
   }
 }
 
-template <class T, bool Lone>
-__device__ inline void MultiplyTile(float (&acc)[4], const uint32_t (&x)[4], uint2 w) {
-  if constexpr (Lone) {
-    Mma<T>::Half(acc, x[0], x[1], w.x);
+// The weights of a tap and a tile of output channels, as a lane holds them.
+template <class T>
+using Weight = std::conditional_t<kBlocks<T> == 2, uint2, uint32_t>;
+
+template <class T>
+__device__ inline void MultiplyTile(float (&acc)[4], const uint32_t (&x)[2 * kBlocks<T>],
+                                    Weight<T> w) {
+  if constexpr (kBlocks<T> == 1) {
+    Mma<T>::Half(acc, x[0], x[1], w);
   } else {
     Mma<T>::Whole(acc, x, w.x, w.y);
   }
@@ -334,47 +334,42 @@ __device__ inline void MultiplyTile(float (&acc)[4], const uint32_t (&x)[4], uin
 constexpr int CountBits(int mask) { return mask == 0 ? 0 : mask % 2 + CountBits(mask / 2); }
 
 // One step for the columns of a mask that is known when compiled.
-template <class T, bool Lone, int Mask, int MT, int NC>
-__device__ inline void MultiplyColumns(float (&acc)[MT][NC][4], const uint32_t (&x)[MT][4],
-                                       const uint2* w) {
+template <class T, int Mask, int MT, int NC>
+__device__ inline void MultiplyColumns(float (&acc)[MT][NC][4],
+                                       const uint32_t (&x)[MT][2 * kBlocks<T>],
+                                       const Weight<T>* w) {
   int tap = 0;
 #pragma unroll
   for (int j = 0; j < NC; ++j) {
     if (Mask >> j & 1) {
-      const uint2 v = w[32 * tap++];
+      const Weight<T> v = w[32 * tap++];
 #pragma unroll
-      for (int mt = 0; mt < MT; ++mt) MultiplyTile<T, Lone>(acc[mt][j], x[mt], v);
+      for (int mt = 0; mt < MT; ++mt) MultiplyTile<T>(acc[mt][j], x[mt], v);
     }
   }
 }
 
 // Entries [begin, end), which share a mask. Addresses come from `address_of`; `w` moves on.
-template <class T, bool Lone, int Mask, int MT, int NC, class Address>
-__device__ inline void MultiplyEntries(const PlanesArgs& a, float (&acc)[MT][NC][4],
-                                       const Address& address_of, int tile_bytes, const uint2*& w,
-                                       int begin, int end) {
-  constexpr int kTaps = CountBits(Mask), kUnroll = kTaps == NC ? 2 : 1;
-  for (int e = begin; e < end; ++e) {
-    uint32_t address = address_of(e);
-#pragma unroll kUnroll
-    for (int k = 0; k < a.steps; ++k, w += kTaps * 32, address += 2 * a.block_pitch) {
-      uint32_t x[MT][4];
-      LoadPixels<Lone>(x, address, tile_bytes);
-      MultiplyColumns<T, Lone, Mask>(acc, x, w);
-    }
+template <class T, int Mask, int MT, int NC, class Address>
+__device__ inline void MultiplyEntries(float (&acc)[MT][NC][4], const Address& address_of,
+                                       int tile_bytes, const Weight<T>*& w, int begin, int end) {
+#pragma unroll 1
+  for (int e = begin; e < end; ++e, w += CountBits(Mask) * 32) {
+    uint32_t x[MT][2 * kBlocks<T>];
+    LoadPixels<T>(x, address_of(e), tile_bytes);
+    MultiplyColumns<T, Mask>(acc, x, w);
   }
 }
 
 // Taps of axes with a stride of two reach products of one, the other or both of an axis's phases:
 // those masks are compiled, as a predicated instruction costs as much as another.
-template <class T, bool Lone, int MT, int NC, class Address>
-__device__ inline void MultiplyMasked(const PlanesArgs& a, float (&acc)[MT][NC][4],
-                                      const Address& address_of, int tile_bytes, const uint2*& w,
-                                      int begin, int end, int mask) {
-#define JAXCONV_PLANES_MASK(m)                                                                     \
-  case m:                                                                                        \
-    return MultiplyEntries<T, Lone, (m) & ((1 << NC) - 1)>(a, acc, address_of, tile_bytes, w,    \
-                                                           begin, end);
+template <class T, int MT, int NC, class Address>
+__device__ inline void MultiplyMasked(float (&acc)[MT][NC][4], const Address& address_of,
+                                      int tile_bytes, const Weight<T>*& w, int begin, int end,
+                                      int mask) {
+#define JAXCONV_PLANES_MASK(m)                                                                  \
+  case m:                                                                                       \
+    return MultiplyEntries<T, (m) & ((1 << NC) - 1)>(acc, address_of, tile_bytes, w, begin, end);
 #define JAXCONV_PLANES_MASKS(m) \
   JAXCONV_PLANES_MASK(m) JAXCONV_PLANES_MASK(16 * m) JAXCONV_PLANES_MASK(17 * m)
   if constexpr (NC == 8) {
@@ -404,32 +399,30 @@ __device__ inline void MultiplyMasked(const PlanesArgs& a, float (&acc)[MT][NC][
   }
 #undef JAXCONV_PLANES_MASKS
 #undef JAXCONV_PLANES_MASK
+#pragma unroll 1
   for (int e = begin; e < end; ++e) {
-    uint32_t address = address_of(e);
-    for (int k = 0; k < a.steps; ++k, address += 2 * a.block_pitch) {
-      uint32_t x[MT][4];
-      LoadPixels<Lone>(x, address, tile_bytes);
+    uint32_t x[MT][2 * kBlocks<T>];
+    LoadPixels<T>(x, address_of(e), tile_bytes);
 #pragma unroll
-      for (int j = 0; j < NC; ++j) {
-        if (mask >> j & 1) {
+    for (int j = 0; j < NC; ++j) {
+      if (mask >> j & 1) {
 #pragma unroll
-          for (int mt = 0; mt < MT; ++mt) MultiplyTile<T, Lone>(acc[mt][j], x[mt], *w);
-          w += 32;
-        }
+        for (int mt = 0; mt < MT; ++mt) MultiplyTile<T>(acc[mt][j], x[mt], *w);
+        w += 32;
       }
     }
   }
 }
 
 // All entries of a pattern of masks that is known when compiled, without a loop.
-template <class T, bool Lone, const auto& Pattern, int Entry = 0, int Before = 0, int MT, class Address>
+template <class T, const auto& Pattern, int Entry = 0, int Before = 0, int MT, class Address>
 __device__ inline void MultiplyPattern(float (&acc)[MT][8][4], const Address& address_of,
-                                       int tile_bytes, const uint2* w, int begin) {
+                                       int tile_bytes, const Weight<T>* w, int begin) {
   if constexpr (Entry < sizeof(Pattern) / sizeof(Pattern[0])) {
-    uint32_t x[MT][4];
-    LoadPixels<Lone>(x, address_of(begin + Entry), tile_bytes);
-    MultiplyColumns<T, Lone, Pattern[Entry]>(acc, x, w + Before * 32);
-    MultiplyPattern<T, Lone, Pattern, Entry + 1, Before + CountBits(Pattern[Entry])>(
+    uint32_t x[MT][2 * kBlocks<T>];
+    LoadPixels<T>(x, address_of(begin + Entry), tile_bytes);
+    MultiplyColumns<T, Pattern[Entry]>(acc, x, w + Before * 32);
+    MultiplyPattern<T, Pattern, Entry + 1, Before + CountBits(Pattern[Entry])>(
         acc, address_of, tile_bytes, w, begin);
   }
 }
@@ -502,7 +495,7 @@ __device__ inline void StorePixels(const PlanesArgs& a, const PlanesColumn& at, 
   }
 }
 
-template <class T, int MT, int NC, int SO, bool Lone>
+template <class T, int MT, int NC, int SO>
 __device__ inline void MultiplyPlanes(const PlanesArgs& a, char* smem, int first_group, int warp,
                                     int lane) {
   const uint32_t barriers = SharedAddress(smem);
@@ -516,7 +509,7 @@ __device__ inline void MultiplyPlanes(const PlanesArgs& a, char* smem, int first
   const int tile_bytes = 18 * wide.si * 16;  // 16 pixels and two gaps, times the stride
   // What this lane points to when fragments are loaded.
   const uint32_t lane_place =
-      barriers + a.smem_ring + kLead * 16 + (Lone ? 0 : lane / 16 * a.block_pitch);
+      barriers + a.smem_ring + kLead * 16 + (kBlocks<T> == 1 ? 0 : lane / 16 * a.block_pitch);
   const uint32_t ring_end = barriers + a.smem_ring + a.slots * a.plane;
   const int* places = reinterpret_cast<const int*>(smem + a.smem_places) + lane;
   const int own = 2 * (lane % 4);  // the first of this lane's two channels of a tile
@@ -545,14 +538,13 @@ __device__ inline void MultiplyPlanes(const PlanesArgs& a, char* smem, int first
         const int unit_h = unit / a.across, unit_w = (unit - unit_h * a.across) * 16 * MT;
         const uint32_t place = lane_place + slot * a.plane + unit_h * high.si * a.row_pitch +
                                BlockOf(unit_w * wide.si) * 16 +
-                               beside * a.group_blocks * a.block_pitch;
+                               beside * kBlocks<T> * a.block_pitch;
         for (int column_set = wn; column_set < a.column_sets; column_set += a.wn) {
           const int tile_set = a.phase_sets == 1 ? column_set : column_set / a.phase_sets;
           const int set = column_set - tile_set * a.phase_sets;
-          const uint2* w = reinterpret_cast<const uint2*>(smem + a.smem_weights +
-                                                          beside * a.weights) +
-                           lane +
-                           (tile_set * a.taps + a.first_tap[set]) * a.set_tiles * a.steps * 32;
+          const Weight<T>* w =
+              reinterpret_cast<const Weight<T>*>(smem + a.smem_weights + beside * a.weights) + lane +
+              (tile_set * a.taps + a.first_tap[set]) * a.set_tiles * 32;
           const auto address_of = [&](int e) {
             const uint32_t at = place + places[e * 32];
             return at >= ring_end ? at - a.slots * a.plane : at;
@@ -562,31 +554,27 @@ __device__ inline void MultiplyPlanes(const PlanesArgs& a, char* smem, int first
           if constexpr (NC == 1) {
             // With so little to do a step, several are under way at once, in two chains of sums.
             float other[MT][4] = {};
-            const auto run = [&](float (&sum)[MT][4], uint32_t address) {
-              uint32_t x[MT][4];
-              LoadPixels<Lone>(x, address, tile_bytes);
-              const uint2 v = *w;
-              w += 32;
+            const auto run = [&](float (&sum)[MT][4], int e) {
+              uint32_t x[MT][2 * kBlocks<T>];
+              LoadPixels<T>(x, address_of(e), tile_bytes);
+              const Weight<T> v = w[(e - begin) * 32];
 #pragma unroll
-              for (int mt = 0; mt < MT; ++mt) MultiplyTile<T, Lone>(sum[mt], x[mt], v);
+              for (int mt = 0; mt < MT; ++mt) MultiplyTile<T>(sum[mt], x[mt], v);
             };
             float sum[MT][4] = {};
-            if (a.steps == 1) {
-              int e = begin;
-              for (; e + 4 <= end; e += 4) {
+            int e = begin;
+#pragma unroll 1
+            for (; e + 6 <= end; e += 6) {
 #pragma unroll
-                for (int k = 0; k < 4; ++k) {
-                  run(k % 2 == 0 ? sum : other, address_of(e + k));
-                }
-              }
-              for (; e < end; ++e) run(sum, address_of(e));
-            } else {
-              for (int e = begin; e < end; ++e) {
-                uint32_t address = address_of(e);
-#pragma unroll 2
-                for (int k = 0; k < a.steps; ++k, address += 2 * a.block_pitch) run(sum, address);
-              }
+              for (int k = 0; k < 6; ++k) run(k % 2 == 0 ? sum : other, e + k);
             }
+#pragma unroll 1
+            for (; e + 3 <= end; e += 3) {
+#pragma unroll
+              for (int k = 0; k < 3; ++k) run(k % 2 == 0 ? sum : other, e + k);
+            }
+#pragma unroll 1
+            for (; e < end; ++e) run(sum, e);
 #pragma unroll
             for (int mt = 0; mt < MT; ++mt) {
 #pragma unroll
@@ -598,15 +586,15 @@ __device__ inline void MultiplyPlanes(const PlanesArgs& a, char* smem, int first
                 const int mask = a.entry[e].columns, first = e;
                 do ++e;
                 while (e < end && a.entry[e].columns == mask);
-                MultiplyMasked<T, Lone>(a, acc, address_of, tile_bytes, w, first, e, mask);
+                MultiplyMasked<T>(acc, address_of, tile_bytes, w, first, e, mask);
               }
             };
             if constexpr (NC == 8 && SO == 2) {
               if (a.pattern == PlanesArgs::k3x3x3) {
-                MultiplyPattern<T, Lone, PlanesArgs::kMasks3x3x3>(acc, address_of, tile_bytes, w,
+                MultiplyPattern<T, PlanesArgs::kMasks3x3x3>(acc, address_of, tile_bytes, w,
                                                                 begin);
               } else if (a.pattern == PlanesArgs::k3x5x7) {
-                MultiplyPattern<T, Lone, PlanesArgs::kMasks3x5x7>(acc, address_of, tile_bytes, w,
+                MultiplyPattern<T, PlanesArgs::kMasks3x5x7>(acc, address_of, tile_bytes, w,
                                                                 begin);
               } else {
                 all();
@@ -826,16 +814,9 @@ __global__ void __launch_bounds__(kPlanesThreads<MT, NC>, PlanesBlocks(MT, NC))
     for (int i = 0; i < a.groups_beside; ++i) {
       KeepWeights<T>(a, group + i, smem + a.smem_weights + i * a.weights, tid, kThreads);
     }
-    ListPlaces(a, reinterpret_cast<int*>(smem + a.smem_places), sizeof(T) == 2 && a.cg == 8, MT, tid,
-               kThreads);
+    ListPlaces<T, MT>(a, reinterpret_cast<int*>(smem + a.smem_places), tid, kThreads);
     MeetPlanesWarps();
-    if constexpr (sizeof(T) == 2) {
-      if (a.cg == 8) {
-        MultiplyPlanes<T, MT, NC, SO, true>(a, smem, group, warp, lane);
-        return;
-      }
-    }
-    MultiplyPlanes<T, MT, NC, SO, false>(a, smem, group, warp, lane);
+    MultiplyPlanes<T, MT, NC, SO>(a, smem, group, warp, lane);
     return;
   }
   if (warp == PlanesArgs::kWarps + kArrangers) {
@@ -847,7 +828,7 @@ __global__ void __launch_bounds__(kPlanesThreads<MT, NC>, PlanesBlocks(MT, NC))
   for (int column = blockIdx.x; column < a.columns; column += gridDim.x) {
     const PlanesColumn at = ColumnOf(a, column);
     const T* image =
-        static_cast<const T*>(a.in) + at.n * a.in_n_step + int64_t{group} * a.cg * a.in_c_step;
+        static_cast<const T*>(a.in) + at.n * a.in_n_step + int64_t{group} * 8 * a.in_c_step;
     for (int q = at.begin; q < at.end; ++q) {
       for (int p = q == at.begin ? 0 : deep.length - a.fresh; p < deep.length; ++p) {
         if (round > 0) WaitFor(empty + slot * 8, (round - 1) & 1);
@@ -883,8 +864,6 @@ cudaError_t EnqueuePlanes(const PlanesPlan& plan, const PlanesArgs& args, cudaSt
   JAXCONV_PLANES(2, 8, 2)
   JAXCONV_PLANES(2, 8, 0)
   JAXCONV_PLANES(2, 4, 2)
-  JAXCONV_PLANES(4, 4, 0)
-  JAXCONV_PLANES(4, 2, 0)
   JAXCONV_PLANES(4, 1, 1)
   JAXCONV_PLANES(2, 1, 1)
   JAXCONV_PLANES(1, 1, 1)

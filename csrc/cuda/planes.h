@@ -59,9 +59,8 @@ struct PlanesArgs {
   PlanesAxis axis[kAxes];
   int64_t in_n_step, out_n_step, in_c_step, out_c_step;
   int64_t w_g_step, w_c_step, w_j_step;
-  int groups_beside, group_blocks;  // groups of a block, and 16-byte blocks of channels of each
-  int cg, jg;
-  int steps;    // of the tensor cores over the channels
+  int groups_beside;  // groups of a block
+  int jg;
   int columns;  // to walk through, by the grid's first axis
   int slots, fresh;  // planes in shared memory, and those that a step brings
   int plane, block_pitch, row_pitch;  // bytes of a plane, of 16 bytes of channels, of a row
