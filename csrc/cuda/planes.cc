@@ -179,7 +179,7 @@ void ListTaps(const Shape& s, PlanesArgs& a) {
   a.pattern = !single                            ? PlanesArgs::kNone
               : matches(PlanesArgs::kMasks3x3x3) ? PlanesArgs::k3x3x3
               : matches(PlanesArgs::kMasks3x5x7) ? PlanesArgs::k3x5x7
-                                               : PlanesArgs::kNone;
+                                                 : PlanesArgs::kNone;
   a.first_entry[a.phase_sets] = static_cast<uint16_t>(entries);
   a.first_tap[a.phase_sets] = static_cast<uint16_t>(taps);
 }
@@ -191,7 +191,7 @@ constexpr TileShape kTileShapes[] = {{1, 8}, {2, 8}, {2, 4}, {4, 1}, {2, 1}, {1,
 // Compiled for a stride of the results' last axis of two alone.
 constexpr bool OnlyForTwo(const TileShape& t) { return t.mt * t.nc == 8 && t.nc > 2; }
 
-constexpr double kClock = 1.7e9, kBandwidth = 4.0e12, kL2Bandwidth = 5.0e12;
+constexpr double kClock = 1.7e9, kBandwidth = 3.9e12;
 
 // How a block's work is cut, and what comes of it.
 struct Cut {
@@ -199,14 +199,16 @@ struct Cut {
   Columns columns;
   int wn, across, high, march, stages, slots;
   int64_t entries;
+  bool compiled;  // the masks of all entries together
   double imbalance;
 };
 
 // Fills the plan, but for the lists of taps; false where the tile does not fit.
-bool Fill(const Problem& p, const Device& device, const Shape& s, const Cut& cut, PlanesPlan& plan) {
+bool Fill(const Problem& p, const Device& device, const Shape& s, const Cut& cut,
+          PlanesPlan& plan) {
   PlanesArgs& a = plan.args;
-  const auto& [shape, columns, wn, across, high, march, stages, forced_slots, entries, imbalance] =
-      cut;
+  const auto& [shape, columns, wn, across, high, march, stages, forced_slots, entries, compiled,
+               imbalance] = cut;
   const Strides in = s.forward ? p.XStrides() : p.YStrides();
   const Strides out = s.forward ? p.YStrides() : p.XStrides();
   const std::array<int, kAxes> box = {march, high, across * 16 * shape.mt};
@@ -236,12 +238,15 @@ bool Fill(const Problem& p, const Device& device, const Shape& s, const Cut& cut
   a.jg = s.jg;
   a.columns = static_cast<int>(walks);
   a.last = p.channels_last;
-  // Channels last, groups whose pixels are less than a sector go two by two.
+  // Channels last, groups go together until a pixel's channels are 64 bytes, which device memory
+  // writes at once.
   const int group_bytes = s.jg * s.out_element;
-  const bool two = a.last && group_bytes < 32 && p.groups % 2 == 0 && 2 * group_bytes % 16 == 0 &&
-                   out.s[2] * s.out_element % 16 == 0;
-  a.groups_beside = two ? 2 : 1;
-  a.staged = !a.last || two;
+  a.groups_beside = 1;
+  while (a.last && a.groups_beside * group_bytes < 64 && p.groups % (2 * a.groups_beside) == 0) {
+    a.groups_beside *= 2;
+  }
+  a.staged = !a.last || (a.groups_beside * group_bytes % 16 == 0 && group_bytes % 4 == 0 &&
+                         out.s[2] * s.out_element % 16 == 0);
   const int blocks = s.blocks * a.groups_beside;
   a.pairs = s.jg % 2 == 0;
   a.out_f32 = p.out_dtype == DType::kF32;
@@ -275,15 +280,16 @@ bool Fill(const Problem& p, const Device& device, const Shape& s, const Cut& cut
   // Shared memory of the results. Neighbouring channels of a fragment lie in different banks.
   a.flat = a.axis[2].tiles == 1;
   a.run_rows = a.flat ? 1 : high * s.so[1];
-  const int64_t run = a.flat ? int64_t{high} * s.so[1] * a.axis[2].out_size
-                             : int64_t{box[2]} * s.so[2];
+  const int64_t run =
+      a.flat ? int64_t{high} * s.so[1] * a.axis[2].out_size : int64_t{box[2]} * s.so[2];
   const int64_t run_pitch = CeilDiv((run + 16 / s.out_element) * s.out_element, 16);
   int64_t channel_pitch = run_pitch * s.so[0] * a.run_rows;
   while (channel_pitch % 4 != (s.out_element == 4 && s.so[2] > 1 ? 2 : 1)) ++channel_pitch;
-  a.pixel_pitch = 2 * group_bytes + 16;
+  a.pixel_pitch = a.groups_beside * group_bytes + 16;
   const int64_t stage = !a.staged ? 0
-                        : a.last  ? int64_t{s.so[0]} * high * s.so[1] * box[2] * s.so[2] * a.pixel_pitch
-                                  : CeilDiv(channel_pitch * 16 * s.tiles_j * 8, 128) * 128;
+                        : a.last
+                            ? int64_t{s.so[0]} * high * s.so[1] * box[2] * s.so[2] * a.pixel_pitch
+                            : CeilDiv(channel_pitch * 16 * s.tiles_j * 8, 128) * 128;
   if (stage > 200 * 1024) return false;
   a.run_pitch = static_cast<int>(run_pitch * 16);
   a.channel_pitch = static_cast<int>(channel_pitch * 16);
@@ -324,51 +330,51 @@ bool Fill(const Problem& p, const Device& device, const Shape& s, const Cut& cut
   const int64_t places = std::max<int64_t>(1, device.multiprocessors * occupancy / plan.grid_y);
   plan.grid_x = static_cast<int>(CeilDiv(walks, CeilDiv(walks, places)));
 
-  // The model, of a step: instructions, and the time of the busiest warp.
-  const double unit_steps = static_cast<double>(entries) * tile_sets;
+  // The model, in cycles: how long a step takes the busiest multiplying warp, how long a plane
+  // takes the arrangers, and what both take of the multiprocessor's shared memory and issue slots.
+  // Fitted to 138 timed tiles: 10 % mean error.
+  const bool wide = s.element == 4, single = shape.nc == 1;
+  const double steps_of = march, arrangers = Arrangers(shape.mt, shape.nc);
+  const double jobs = a.units * a.groups_beside, sources = static_cast<double>(entries);
   const double products = static_cast<double>(a.taps) * s.tiles_j;
   const double outputs = 16.0 * shape.mt * s.phases * s.tiles_j * 8 / 32;
-  const double set_columns = static_cast<double>(s.phases) * s.tiles_j;
-  const double unit_issue = unit_steps * (shape.nc > 1 ? 20 + 5 * shape.mt : 6 + shape.mt) +
-                            products * (1.5 + shape.mt) + outputs * 1.5 + set_columns * 15 +
-                            100.0 * columns.column_sets;
-  const double unit_wait = unit_steps * (shape.nc == 1 ? 20 : 45) + products * 10 +
-                           set_columns * 40 + outputs * 4 + 200.0 * columns.column_sets;
-  const double unit_shared = unit_steps * shape.mt * 6 + products * 2 + outputs * 3;
-  const double turns = std::ceil(static_cast<double>(width) * a.blocks_beside / 32);
-  const double plane_issue =
-      a.rows * (60 + turns * (a.last ? 18 : s.element == 4 ? 12 : 18));
-  const double steps_of = march, planes = a.axis[0].length + (march - 1.0) * a.fresh;
-  const double issue = steps_of * (unit_issue * a.units * a.groups_beside + 8 * 300.0) + planes * plane_issue;
-  const double turns_of_units =
-      static_cast<double>(CeilDiv(a.units * a.groups_beside, PlanesArgs::kWarps / wn)) * imbalance / wn;
-  const double busiest = steps_of * (turns_of_units * unit_wait + 700);
-  const double arrangers = planes * a.rows / Arrangers(shape.mt, shape.nc) *
-                           std::ceil(turns / 5) * 1500;
-  const double shared = steps_of * unit_shared * a.units * a.groups_beside + planes * a.rows * turns * 8;
-  const double load = std::max({busiest, slots >= a.axis[0].length + a.fresh ? 0 : arrangers});
-  const double cycles = std::max({load + 0.25 * issue / 4, arrangers});
-  const double blocks_here = std::min<double>(
+  const bool masked = !single && !compiled;
+  double job = sources * ((single ? 26 : 3) + (masked ? 240 : 0)) + products * shape.mt * 6 +
+               outputs * (a.last ? 50 : 20) + columns.column_sets * 435.0;
+  if (!single && s.so[2] != 2) job *= 1.35;
+  const double step = std::ceil(jobs / (PlanesArgs::kWarps / wn)) / wn * imbalance * job + 2200;
+  const double turns = std::ceil(width * a.blocks_beside / 32.0);
+  const double arrange =
+      a.rows / arrangers * (turns + 5 * std::ceil(turns / 5)) * 220 * (wide ? 1 : 1.3);
+  const double brought = arrange * a.fresh, ahead = a.slots - a.axis[0].length;
+  const double each = ahead >= a.fresh ? std::max(step, brought) + 0.15 * std::min(step, brought)
+                                       : step + brought * (1 - 0.5 * ahead / a.fresh);
+  const double planes = a.axis[0].length + (steps_of - 1) * a.fresh;
+  const double serial = steps_of * each + (a.axis[0].length - a.fresh) * arrange / 2;
+  const double shared =
+      steps_of * jobs *
+          (sources * (shape.mt * (wide ? 6 : 3) + 1) + products * (wide ? 2 : 1) + outputs * 2) +
+      planes * a.rows * turns * (wide ? 8 : 12);
+  const double issue = steps_of * (jobs * (sources * (10 + 3 * shape.mt + (masked ? 25 : 0)) +
+                                           products * (1 + shape.mt) + outputs * 1.3 +
+                                           static_cast<double>(s.phases) * s.tiles_j * 18 + 150) +
+                                   400) +
+                       planes * a.rows * (80 + turns * 22);
+  const double here = std::min<double>(
       static_cast<double>(occupancy),
       std::ceil(static_cast<double>(plan.grid_x) * plan.grid_y / device.multiprocessors));
-  const double column_cycles =
-      std::max({cycles, blocks_here * issue / 4 / 0.7, blocks_here * shared / 0.8});
+  const double busy = here * std::max(shared / 0.75, issue / 4 / 0.55);
+  const double column = std::max(serial, busy) + 0.15 * std::min(serial, busy);
   const double rounds = std::ceil(static_cast<double>(walks) / plan.grid_x);
-  const double compute = (rounds * column_cycles + 6000) / kClock;
-  // Pieces of rows tear lines that other blocks write, too.
-  const double piece = static_cast<double>(run) * s.out_element;
-  const double torn = a.last ? (!a.staged && group_bytes < 32 ? 3 : 1) : 1 + 100 / piece;
-  const double in_bytes = static_cast<double>(p.n) * static_cast<double>(in.n) * s.element;
-  const double out_bytes =
-      static_cast<double>(p.n) * static_cast<double>(out.n) * s.out_element * torn;
-  const double l2 = (static_cast<double>(walks) * plan.grid_y * planes * height * 8 *
-                         (width * s.element + (a.last ? 0 : 32)) +
-                     out_bytes) /
-                    kL2Bandwidth;
-  const double memory = (in_bytes + out_bytes) / kBandwidth;
-  const double slow = std::max({compute, l2, memory});
-  plan.seconds = 5e-6 + slow + 0.2 * (compute + l2 + memory - slow);
-  if (a.staged && !a.last && stages == 1) plan.seconds *= 1.05;
+  const double compute = (rounds * column + 12000) / kClock;
+  // Pieces of rows tear sectors that other blocks write, too.
+  const double torn = a.last ? 1 : 1 + 100 / (static_cast<double>(run) * s.out_element);
+  const double memory =
+      (static_cast<double>(p.n) * static_cast<double>(in.n) * s.element +
+       static_cast<double>(p.n) * static_cast<double>(out.n) * s.out_element * torn) /
+      kBandwidth;
+  const double slow = std::max(compute, memory);
+  plan.seconds = 4e-6 + slow + 0.25 * (compute + memory - slow);
   return true;
 }
 
@@ -426,6 +432,11 @@ PlanesPlan MakePlan(const Problem& problem, const Device& device, const PlanesTi
     const std::vector<Load> loads = LoadsOf(s, cut.columns);
     cut.entries = 0;
     for (const Load& load : loads) cut.entries += load.entries;
+    plan.args.phase_sets = cut.columns.phase_sets;
+    plan.args.set_phases = cut.columns.set_phases;
+    plan.args.set_tiles = cut.columns.set_tiles;
+    ListTaps(s, plan.args);
+    cut.compiled = shape.nc == 8 && plan.args.pattern != PlanesArgs::kNone;
     const int pixels = 16 * shape.mt;
     const auto most_across = static_cast<int>(CeilDiv(s.q_size[2], pixels));
     for (cut.wn = 1; cut.wn <= std::min(cut.columns.column_sets, PlanesArgs::kWarps); cut.wn *= 2) {
@@ -481,7 +492,7 @@ PlanesPlan PlanPlanes(const Problem& p, const Device& device, const PlanesTile& 
 }
 
 cudaError_t LaunchPlanes(const Problem& p, const Operands& ops, const PlanesPlan& plan,
-                       cudaStream_t stream) {
+                         cudaStream_t stream) {
   const bool forward = p.pass == Pass::kForward;
   PlanesArgs args = plan.args;
   args.in = forward ? ops.x : ops.y;

@@ -41,8 +41,8 @@ __device__ inline void MeetPlanesWarps() {
   asm volatile("bar.sync 1, %0;" ::"n"(PlanesArgs::kWarps * 32) : "memory");
 }
 
-// A group's eight channels: two blocks of 16 bytes in float32, one of 16-bit values, which takes the
-// tensor cores' instruction of half the depth.
+// A group's eight channels: two blocks of 16 bytes in float32, one of 16-bit values, which takes
+// the tensor cores' instruction of half the depth.
 template <class T>
 inline constexpr int kBlocks = 8 * sizeof(T) / 16;
 
@@ -137,16 +137,17 @@ struct PlanesWindow {
 inline constexpr int kPlanesBatch = 5;  // loads of a lane that are under way together
 
 // A row, channels first: a lane loads 16 bytes of its channel, neighbouring pixels, and writes them
-// into as many blocks. `from` is the lane's channel at the row's first pixel, `to` the place of that.
-// A vector begins where memory has a multiple of 16 bytes, so up to kPer - 1 pixels early. What it
-// brings from before or beyond the row ends in gaps.
+// into as many blocks. `from` is the lane's channel at the row's first pixel, `to` the place of
+// that. A vector begins where memory has a multiple of 16 bytes, so up to kPer - 1 pixels early.
+// What it brings from before or beyond the row ends in gaps.
 template <class T>
 __device__ inline void ArrangeRow(const T* from, const PlanesWindow& row, bool inside, char* to,
                                   int number) {
   constexpr int kPer = 16 / sizeof(T), kBatch = kPlanesBatch;
   const int beyond = static_cast<int>(reinterpret_cast<uintptr_t>(from) / sizeof(T)) & (kPer - 1);
   const int pixel = number * kPer - beyond;
-  // The gaps before pixel + j number (pixel + j) >> 3: for the first ones, one less than for others.
+  // The gaps before pixel + j number (pixel + j) >> 3: for the first ones, one less than for
+  // others.
   const int early = kPer == 8 || number % 2 == 0 ? beyond : 0;
   from += pixel;
   to += (pixel + (kPer == 8 ? number : number / 2)) * 16;
@@ -213,8 +214,8 @@ __device__ inline void ArrangeSlowly(const T* from, int64_t in_c_step, const Pla
   }
 }
 
-// A row, channels last: a lane's 16 bytes are a block. `pixel` is the lane's first, `apart` what the
-// lanes cover at once, a multiple of eight; `from` and `to` are those of that pixel.
+// A row, channels last: a lane's 16 bytes are a block. `pixel` is the lane's first, `apart` what
+// the lanes cover at once, a multiple of eight; `from` and `to` are those of that pixel.
 template <class T>
 __device__ inline void ArrangeRowLast(const T* from, int64_t step, const PlanesWindow& row,
                                       bool inside, char* to, int pixel, int apart) {
@@ -226,7 +227,8 @@ __device__ inline void ArrangeRowLast(const T* from, int64_t step, const PlanesW
     for (int k = 0; k < kBatch; ++k) {
       const int p = pixel + k * apart;
       v[k] = make_uint4(0, 0, 0, 0);
-      if (inside && p >= row.begin && p < row.end) v[k] = __ldg(reinterpret_cast<const uint4*>(from));
+      if (inside && p >= row.begin && p < row.end)
+        v[k] = __ldg(reinterpret_cast<const uint4*>(from));
       from += step;
     }
 #pragma unroll
@@ -248,14 +250,15 @@ __device__ inline void ArrangePlane(const PlanesArgs& a, const T* image, int sou
   const PlanesAxis& width = a.axis[2];
   const bool inside = static_cast<unsigned>(source) < static_cast<unsigned>(a.axis[0].in_size);
   const PlanesWindow window = {max(0, -first_w), min(width.length, width.in_size - first_w),
-                             width.length};
+                               width.length};
   const T* corner = image + static_cast<int64_t>(source) * a.axis[0].in_step +
                     static_cast<int64_t>(first_h) * height.in_step +
                     static_cast<int64_t>(first_w) * width.in_step;
   plane += kLead * 16;
   for (int row = turn; row < a.rows; row += warps) {
     const int part = Divide(row, a.by_height), h = row - part * a.by_height.divisor;
-    const bool in = inside && static_cast<unsigned>(first_h + h) < static_cast<unsigned>(height.in_size);
+    const bool in =
+        inside && static_cast<unsigned>(first_h + h) < static_cast<unsigned>(height.in_size);
     const T* from = corner + h * height.in_step;
     char* to = plane + h * a.row_pitch;
     if (a.last) {
@@ -281,9 +284,9 @@ __device__ inline void ArrangePlane(const PlanesArgs& a, const T* image, int sou
 // ---------------------------------------------------------------------------------------------
 // Multipliers
 
-// Eight rows of 16 bytes from each of four (or two) addresses, which quarters of the lanes give. The
-// compiler may move these: their addresses come from memory that is read after a plane is waited
-// for, and what comes of them is written before it is given back.
+// Eight rows of 16 bytes from each of four (or two) addresses, which quarters of the lanes give.
+// The compiler may move these: their addresses come from memory that is read after a plane is
+// waited for, and what comes of them is written before it is given back.
 __device__ inline void LoadFour(uint32_t (&x)[4], uint32_t address) {
   asm("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];"
       : "=r"(x[0]), "=r"(x[1]), "=r"(x[2]), "=r"(x[3])
@@ -367,8 +370,8 @@ template <class T, int MT, int NC, class Address>
 __device__ inline void MultiplyMasked(float (&acc)[MT][NC][4], const Address& address_of,
                                       int tile_bytes, const Weight<T>*& w, int begin, int end,
                                       int mask) {
-#define JAXCONV_PLANES_MASK(m)                                                                  \
-  case m:                                                                                       \
+#define JAXCONV_PLANES_MASK(m) \
+  case m:                      \
     return MultiplyEntries<T, (m) & ((1 << NC) - 1)>(acc, address_of, tile_bytes, w, begin, end);
 #define JAXCONV_PLANES_MASKS(m) \
   JAXCONV_PLANES_MASK(m) JAXCONV_PLANES_MASK(16 * m) JAXCONV_PLANES_MASK(17 * m)
@@ -457,9 +460,8 @@ __device__ inline void StoreRuns(const PlanesArgs& a, const PlanesColumn& at, in
     Out* to = image + (group * a.jg + j) * a.out_c_step + static_cast<int64_t>(od) * deep.out_step +
               static_cast<int64_t>(oh) * high.out_step + ow;
     const int turn = static_cast<int>(reinterpret_cast<uintptr_t>(to) / sizeof(Out)) & kMask;
-    const Out* from = reinterpret_cast<const Out*>(stage + j * a.channel_pitch +
-                                                   in_channel * a.run_pitch) +
-                      turn;
+    const Out* from =
+        reinterpret_cast<const Out*>(stage + j * a.channel_pitch + in_channel * a.run_pitch) + turn;
     const int head = min(-turn & kMask, length), body = (length - head) & ~kMask;
     if (body > 0) {
       StoreBulk(to + head, SharedAddress(from + head), body * static_cast<int>(sizeof(Out)));
@@ -469,7 +471,8 @@ __device__ inline void StoreRuns(const PlanesArgs& a, const PlanesColumn& at, in
   }
 }
 
-// Channels last, the groups of a block together, so that sectors of device memory are written whole.
+// Channels last, the groups of a block together, so that sectors of device memory are written
+// whole.
 __device__ inline void StorePixels(const PlanesArgs& a, const PlanesColumn& at, int group, int step,
                                    const char* stage, int out_bytes, int warp, int lane) {
   const PlanesAxis& deep = a.axis[0];
@@ -497,7 +500,7 @@ __device__ inline void StorePixels(const PlanesArgs& a, const PlanesColumn& at, 
 
 template <class T, int MT, int NC, int SO>
 __device__ inline void MultiplyPlanes(const PlanesArgs& a, char* smem, int first_group, int warp,
-                                    int lane) {
+                                      int lane) {
   const uint32_t barriers = SharedAddress(smem);
   const int wn = warp % a.wn, wm = warp / a.wn, workers = PlanesArgs::kWarps / a.wn;
   const int columns = a.set_phases * a.set_tiles;
@@ -537,14 +540,13 @@ __device__ inline void MultiplyPlanes(const PlanesArgs& a, char* smem, int first
         const int beside = job - unit * a.groups_beside, group = first_group + beside;
         const int unit_h = unit / a.across, unit_w = (unit - unit_h * a.across) * 16 * MT;
         const uint32_t place = lane_place + slot * a.plane + unit_h * high.si * a.row_pitch +
-                               BlockOf(unit_w * wide.si) * 16 +
-                               beside * kBlocks<T> * a.block_pitch;
+                               BlockOf(unit_w * wide.si) * 16 + beside * kBlocks<T> * a.block_pitch;
         for (int column_set = wn; column_set < a.column_sets; column_set += a.wn) {
           const int tile_set = a.phase_sets == 1 ? column_set : column_set / a.phase_sets;
           const int set = column_set - tile_set * a.phase_sets;
           const Weight<T>* w =
-              reinterpret_cast<const Weight<T>*>(smem + a.smem_weights + beside * a.weights) + lane +
-              (tile_set * a.taps + a.first_tap[set]) * a.set_tiles * 32;
+              reinterpret_cast<const Weight<T>*>(smem + a.smem_weights + beside * a.weights) +
+              lane + (tile_set * a.taps + a.first_tap[set]) * a.set_tiles * 32;
           const auto address_of = [&](int e) {
             const uint32_t at = place + places[e * 32];
             return at >= ring_end ? at - a.slots * a.plane : at;
@@ -591,11 +593,9 @@ __device__ inline void MultiplyPlanes(const PlanesArgs& a, char* smem, int first
             };
             if constexpr (NC == 8 && SO == 2) {
               if (a.pattern == PlanesArgs::k3x3x3) {
-                MultiplyPattern<T, PlanesArgs::kMasks3x3x3>(acc, address_of, tile_bytes, w,
-                                                                begin);
+                MultiplyPattern<T, PlanesArgs::kMasks3x3x3>(acc, address_of, tile_bytes, w, begin);
               } else if (a.pattern == PlanesArgs::k3x5x7) {
-                MultiplyPattern<T, PlanesArgs::kMasks3x5x7>(acc, address_of, tile_bytes, w,
-                                                                begin);
+                MultiplyPattern<T, PlanesArgs::kMasks3x5x7>(acc, address_of, tile_bytes, w, begin);
               } else {
                 all();
               }
@@ -666,7 +666,8 @@ __device__ inline void MultiplyPlanes(const PlanesArgs& a, char* smem, int first
               int apart;  // bytes between pixels
               if (a.staged) {
                 apart = a.pixel_pitch;
-                to = stage + ((rd * high.box * high.so + row_h + rh) * wide.box * so + first_w) * apart +
+                to = stage +
+                     ((rd * high.box * high.so + row_h + rh) * wide.box * so + first_w) * apart +
                      (beside * a.jg + j0 + own) * out_bytes;
               } else {
                 apart = wide.out_step * out_bytes;
@@ -703,15 +704,15 @@ __device__ inline void MultiplyPlanes(const PlanesArgs& a, char* smem, int first
               // A run lies as far from a multiple of 16 bytes as it does in device memory.
               const int mask = 16 / out_bytes - 1;
               const int row = a.flat ? 0 : row_h + rh;
-              const int start = static_cast<int>(at.n * a.out_n_step) +
-                                (group * a.jg + j0 + own) * static_cast<int>(a.out_c_step) +
-                                od * deep.out_step + (at.h * high.so + row) * high.out_step +
-                                at.w * so;
+              const auto c_step = static_cast<unsigned>(a.out_c_step);
+              const unsigned start =
+                  static_cast<unsigned>(at.n * a.out_n_step) + (group * a.jg + j0 + own) * c_step +
+                  static_cast<unsigned>(od) * deep.out_step +
+                  static_cast<unsigned>(at.h * high.so + row) * high.out_step + at.w * so;
               char* even = stage + (j0 + own) * a.channel_pitch +
                            (rd * a.run_rows + row) * a.run_pitch +
                            ((a.flat ? (row_h + rh) * wide.out_size : 0) + first_w) * out_bytes;
-              char* odd = even + a.channel_pitch +
-                          ((start + static_cast<int>(a.out_c_step)) & mask) * out_bytes;
+              char* odd = even + a.channel_pitch + ((start + c_step) & mask) * out_bytes;
               even += (start & mask) * out_bytes;
               if (out_bytes == 4) {
                 each([&](int w_at, float u, float v) {
@@ -834,8 +835,8 @@ __global__ void __launch_bounds__(kPlanesThreads<MT, NC>, PlanesBlocks(MT, NC))
         if (round > 0) WaitFor(empty + slot * 8, (round - 1) & 1);
         ArrangePlane<T>(a, image, q * deep.si + deep.first + p,
                         at.h * a.axis[1].si + a.axis[1].first,
-                        at.w * a.axis[2].si + a.axis[2].first,
-                        smem + a.smem_ring + slot * a.plane, turn, kArrangers, lane);
+                        at.w * a.axis[2].si + a.axis[2].first, smem + a.smem_ring + slot * a.plane,
+                        turn, kArrangers, lane);
         turn = (turn + kArrangers - a.rows % kArrangers) % kArrangers;
         __syncwarp();
         if (lane == 0) Arrive(full + slot * 8);
@@ -857,7 +858,7 @@ cudaError_t EnqueuePlanesTile(const PlanesPlan& plan, const PlanesArgs& args, cu
 
 template <class T>
 cudaError_t EnqueuePlanes(const PlanesPlan& plan, const PlanesArgs& args, cudaStream_t stream) {
-#define JAXCONV_PLANES(mt_, nc_, so_)                                          \
+#define JAXCONV_PLANES(mt_, nc_, so_)                                           \
   if (plan.mt == mt_ && plan.nc == nc_ && (so_ == 0 || args.axis[2].so == so_)) \
     return EnqueuePlanesTile<T, mt_, nc_, so_>(plan, args, stream);
   JAXCONV_PLANES(1, 8, 2)

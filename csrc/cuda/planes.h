@@ -61,16 +61,16 @@ struct PlanesArgs {
   int64_t w_g_step, w_c_step, w_j_step;
   int groups_beside;  // groups of a block
   int jg;
-  int columns;  // to walk through, by the grid's first axis
-  int slots, fresh;  // planes in shared memory, and those that a step brings
+  int columns;                        // to walk through, by the grid's first axis
+  int slots, fresh;                   // planes in shared memory, and those that a step brings
   int plane, block_pitch, row_pitch;  // bytes of a plane, of 16 bytes of channels, of a row
-  int rows;                // that one warp copies, of a plane
-  int blocks_beside;       // channels last: blocks of a pixel that neighbouring lanes copy
+  int rows;                           // that one warp copies, of a plane
+  int blocks_beside;  // channels last: blocks of a pixel that neighbouring lanes copy
   SmallDivisor by_height;
   int taps, phase_sets, set_phases, set_tiles, column_sets;
-  int wn, units;           // column sets side by side, and a step's tiles of pixels
-  int across;              // tiles of pixels in a row
-  int stages;              // 1 or 2
+  int wn, units;                           // column sets side by side, and a step's tiles of pixels
+  int across;                              // tiles of pixels in a row
+  int stages;                              // 1 or 2
   int run_pitch, channel_pitch, run_rows;  // bytes, and runs of a channel and plane
   int pixel_pitch;                         // bytes, channels last
   int weights, stage;                      // bytes, of a group and of a step
