@@ -238,14 +238,16 @@ bool Fill(const Problem& p, const Device& device, const Shape& s, const Cut& cut
   a.jg = s.jg;
   a.columns = static_cast<int>(walks);
   a.last = p.channels_last;
-  // Channels last, groups go together until a pixel's channels are 64 bytes, which device memory
-  // writes at once.
-  const int group_bytes = s.jg * s.out_element;
+  // Channels last, eight channels of float32 are a sector. Groups of 16-bit results go together
+  // until a pixel's channels are 64 bytes, which device memory writes at once, and meet on the
+  // stage.
+  const int group_bytes = s.jg * s.out_element, least = s.out_element == 4 ? 32 : 64;
   a.groups_beside = 1;
-  while (a.last && a.groups_beside * group_bytes < 64 && p.groups % (2 * a.groups_beside) == 0) {
+  while (a.last && a.groups_beside * group_bytes < least && p.groups % (2 * a.groups_beside) == 0) {
     a.groups_beside *= 2;
   }
-  a.staged = !a.last || (a.groups_beside * group_bytes % 16 == 0 && group_bytes % 4 == 0 &&
+  a.staged = !a.last || ((s.out_element == 2 || a.groups_beside > 1) &&
+                         a.groups_beside * group_bytes % 16 == 0 && group_bytes % 4 == 0 &&
                          out.s[2] * s.out_element % 16 == 0);
   const int blocks = s.blocks * a.groups_beside;
   a.pairs = s.jg % 2 == 0;
@@ -341,7 +343,7 @@ bool Fill(const Problem& p, const Device& device, const Shape& s, const Cut& cut
   const bool masked = !single && !compiled;
   double job = sources * ((single ? 26 : 3) + (masked ? 240 : 0)) + products * shape.mt * 6 +
                outputs * (a.last ? 50 : 20) + columns.column_sets * 435.0;
-  if (!single && s.so[2] != 2) job *= 1.35;
+  if (!single && s.so[2] != 2) job *= 1.6;
   const double step = std::ceil(jobs / (PlanesArgs::kWarps / wn)) / wn * imbalance * job + 2200;
   const double turns = std::ceil(width * a.blocks_beside / 32.0);
   const double arrange =
@@ -367,14 +369,17 @@ bool Fill(const Problem& p, const Device& device, const Shape& s, const Cut& cut
   const double column = std::max(serial, busy) + 0.15 * std::min(serial, busy);
   const double rounds = std::ceil(static_cast<double>(walks) / plan.grid_x);
   const double compute = (rounds * column + 12000) / kClock;
-  // Pieces of rows tear sectors that other blocks write, too.
-  const double torn = a.last ? 1 : 1 + 100 / (static_cast<double>(run) * s.out_element);
+  // Pieces of rows tear sectors that other blocks write, too; single sectors come one at a time.
+  const double torn = !a.last    ? 1 + 100 / (static_cast<double>(run) * s.out_element)
+                      : a.staged ? 1
+                                 : 1.8 + 2.0 / high;
   const double memory =
       (static_cast<double>(p.n) * static_cast<double>(in.n) * s.element +
        static_cast<double>(p.n) * static_cast<double>(out.n) * s.out_element * torn) /
       kBandwidth;
   const double slow = std::max(compute, memory);
   plan.seconds = 4e-6 + slow + 0.25 * (compute + memory - slow);
+  if (!a.last && stages == 1) plan.seconds *= 1.25;
   return true;
 }
 

@@ -38,6 +38,7 @@ __device__ inline void WaitForStores() {}
 
 // Of the eight warps that multiply.
 __device__ inline void MeetPlanesWarps() {
+  __syncwarp();
   asm volatile("bar.sync 1, %0;" ::"n"(PlanesArgs::kWarps * 32) : "memory");
 }
 
@@ -536,6 +537,7 @@ __device__ inline void MultiplyPlanes(const PlanesArgs& a, char* smem, int first
         stage_free = true;
       };
       for (int job = wm; job < a.units * a.groups_beside; job += workers) {
+        __syncwarp();  // after waiting, lane by lane
         const int unit = a.groups_beside == 1 ? job : job / a.groups_beside;
         const int beside = job - unit * a.groups_beside, group = first_group + beside;
         const int unit_h = unit / a.across, unit_w = (unit - unit_h * a.across) * 16 * MT;
@@ -747,7 +749,7 @@ __device__ inline void MultiplyPlanes(const PlanesArgs& a, char* smem, int first
       // Planes that the next step does not need.
       __syncwarp();
       for (int p = q + 1 == at.end ? deep.length : a.fresh; p > 0; --p) {
-        if (lane == 0) Arrive(barriers + kPlaneEmpty + slot * 8);
+        Arrive(barriers + kPlaneEmpty + slot * 8);
         if (++slot == a.slots) slot = 0;
       }
       if (!a.staged) continue;
@@ -758,8 +760,7 @@ __device__ inline void MultiplyPlanes(const PlanesArgs& a, char* smem, int first
         continue;
       }
       FenceForCopies();
-      __syncwarp();
-      if (lane == 0) Arrive(barriers + kStageFull + stage_index * 8);
+      Arrive(barriers + kStageFull + stage_index * 8);
       if (++stage_index == a.stages) stage_index = 0, ++stage_round;
     }
   }
@@ -781,8 +782,7 @@ __device__ inline void StoreStages(const PlanesArgs& a, const char* smem, int gr
         StoreRuns<T>(a, at, group, q, stage, lane);
       }
       WaitForStores();
-      __syncwarp();
-      if (lane == 0) Arrive(barriers + kStageEmpty + index * 8);
+      Arrive(barriers + kStageEmpty + index * 8);
       if (++index == a.stages) index = 0, ++round;
     }
   }
@@ -800,12 +800,12 @@ __global__ void __launch_bounds__(kPlanesThreads<MT, NC>, PlanesBlocks(MT, NC))
   const uint32_t full = SharedAddress(smem), empty = full + kPlaneEmpty;
   if (tid == 0) {
     for (int slot = 0; slot < a.slots; ++slot) {
-      InitBarrier(full + slot * 8, kArrangers);
-      InitBarrier(empty + slot * 8, PlanesArgs::kWarps);
+      InitBarrier(full + slot * 8, kArrangers * 32);
+      InitBarrier(empty + slot * 8, PlanesArgs::kWarps * 32);
     }
     for (int i = 0; i < 2; ++i) {
-      InitBarrier(full + kStageFull + i * 8, PlanesArgs::kWarps);
-      InitBarrier(full + kStageEmpty + i * 8, 1);
+      InitBarrier(full + kStageFull + i * 8, PlanesArgs::kWarps * 32);
+      InitBarrier(full + kStageEmpty + i * 8, 32);
     }
   }
   __syncthreads();
@@ -838,8 +838,7 @@ __global__ void __launch_bounds__(kPlanesThreads<MT, NC>, PlanesBlocks(MT, NC))
                         at.w * a.axis[2].si + a.axis[2].first, smem + a.smem_ring + slot * a.plane,
                         turn, kArrangers, lane);
         turn = (turn + kArrangers - a.rows % kArrangers) % kArrangers;
-        __syncwarp();
-        if (lane == 0) Arrive(full + slot * 8);
+        Arrive(full + slot * 8);
         if (++slot == a.slots) slot = 0, ++round;
       }
     }
