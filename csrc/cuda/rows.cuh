@@ -11,6 +11,7 @@
 #include <algorithm>
 
 #include "cuda/dtypes.cuh"
+#include "cuda/mbarrier.cuh"
 #include "cuda/mma_sync.cuh"
 #include "cuda/rows.h"
 
@@ -23,27 +24,12 @@ template <int NC>
 inline constexpr int kRowsThreads = (RowsArgs::kWarps + kAskers<NC>)*32;
 
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
-inline constexpr bool kHasBulkCopies = true;
-__device__ inline void InitBarrier(uint32_t barrier, int arrivals) {
-  asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(barrier), "r"(arrivals) : "memory");
-}
 __device__ inline void FenceBarriers() {
   asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
-}
-__device__ inline void Arrive(uint32_t barrier) {
-  asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(barrier) : "memory");
 }
 __device__ inline void ArriveExpecting(uint32_t barrier, int bytes) {
   asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(barrier), "r"(bytes)
                : "memory");
-}
-__device__ inline void WaitFor(uint32_t barrier, int parity) {
-  asm volatile(
-      "{\n.reg .pred done;\nagain:\n"
-      "mbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1;\n"
-      "@!done bra again;\n}" ::"r"(barrier),
-      "r"(parity)
-      : "memory");
 }
 // Of 16-byte multiples, between addresses that are multiples of 16.
 __device__ inline void CopyBulk(uint32_t to, const void* from, int bytes, uint32_t barrier) {
@@ -53,19 +39,10 @@ __device__ inline void CopyBulk(uint32_t to, const void* from, int bytes, uint32
       "l"(from), "r"(bytes), "r"(barrier)
       : "memory");
 }
-// What this thread has written is seen by the copies that are asked for later.
-__device__ inline void FenceForCopies() {
-  asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
-}
 #else
-inline constexpr bool kHasBulkCopies = false;  // never launched there
-__device__ inline void InitBarrier(uint32_t, int) {}
 __device__ inline void FenceBarriers() {}
-__device__ inline void Arrive(uint32_t) {}
 __device__ inline void ArriveExpecting(uint32_t, int) {}
-__device__ inline void WaitFor(uint32_t, int) {}
 __device__ inline void CopyBulk(uint32_t, const void*, int, uint32_t) {}
-__device__ inline void FenceForCopies() {}
 #endif
 
 // Of the eight warps that multiply.

@@ -5,6 +5,7 @@
 #include "cuda/dense_grad.h"
 #include "cuda/depthwise.h"
 #include "cuda/direct.h"
+#include "cuda/planes.h"
 #include "cuda/rows.h"
 #include "cuda/thin.h"
 #include "cuda/weight_grad.h"
@@ -22,6 +23,7 @@ const std::vector<Row>& Table() {
     AddCorrelate(rows);
     AddRows(rows);
     AddThin(rows);
+    AddPlanes(rows);
     return rows;
   }();
   return table;

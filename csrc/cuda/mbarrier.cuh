@@ -1,0 +1,39 @@
+// Barriers in shared memory, and what orders copies with other accesses: from 9.0 on.
+#ifndef JAXCONV_CUDA_MBARRIER_CUH_
+#define JAXCONV_CUDA_MBARRIER_CUH_
+
+#include <cstdint>
+
+namespace jaxconv::cuda {
+
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+inline constexpr bool kHasBulkCopies = true;
+__device__ inline void InitBarrier(uint32_t barrier, int arrivals) {
+  asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(barrier), "r"(arrivals) : "memory");
+}
+__device__ inline void Arrive(uint32_t barrier) {
+  asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(barrier) : "memory");
+}
+__device__ inline void WaitFor(uint32_t barrier, int parity) {
+  asm volatile(
+      "{\n.reg .pred done;\nagain:\n"
+      "mbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1;\n"
+      "@!done bra again;\n}" ::"r"(barrier),
+      "r"(parity)
+      : "memory");
+}
+// What this thread has written is seen by the copies that are asked for later.
+__device__ inline void FenceForCopies() {
+  asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+}
+#else
+inline constexpr bool kHasBulkCopies = false;  // never launched there
+__device__ inline void InitBarrier(uint32_t, int) {}
+__device__ inline void Arrive(uint32_t) {}
+__device__ inline void WaitFor(uint32_t, int) {}
+__device__ inline void FenceForCopies() {}
+#endif
+
+}  // namespace jaxconv::cuda
+
+#endif  // JAXCONV_CUDA_MBARRIER_CUH_
