@@ -526,16 +526,16 @@ __device__ inline void MultiplyPlanes(const PlanesArgs& a, char* smem, int first
         if (++waited_slot == a.slots) waited_slot = 0, ++waited_round;
       }
       char* stage = smem + a.smem_stage + stage_index * a.stage;
-      bool stage_free = !a.staged;
+      bool stage_free = a.last;
       const auto wait_for_stage = [&] {
         if (stage_free) return;
-        if (a.last) {
-          MeetPlanesWarps();
-        } else if (stage_round > 0) {
+        if (stage_round > 0) {
           WaitFor(barriers + kStageEmpty + stage_index * 8, (stage_round - 1) & 1);
         }
         stage_free = true;
       };
+      // Channels last, all take part in copying from the stage.
+      if (a.last && a.staged) MeetPlanesWarps();
       for (int job = wm; job < a.units * a.groups_beside; job += workers) {
         __syncwarp();  // after waiting, lane by lane
         const int unit = a.groups_beside == 1 ? job : job / a.groups_beside;
