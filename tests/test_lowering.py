@@ -74,11 +74,13 @@ def test_xla_runs_what_only_the_slow_kernel_takes(cuda_missing):
 
         return jax.jit(run).trace(x, w).lower(lowering_platforms=("cuda",)).as_text()
 
-    assert "stablehlo.convolution" in text()
-    assert 'kernel = "direct"' in text(implementation="cuda")
+    assert 'kernel = "thin"' in text()
+    # One output channel in full precision.
+    assert "stablehlo.convolution" in text(precision="highest")
+    assert 'kernel = "direct"' in text(precision="highest", implementation="cuda")
     # A small problem takes less than XLA's launches.
     x = jax.ShapeDtypeStruct((1, *x.shape[1:2], 2, 2, 2), jnp.float32)
-    assert 'kernel = "direct"' in text()
+    assert 'kernel = "direct"' in text(precision="highest")
 
 
 def test_a_name_forces_a_kernel(built):
