@@ -53,7 +53,7 @@ struct DenseMma;
 #define JAXCONV_DENSE_MMA(T, nt, shape, types, transpose)                                      \
   template <>                                                                                  \
   struct DenseMma<T, nt> {                                                                     \
-    static __device__ void Run(float (&d)[4 * nt], uint64_t a, uint64_t b, int add) {          \
+    static __device__ void Run(float (&d)[4 * nt], uint64_t a, uint64_t b, int add = 1) {      \
       asm volatile("{.reg .pred add; setp.ne.b32 add, " JAXCONV_ADD_##nt                       \
                    ", 0;"                                                                      \
                    "wgmma.mma_async.sync.aligned." shape types JAXCONV_OPERANDS_##nt transpose \
