@@ -336,63 +336,321 @@ void CorrelateOf(const PixelPlan& p, const PixelOperands& ops, int64_t task, voi
 // ---------------------------------------------------------------------------------------------
 // Weight gradient
 
-// Neighbours in a row that a tap joins: elements of x and y, and how many positions.
+// Neighbours in a row: elements of the operand whose values are broadcast, and of the one whose
+// vectors they meet, and how many positions.
 struct Run {
-  int64_t x, y, count;
+  int64_t b, v, count;
 };
 
-// sums[i][j] += sum over positions of x[i] * y[j], for mr values of x and nv vectors of y, whose
-// last has `mask`.
-template <class T, int mr, int nv, bool depthwise>
-__attribute__((noinline)) void Outer(const Run* runs, int64_t count, const T* x, const T* y,
-                                     int64_t x_step, int64_t y_step, uint32_t mask, T* sums,
-                                     int64_t pitch) {
+// Which values meet a vector: neighbours, those at listed distances, or a vector's own lanes.
+enum class Values { kNeighbours, kListed, kDepthwise };
+
+// The two operands, what lies between positions of a run, and the last vector's lanes.
+template <class T>
+struct Joined {
+  const T *b, *v;
+  int64_t b_step, v_step;
+  uint32_t mask;
+};
+
+// sums[i][j] += sum over positions of b[i] * v[j], for mr values and nv vectors.
+template <class T, int mr, int nv, Values values>
+__attribute__((noinline)) void Outer(const Run* runs, int64_t count, const Joined<T>& joined,
+                                     const int64_t* listed, T* sums, int64_t pitch) {
   constexpr int lanes = kLanes<T>;
   Vec<T> acc[mr][nv];
-#pragma GCC unroll 8
+#pragma GCC unroll 16
   for (int i = 0; i < mr; ++i) {
 #pragma GCC unroll 4
     for (int v = 0; v < nv; ++v) acc[i][v] = Load<T>(sums + i * pitch + v * lanes);
   }
-  const bool whole = mask == MaskOf<T>(0, lanes);
-  for (const Run* end = runs + count; runs != end; ++runs) {
-    const T* xs = x + runs->x;
-    const T* ys = y + runs->y;
-    const auto add = [&](auto is_whole) {
-      for (int64_t q = 0; q < runs->count; ++q) {
-        Vec<T> yv[nv];
+  int64_t at[mr];
+#pragma GCC unroll 16
+  for (int i = 0; i < mr; ++i) at[i] = values == Values::kListed ? listed[i] : i;
+  const uint32_t mask = joined.mask;
+  const int64_t b_step = joined.b_step, v_step = joined.v_step;
+  const auto add = [&](auto is_whole) {
+    for (const Run* end = runs + count; runs != end; ++runs) {
+      const T* bs = joined.b + runs->b;
+      const T* vs = joined.v + runs->v;
+      for (int64_t q = runs->count; q > 0; --q) {
+        Vec<T> vv[nv];
 #pragma GCC unroll 4
         for (int v = 0; v < nv; ++v) {
-          yv[v] = decltype(is_whole)::value || v + 1 < nv ? Load<T>(ys + v * lanes)
-                                                          : LoadMasked<T>(ys + v * lanes, mask);
+          vv[v] = decltype(is_whole)::value || v + 1 < nv ? Load<T>(vs + v * lanes)
+                                                          : LoadMasked<T>(vs + v * lanes, mask);
         }
-        if constexpr (depthwise) {
+        if constexpr (values == Values::kDepthwise) {
 #pragma GCC unroll 4
-          for (int v = 0; v < nv; ++v) acc[0][v] += Load<T>(xs + v * lanes) * yv[v];
+          for (int v = 0; v < nv; ++v) acc[0][v] += Load<T>(bs + v * lanes) * vv[v];
         } else {
-#pragma GCC unroll 8
+#pragma GCC unroll 16
           for (int i = 0; i < mr; ++i) {
-            const Vec<T> xv = Broadcast(xs[i]);
+            const Vec<T> bv = Broadcast(bs[values == Values::kListed ? at[i] : i]);
 #pragma GCC unroll 4
-            for (int v = 0; v < nv; ++v) acc[i][v] += xv * yv[v];
+            for (int v = 0; v < nv; ++v) acc[i][v] += bv * vv[v];
           }
         }
-        xs += x_step;
-        ys += y_step;
+        bs += b_step;
+        vs += v_step;
       }
-    };
-    if (whole) {
-      add(std::true_type{});
-    } else {
-      add(std::false_type{});
     }
+  };
+  if (mask == MaskOf<T>(0, lanes)) {
+    add(std::true_type{});
+  } else {
+    add(std::false_type{});
   }
-#pragma GCC unroll 8
+#pragma GCC unroll 16
   for (int i = 0; i < mr; ++i) {
 #pragma GCC unroll 4
     for (int v = 0; v < nv; ++v) Store<T>(sums + i * pitch + v * lanes, acc[i][v]);
   }
 }
+
+// The same for `rows` values and `width` elements in vectors.
+template <class T, Values values>
+void AddProducts(const Run* runs, int64_t count, Joined<T> joined, const int64_t* listed,
+                 int64_t rows, int64_t width, T* sums, int64_t pitch) {
+  constexpr int lanes = kLanes<T>;
+  const Joined<T> all = joined;
+  for (int64_t j = 0, nv; j < width; j += nv * lanes) {
+    const int64_t left = (width - j + lanes - 1) / lanes;
+    nv = left == 4 ? 2 : Min(left, kMaxVectors);  // one vector alone is slow
+    joined.v = all.v + j;
+    joined.mask = MaskOf<T>(0, width - j - (nv - 1) * lanes);
+    if (all.mask == MaskOf<T>(0, lanes)) joined.mask = all.mask;
+    WithConstant<kMaxVectors>(nv, [&](auto constant) {
+      constexpr int kVectors = decltype(constant)::value;
+      int64_t i = 0;
+      const auto run = [&](auto kernel, int64_t mr) {
+        for (; i + mr <= rows; i += mr) {
+          joined.b = all.b + (values == Values::kNeighbours  ? i
+                              : values == Values::kDepthwise ? j
+                                                             : 0);
+          kernel(runs, count, joined, listed + i, sums + i * pitch + j, pitch);
+        }
+      };
+      if constexpr (values == Values::kDepthwise) {
+        run(Outer<T, 1, kVectors, values>, 1);
+      } else {
+        if constexpr (kPositions == 8 && kVectors == 1) run(Outer<T, 16, 1, values>, 16);
+        if constexpr (kPositions == 8) run(Outer<T, 8, kVectors, values>, 8);
+        run(Outer<T, 4, kVectors, values>, 4);
+        run(Outer<T, 2, kVectors, values>, 2);
+        run(Outer<T, 1, kVectors, values>, 1);
+      }
+    });
+  }
+}
+
+// A box of pixels with some of their channels, as PackBox copies it: rows of `phases` times
+// `columns` pixels, of `pitch` elements each. Column c of the box is pixel c / phases of phase
+// c mod phases.
+struct Panel {
+  int64_t origin[3], count[3];  // in the operand, which may not reach so far
+  int64_t channels, pitch, phases, columns;
+
+  int64_t row() const { return phases * columns * pitch; }
+  int64_t At(int64_t a, int64_t b, int64_t c) const {
+    return (a * count[1] + b) * row() + (c % phases * columns + c / phases) * pitch;
+  }
+};
+
+// Where an operand's pixels lie.
+struct Operand {
+  int64_t c, s[3], size[3];
+};
+
+// Channels last, whole pixels of a row: elements [begin, end) of `count`, zeros around them.
+template <class T>
+void CopyRow(const T* from, int64_t begin, int64_t end, int64_t count, T* to) {
+  constexpr int lanes = kLanes<T>;
+  for (int64_t i = 0; i < count; i += lanes) {
+    const uint32_t mask = MaskOf<T>(begin - i, end - i);
+    const Vec<T> v = i >= begin && i + lanes <= end ? Load<T>(from + i) : LoadMasked<T>(from + i, mask);
+    StoreSome<T>(to + i, v, count - i);
+  }
+}
+
+// Copies a box of pixels, channels last, zeros where the operand has no element.
+template <class T>
+void PackBox(const Operand& at, const T* from, const Panel& panel, T* to) {
+  constexpr int lanes = kLanes<T>;
+  const int64_t pitch = panel.pitch, columns = panel.count[2], o2 = panel.origin[2];
+  // The columns that the operand has.
+  const int64_t begin = Min(Max(-o2, 0), columns), end = Max(Min(at.size[2] - o2, columns), begin);
+  for (int64_t a = 0; a < panel.count[0]; ++a) {
+    for (int64_t b = 0; b < panel.count[1]; ++b) {
+      T* row = to + (a * panel.count[1] + b) * panel.row();
+      const int64_t o0 = panel.origin[0] + a, o1 = panel.origin[1] + b;
+      if (o0 < 0 || o0 >= at.size[0] || o1 < 0 || o1 >= at.size[1]) {
+        for (int64_t i = 0; i < panel.row(); i += lanes) {
+          StoreSome<T>(row + i, Vec<T>{}, panel.row() - i);
+        }
+        continue;
+      }
+      const T* src = from + o0 * at.s[0] + o1 * at.s[1] + o2 * at.s[2];
+      if (panel.phases == 1 && pitch == panel.channels && at.s[2] == pitch) {
+        CopyRow<T>(src, begin * pitch, end * pitch, columns * pitch, row);
+        continue;
+      }
+      for (int64_t k = 0; k < panel.channels; k += lanes) {
+        const int64_t some = Min(lanes, panel.channels - k), stored = Min(lanes, pitch - k);
+        int64_t phase = 0, pixel = 0;
+        const auto store = [&](Vec<T> v) {
+          StoreSome<T>(row + (phase * panel.columns + pixel) * pitch + k, v, stored);
+          if (++phase == panel.phases) phase = 0, ++pixel;
+        };
+        if (at.c == 1) {
+          for (int64_t c = 0; c < columns; ++c) {
+            store(c < begin || c >= end ? Vec<T>{} : LoadSome<T>(src + c * at.s[2] + k, some));
+          }
+          continue;
+        }
+        for (int64_t c = 0; c < columns; c += lanes) {
+          Vec<T> v[lanes];
+          const T* square = src + k * at.c + c;
+          if (some == lanes && c >= begin && c + lanes <= end) {
+#pragma GCC unroll 16
+            for (int l = 0; l < lanes; ++l) v[l] = Load<T>(square + l * at.c);
+          } else {
+            const uint32_t mask = MaskOf<T>(begin - c, end - c);
+            for (int64_t l = 0; l < lanes; ++l) {
+              v[l] = l < some ? LoadMasked<T>(square + l * at.c, mask) : Vec<T>{};
+            }
+          }
+          Transpose<T>(v);
+#pragma GCC unroll 16
+          for (int l = 0; l < lanes; ++l) {
+            if (l < columns - c) store(v[l]);
+          }
+        }
+      }
+    }
+  }
+}
+
+// A task of the weight gradient: a group's channels [x0, x0 + x_count) and [y0, y0 + y_count), and
+// a part of all units.
+template <class T>
+struct GradTask {
+  const PixelPlan& p;
+  const T *x, *y;  // at the first channel
+  int64_t x_count, y_count, begin, end;
+  T* sums;
+  int64_t pitch;
+  void* memory;  // for panels and lists
+
+  // Operands as they lie, channels last: units are pieces of rows of x. Outer's runs leave out what
+  // a tap does not join.
+  void AddRows() const {
+    auto* runs = static_cast<Run*>(memory);
+    const int64_t row_pieces = (p.dst_size[2] + p.columns - 1) / p.columns;
+    const int64_t image_pieces = p.dst_size[0] * p.dst_size[1] * row_pieces;
+    for (int64_t first = begin; first < end; first += p.pieces) {
+      for (int64_t t = 0; t < p.ntaps; ++t) {
+        const AxisTap& t0 = p.axis_taps[0][t / p.kernel[2] / p.kernel[1]];
+        const AxisTap& t1 = p.axis_taps[1][t / p.kernel[2] % p.kernel[1]];
+        const AxisTap& t2 = p.axis_taps[2][t % p.kernel[2]];
+        const Valid valid = ValidOf(t2.e, p.src_step[2], p.src_size[2], p.dst_size[2]);
+        int64_t count = 0;
+        for (int64_t piece = first; piece < Min(first + p.pieces, end); ++piece) {
+          const int64_t n = piece / image_pieces, row = piece % image_pieces / row_pieces;
+          const int64_t q0 = row / p.dst_size[1], q1 = row % p.dst_size[1];
+          const int64_t o0 = q0 * p.src_step[0] + t0.e, o1 = q1 * p.src_step[1] + t1.e;
+          const int64_t column = piece % row_pieces * p.columns;
+          const int64_t q2 = Max(column, valid.begin), q2_end = Min(column + p.columns, valid.end);
+          if (o0 < 0 || o0 >= p.src_size[0] || o1 < 0 || o1 >= p.src_size[1] || q2 >= q2_end) {
+            continue;
+          }
+          runs[count++] = {n * p.dst_n + q0 * p.dst_s[0] + q1 * p.dst_s[1] + q2 * p.dst_s[2],
+                           n * p.src_n + o0 * p.src_s[0] + o1 * p.src_s[1] +
+                               (q2 * p.src_step[2] + t2.e) * p.src_s[2],
+                           q2_end - q2};
+        }
+        if (count == 0) continue;
+        const Joined<T> joined{x, y, p.dst_s[2], p.src_step[2] * p.src_s[2], 0};
+        if (p.depthwise != 0) {
+          AddProducts<T, Values::kDepthwise>(runs, count, joined, nullptr, 1, y_count,
+                                             sums + t * pitch, pitch);
+        } else {
+          AddProducts<T, Values::kNeighbours>(runs, count, joined, nullptr, x_count, y_count,
+                                              sums + t * x_count * pitch, pitch);
+        }
+      }
+    }
+  }
+
+  // Copies: units are boxes of x, and every tap joins every position, some with zeros. Values of x
+  // meet vectors of y, or, where y's channels are few, values of y (each channel at each tap)
+  // vectors of x.
+  void AddBoxes() const {
+    const bool swapped = p.swapped != 0;
+    T* y_panel = static_cast<T*>(memory);
+    T* x_panel = y_panel + p.y_panel;
+    auto* at = reinterpret_cast<int64_t*>(x_panel + p.x_panel);  // of a tap, or channel and tap
+    auto* runs = reinterpret_cast<Run*>(at + p.ntaps * (swapped ? p.y_chunk : 1));
+    const Operand x_at{p.dst_c, {p.dst_s[0], p.dst_s[1], p.dst_s[2]},
+                       {p.dst_size[0], p.dst_size[1], p.dst_size[2]}};
+    const Operand y_at{p.src_c, {p.src_s[0], p.src_s[1], p.src_s[2]},
+                       {p.src_size[0], p.src_size[1], p.src_size[2]}};
+    for (int64_t unit = begin; unit < end; ++unit) {
+      Panel xs{}, ys{};
+      int64_t index = unit;
+      for (int a = 2; a >= 0; --a) {
+        xs.origin[a] = index % p.boxes[a] * p.box[a];
+        xs.count[a] = Min(p.box[a], p.dst_size[a] - xs.origin[a]);
+        index /= p.boxes[a];
+        const int64_t first = p.axis_taps[a][0].e, last = p.axis_taps[a][p.kernel[a] - 1].e;
+        ys.origin[a] = xs.origin[a] * p.src_step[a] + first;
+        ys.count[a] = (xs.count[a] - 1) * p.src_step[a] + last - first + 1;
+      }
+      xs.channels = x_count;
+      xs.pitch = p.x_pitch;
+      xs.phases = 1;
+      xs.columns = xs.count[2];
+      ys.channels = y_count;
+      ys.pitch = p.y_pitch;
+      ys.phases = swapped ? 1 : p.src_step[2];
+      ys.columns = (ys.count[2] + ys.phases - 1) / ys.phases;
+      PackBox<T>(y_at, y + index * p.src_n, ys, y_panel);
+      if (p.x_panel > 0) PackBox<T>(x_at, x + index * p.dst_n, xs, x_panel);
+
+      int64_t count = 0;
+      for (int64_t a = 0; a < xs.count[0]; ++a) {
+        for (int64_t b = 0; b < xs.count[1]; ++b) {
+          const int64_t x_row = p.x_panel > 0 ? xs.At(a, b, 0)
+                                              : index * p.dst_n + (xs.origin[0] + a) * p.dst_s[0] +
+                                                    (xs.origin[1] + b) * p.dst_s[1] +
+                                                    xs.origin[2] * p.dst_s[2];
+          const int64_t y_row = ys.At(a * p.src_step[0], b * p.src_step[1], 0);
+          runs[count++] = swapped ? Run{y_row, x_row, xs.count[2]} : Run{x_row, y_row, xs.count[2]};
+        }
+      }
+      for (int64_t t = 0; t < p.ntaps; ++t) {
+        const int64_t tap = ys.At(p.axis_taps[0][t / p.kernel[2] / p.kernel[1]].e - p.axis_taps[0][0].e,
+                                  p.axis_taps[1][t / p.kernel[2] % p.kernel[1]].e - p.axis_taps[1][0].e,
+                                  p.axis_taps[2][t % p.kernel[2]].e - p.axis_taps[2][0].e);
+        for (int64_t j = 0; j < (swapped ? y_count : 1); ++j) at[j * p.ntaps + t] = tap + j;
+      }
+      const T* x_from = p.x_panel > 0 ? x_panel : x;
+      const int64_t x_step = p.x_panel > 0 ? p.x_pitch : p.dst_s[2];
+      const uint32_t whole = MaskOf<T>(0, kLanes<T>);
+      if (swapped) {
+        AddProducts<T, Values::kListed>(
+            runs, count, {y_panel, x_from, p.src_step[2] * ys.pitch, x_step, p.x_panel > 0 ? whole : 0},
+            at, y_count * p.ntaps, x_count, sums, pitch);
+        continue;
+      }
+      for (int64_t t = 0; t < p.ntaps; ++t) {
+        AddProducts<T, Values::kNeighbours>(runs, count, {x_from, y_panel + at[t], x_step, ys.pitch, whole},
+                                            nullptr, x_count, y_count, sums + t * x_count * pitch,
+                                            pitch);
+      }
+    }
+  }
+};
 
 // Task (group, part, x channels, y channels): the part's share of all images.
 template <class T>
@@ -401,78 +659,59 @@ void WeightGradOf(const PixelPlan& p, const PixelOperands& ops, int64_t task, vo
   const int64_t yc = task % p.y_chunks, xc = task / p.y_chunks % p.x_chunks;
   const int64_t part = task / p.y_chunks / p.x_chunks % p.parts,
                 g = task / p.y_chunks / p.x_chunks / p.parts;
-  const bool depthwise = p.depthwise != 0;
+  const bool depthwise = p.depthwise != 0, swapped = p.swapped != 0;
   const int64_t all_x = depthwise ? 1 : p.m, all_y = depthwise ? p.m : p.k;
   const int64_t x0 = xc * p.x_chunk, x_count = Min(p.x_chunk, all_x - x0);
   const int64_t y0 = yc * p.y_chunk, y_count = Min(p.y_chunk, all_y - y0);
-  const int64_t pitch = (y_count + lanes - 1) / lanes * lanes, tap_sums = x_count * pitch;
+  const int64_t pitch = ((swapped ? x_count : y_count) + lanes - 1) / lanes * lanes;
   auto* sums = static_cast<T*>(memory);
-  auto* runs = reinterpret_cast<Run*>(sums + p.ntaps * p.x_chunk *
-                                                 ((p.y_chunk + lanes - 1) / lanes * lanes));
-  for (int64_t i = 0; i < p.ntaps * tap_sums; i += lanes) Store<T>(sums + i, Vec<T>{});
-
-  const T* y = static_cast<const T*>(ops.src) + g * p.k + y0;
-  const T* x = static_cast<const T*>(ops.other) + (depthwise ? y0 : g * p.m + x0);
-  const int64_t row_pieces = (p.dst_size[2] + p.columns - 1) / p.columns;
-  const int64_t image_pieces = p.dst_size[0] * p.dst_size[1] * row_pieces;
-  const int64_t pieces = p.n * image_pieces, end = pieces * (part + 1) / p.parts;
-  for (int64_t begin = pieces * part / p.parts; begin < end; begin += p.pieces) {
-    for (int64_t t = 0; t < p.ntaps; ++t) {
-      const AxisTap& t0 = p.axis_taps[0][t / p.kernel[2] / p.kernel[1]];
-      const AxisTap& t1 = p.axis_taps[1][t / p.kernel[2] % p.kernel[1]];
-      const AxisTap& t2 = p.axis_taps[2][t % p.kernel[2]];
-      const Valid valid = ValidOf(t2.e, p.src_step[2], p.src_size[2], p.dst_size[2]);
-      int64_t nruns = 0;
-      for (int64_t piece = begin; piece < Min(begin + p.pieces, end); ++piece) {
-        const int64_t n = piece / image_pieces, row = piece % image_pieces / row_pieces;
-        const int64_t q0 = row / p.dst_size[1], q1 = row % p.dst_size[1];
-        const int64_t o0 = q0 * p.src_step[0] + t0.e, o1 = q1 * p.src_step[1] + t1.e;
-        const int64_t column = piece % row_pieces * p.columns;
-        const int64_t q2 = Max(column, valid.begin), q2_end = Min(column + p.columns, valid.end);
-        if (o0 < 0 || o0 >= p.src_size[0] || o1 < 0 || o1 >= p.src_size[1] || q2 >= q2_end)
-          continue;
-        runs[nruns++] = {n * p.dst_n + q0 * p.dst_s[0] + q1 * p.dst_s[1] + q2 * p.dst_s[2],
-                         n * p.src_n + o0 * p.src_s[0] + o1 * p.src_s[1] +
-                             (q2 * p.src_step[2] + t2.e) * p.src_s[2],
-                         q2_end - q2};
-      }
-      if (nruns == 0) continue;
-      for (int64_t j = 0, nv; j < y_count; j += nv * lanes) {
-        nv = Min((y_count - j + lanes - 1) / lanes, kMaxVectors);
-        const uint32_t mask = MaskOf<T>(0, y_count - j - (nv - 1) * lanes);
-        WithConstant<kMaxVectors>(nv, [&](auto constant) {
-          constexpr int kVectors = decltype(constant)::value;
-          int64_t i = 0;
-          const auto run = [&](auto kernel, int64_t mr, int64_t x_at) {
-            for (; i + mr <= x_count; i += mr) {
-              kernel(runs, nruns, x + x_at + i, y + j, p.dst_s[2], p.src_step[2] * p.src_s[2], mask,
-                     sums + t * tap_sums + i * pitch + j, pitch);
-            }
-          };
-          if (depthwise) return run(Outer<T, 1, kVectors, true>, 1, j);
-          if constexpr (kPositions == 8) run(Outer<T, 8, kVectors, false>, 8, 0);
-          run(Outer<T, 4, kVectors, false>, 4, 0);
-          run(Outer<T, 2, kVectors, false>, 2, 0);
-          run(Outer<T, 1, kVectors, false>, 1, 0);
-        });
-      }
-    }
+  for (int64_t i = 0; i < p.ntaps * (swapped ? y_count : x_count) * pitch; i += lanes) {
+    Store<T>(sums + i, Vec<T>{});
+  }
+  const GradTask<T> grad{p,
+                         static_cast<const T*>(ops.other) +
+                             (depthwise ? y0 : g * p.m + x0) * p.dst_c,
+                         static_cast<const T*>(ops.src) + (g * p.k + y0) * p.src_c,
+                         x_count,
+                         y_count,
+                         p.units * part / p.parts,
+                         p.units * (part + 1) / p.parts,
+                         sums,
+                         pitch,
+                         sums + p.sums};
+  if (p.boxes[0] > 0) {
+    grad.AddBoxes();
+  } else {
+    grad.AddRows();
   }
 
-  // Squares of taps x y channels, transposed: taps are contiguous in dw.
+  // Squares of taps x channels, transposed: taps are contiguous in dw, and come in the order of y's
+  // channels.
+  const auto square = [&](auto* to, const T* from, int64_t distance, int64_t row, int64_t rows,
+                          int64_t channels, int64_t to_row) {
+    Vec<T> v[lanes];
+    for (int64_t l = 0; l < lanes; ++l) {
+      v[l] = l < rows ? Load<T>(from + (row + l) * distance) : Vec<T>{};
+    }
+    Transpose<T>(v);
+    for (int64_t l = 0; l < Min(lanes, channels); ++l) StoreSome<T>(to + l * to_row + row, v[l], rows);
+  };
   const auto emit = [&](auto* dw) {
+    if (swapped) {
+      const int64_t rows = p.ntaps * y_count;
+      for (int64_t i = 0; i < x_count; i += lanes) {
+        for (int64_t r = 0; r < rows; r += lanes) {
+          square(dw + (x0 + i) * p.wm + y0 * p.wk, sums + i, pitch, r, rows - r, x_count - i, p.wm);
+        }
+      }
+      return;
+    }
     for (int64_t i = 0; i < x_count; ++i) {
       for (int64_t j = 0; j < y_count; j += lanes) {
+        const int64_t to_row = depthwise ? p.wm : p.wk;
         for (int64_t t = 0; t < p.ntaps; t += lanes) {
-          Vec<T> v[lanes];
-          for (int64_t l = 0; l < lanes; ++l) {
-            v[l] = t + l < p.ntaps ? Load<T>(sums + (t + l) * tap_sums + i * pitch + j) : Vec<T>{};
-          }
-          Transpose<T>(v);
-          for (int64_t l = 0; l < Min(lanes, y_count - j); ++l) {
-            StoreSome<T>(dw + (x0 + i) * p.wm + (y0 + j + l) * (depthwise ? p.wm : p.wk) + t, v[l],
-                         p.ntaps - t);
-          }
+          square(dw + (x0 + i) * p.wm + (y0 + j) * to_row, sums + i * pitch + j, x_count * pitch, t,
+                 p.ntaps - t, y_count - j, to_row);
         }
       }
     }

@@ -37,6 +37,9 @@ constexpr int64_t kMostPositions = 128;             // of a tile
 // for the sums of a weight gradient.
 constexpr int64_t kListBytes = int64_t{256} << 10, kWeightBytes = int64_t{256} << 10;
 constexpr int64_t kSumsBytes = int64_t{512} << 10, kRowsBytes = int64_t{256} << 10;
+constexpr int64_t kPanelBytes = int64_t{384} << 10;  // copies of x and y
+constexpr int64_t kNearBytes = int64_t{40} << 10;    // what the taps of a row read again and again
+constexpr int64_t kBoxTasks = 8;                     // fewer than others: each copies what it reads
 
 int64_t SumSize(const Problem& p) { return p.in_dtype == DType::kF64 ? 8 : 4; }
 bool Depthwise(const Problem& p) { return p.cig() == 1 && p.cog() == 1; }
@@ -113,31 +116,90 @@ void SetTasks(Plan& plan, const PixelKernels& kernels, int64_t size) {
               (blocks * plan.most_taps + 1) * entry;
 }
 
-// Which channels and rows are a task of the weight gradient.
+// Which channels and positions are a task of the weight gradient.
 void SetWeightGradTasks(Plan& plan, const Problem& problem, int64_t lanes, int64_t size) {
   PixelPlan& p = plan.p;
-  const int64_t all_x = p.depthwise != 0 ? 1 : p.m, all_y = p.depthwise != 0 ? p.m : p.k;
+  const bool depthwise = p.depthwise != 0;
+  const int64_t all_x = depthwise ? 1 : p.m, all_y = depthwise ? p.m : p.k;
   const int64_t most_parts = 1 + problem.YElements() / 10 / problem.WElements();
+  const auto filled = [&](int64_t channels) {
+    return static_cast<double>(channels) / static_cast<double>(RoundUp(channels, lanes));
+  };
+  p.swapped = !depthwise && filled(all_y) < filled(all_x) ? 1 : 0;
+  const bool boxes = !problem.channels_last || p.swapped != 0;
+  p.x_chunk = all_x;
+  p.y_chunk = all_y;
+  // The operand whose vectors are taken has whole vectors in a copy, an odd number of them, so that
+  // neighbouring pixels do not compete for the same sets of a cache.
+  const auto vectors = [&](int64_t channels) {
+    return channels <= lanes ? lanes : (CeilDiv(channels, lanes) | 1) * lanes;
+  };
+  const auto set_boxes = [&] {
+    p.x_pitch = p.swapped != 0 ? vectors(p.x_chunk) : p.x_chunk;
+    p.y_pitch = p.swapped != 0 ? p.y_chunk : vectors(p.y_chunk);
+    Sizes box{1, 1, p.dst_size[2]};
+    const auto set_panels = [&] {
+      int64_t pixels = 1;
+      for (size_t a = 0; a < 3; ++a) {
+        const AxisTap* taps = p.axis_taps[a];
+        const int64_t span = taps[p.kernel[a] - 1].e - taps[0].e;
+        pixels *= RoundUp((box[a] - 1) * p.src_step[a] + span + 1, a < 2 ? 1 : p.src_step[2]);
+      }
+      p.y_panel = RoundUp(pixels * p.y_pitch, 16);
+      p.x_panel = problem.channels_last ? 0 : RoundUp(Product(box) * p.x_pitch, 16);
+      const int64_t heard = p.swapped != 0 ? 2 * lanes + p.y_chunk : p.x_chunk + 2 * lanes;
+      return (p.x_panel + p.y_panel) * size <= kPanelBytes &&
+             Product(box) * heard * size <= kNearBytes;
+    };
+    while (!set_panels() && box[2] > 16) box[2] = CeilDiv(box[2], 2);
+    for (const size_t a : {size_t{1}, size_t{0}}) {
+      // As many as possible, and then as equal as possible.
+      const int64_t least = box[a];
+      while (box[a] < p.dst_size[a]) {
+        ++box[a];
+        if (set_panels()) continue;
+        box[a] = std::max(box[a] - 1, least);
+        break;
+      }
+      box[a] = CeilDiv(p.dst_size[a], CeilDiv(p.dst_size[a], box[a]));
+      if (box[a] < p.dst_size[a]) break;
+    }
+    set_panels();
+    p.units = p.n;
+    for (size_t a = 0; a < 3; ++a) {
+      p.box[a] = box[a];
+      p.boxes[a] = CeilDiv(p.dst_size[a], box[a]);
+      p.units *= p.boxes[a];
+    }
+  };
   // What a position and the taps of a row join: whole lines.
   const auto bytes = [&](int64_t channels) { return std::max<int64_t>(channels * size, 64); };
   const auto position = [&] {
     return bytes(p.x_chunk) + bytes(p.y_chunk) * p.src_step[1] * p.src_step[2];
   };
-  p.x_chunk = all_x;
-  p.y_chunk = all_y;
   p.columns = std::min(std::max<int64_t>(kRowsBytes / position(), 16), p.dst_size[2]);
-  const int64_t pieces = p.n * p.dst_size[0] * p.dst_size[1] * CeilDiv(p.dst_size[2], p.columns);
-  while (true) {
+  const auto set_parts = [&] {
     p.x_chunks = CeilDiv(all_x, p.x_chunk);
     p.y_chunks = CeilDiv(all_y, p.y_chunk);
+    const int64_t rows = p.ntaps * (p.swapped != 0 ? p.y_chunk : p.x_chunk);
+    p.sums = rows * RoundUp(p.swapped != 0 ? p.x_chunk : p.y_chunk, lanes);
+    if (boxes) {
+      set_boxes();
+    } else {
+      p.units = p.n * p.dst_size[0] * p.dst_size[1] * CeilDiv(p.dst_size[2], p.columns);
+    }
     p.parts = 1;
     p.parts = std::clamp<int64_t>(CeilDiv(kTasks, plan.WeightGradTasks()), 1,
-                                  std::min(most_parts, pieces));
-    const bool near = p.ntaps * p.x_chunk * RoundUp(p.y_chunk, lanes) * size <= kSumsBytes;
-    if (near && plan.WeightGradTasks() >= kTasks) break;
-    if (p.x_chunk > 8 && p.x_chunk >= p.y_chunk) {
-      p.x_chunk = RoundUp(p.x_chunk / 2, 8);
-    } else if (p.y_chunk > 2 * lanes) {
+                                  std::min(most_parts, p.units));
+    return p.sums * size <= kSumsBytes && plan.WeightGradTasks() >= (boxes ? kBoxTasks : kTasks);
+  };
+  while (!set_parts()) {
+    // Copies of y are the larger ones, so that its channels are divided first.
+    const bool y_first = boxes ? p.y_chunk > 2 * lanes : p.x_chunk <= 8 || p.x_chunk < p.y_chunk;
+    if (p.swapped != 0) {
+      if (p.x_chunk <= lanes) break;
+      p.x_chunk = RoundUp(p.x_chunk / 2, lanes);
+    } else if (y_first && p.y_chunk > 2 * lanes) {
       p.y_chunk = RoundUp(p.y_chunk / 2, lanes);
     } else if (p.x_chunk > 8) {
       p.x_chunk = RoundUp(p.x_chunk / 2, 8);
@@ -145,8 +207,11 @@ void SetWeightGradTasks(Plan& plan, const Problem& problem, int64_t lanes, int64
       break;
     }
   }
-  p.pieces = std::clamp<int64_t>(kRowsBytes / (position() * p.columns), 1, pieces);
-  p.scratch = p.ntaps * p.x_chunk * RoundUp(p.y_chunk, lanes) * size + p.pieces * 24;
+  p.pieces = std::clamp<int64_t>(kRowsBytes / (position() * p.columns), 1, p.units);
+  const int64_t listed = boxes ? p.ntaps * (p.swapped != 0 ? p.y_chunk : 1) * 8 +
+                                     p.box[0] * p.box[1] * 24
+                               : p.pieces * 24;
+  p.scratch = (p.sums + p.x_panel + p.y_panel) * size + listed;
 }
 
 Plan PlanOf(const Problem& problem, const PixelKernels& kernels) {
@@ -176,6 +241,8 @@ Plan PlanOf(const Problem& problem, const PixelKernels& kernels) {
   }
   p.src_n = src.n;
   p.dst_n = dst.n;
+  p.src_c = src.c;
+  p.dst_c = dst.c;
   p.phases = 1;
   for (size_t a = 0; a < 3; ++a) {
     p.kernel[a] = problem.k[a];
@@ -253,7 +320,9 @@ std::string Refuse(const Problem& p, const Device& device) {
     return "needs vectors of " + std::to_string(bytes) + " bytes, the processor has " +
            std::to_string(device.vector_bytes);
   }
-  if (!p.channels_last) return "takes channels last only";
+  if (!p.channels_last && (p.pass != Pass::kWeightGrad || Depthwise(p))) {
+    return "takes channels first in weight gradients only, and no depthwise ones";
+  }
   if (SizeOf(p.in_dtype) == 2) return "takes float32 and float64 only";
   if (p.Empty()) return "takes no empty arrays";
   if (Depthwise(p) && p.ci % lanes != 0) {
@@ -292,13 +361,21 @@ double Seconds(const Problem& p, const Device& device) {
   double cycles = 0;
   if (p.pass == Pass::kWeightGrad) {
     const int64_t width = static_cast<int64_t>(lanes);
-    const double vectors =
-        q.depthwise != 0 ? real(q.m) / lanes : real(q.groups * q.m * CeilDiv(q.k, width));
-    const double product = q.depthwise != 0 ? 1.5 : q.k % width != 0 ? 1.6 : 0.65;
-    const double pieces = real(p.n * p.isize[0] * p.isize[1] * CeilDiv(p.isize[2], q.columns));
-    cycles = inputs * vectors * product;
-    cycles += pieces * real(q.ntaps) *
-              (10 * real(q.x_chunks * q.y_chunks * q.groups) + 4 * vectors / real(q.pieces));
+    const double vectors = q.depthwise != 0 ? real(q.m) / lanes
+                           : q.swapped != 0 ? real(q.groups * q.k * CeilDiv(q.m, width))
+                                            : real(q.groups * q.m * CeilDiv(q.k, width));
+    if (q.boxes[0] > 0) {
+      const int64_t units = q.units * q.groups;
+      cycles = inputs * vectors * 0.65;
+      cycles += real(units * q.x_chunks * q.y_chunks) * real(q.y_panel + q.x_panel) / lanes * 6;
+      cycles += real(units * q.x_chunks * q.y_chunks * q.box[0] * q.box[1] * q.ntaps) * 8;
+    } else {
+      const double product = q.depthwise != 0 ? 1.5 : q.k % width != 0 ? 1.6 : 0.65;
+      const double pieces = real(p.n * p.isize[0] * p.isize[1] * CeilDiv(p.isize[2], q.columns));
+      cycles = inputs * vectors * product;
+      cycles += pieces * real(q.ntaps) *
+                (10 * real(q.x_chunks * q.y_chunks * q.groups) + 4 * vectors / real(q.pieces));
+    }
   } else {
     const double vectors = real(plan.Units() * q.mr) / lanes;
     cycles = inputs * vectors * (q.depthwise != 0 ? 1.0 : real(q.k) * 0.6 + 1);
