@@ -278,6 +278,14 @@ void PackWeight(const PhasePlan& p, const void* weight, void* packed, int64_t ta
         const int64_t chunk = k / p.k_chunk * p.k_chunk, chunk_size = Min(p.k_chunk, p.k - chunk);
         ks = Min(Min(Max(lanes / mr, 1), k_end - k), chunk + chunk_size - k);
         const int64_t ms = Min(mr, lanes);  // of a square, which has ks * ms rows
+        if (ks * ms == 1) {
+          for (int64_t t = 0; t < p.ntaps; ++t) {
+            const Place& at = p.places[t];
+            to[p.k * (at.first * p.m + block.m0 * at.taps) + chunk * at.taps +
+               at.index * chunk_size + k - chunk] = LoadSome<T>(w + k * p.wk + t, 1)[0];
+          }
+          continue;
+        }
         for (int64_t t = 0; t < p.ntaps; t += lanes) {
           const int64_t some = Min(lanes, p.ntaps - t);
           for (int64_t m = 0; m < mr; m += ms) {

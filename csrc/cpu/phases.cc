@@ -287,7 +287,7 @@ Plan PlanOf(const Problem& problem, const PhaseKernels& kernels, bool with_taps)
   const int64_t narrow = std::max<int64_t>(std::min(p.k, p.m), 1);
   const int64_t positions = Product(problem.isize) + Product(problem.osize);
   p.group_chunk = problem.channels_last
-                      ? CeilDiv(16, narrow)
+                      ? CeilDiv(32, narrow)
                       : 8192 / std::max<int64_t>(std::max(p.k, p.m) * positions, 1);
   p.group_chunk = std::clamp<int64_t>(p.group_chunk, 1, std::max<int64_t>(p.groups, 1));
 

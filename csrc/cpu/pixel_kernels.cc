@@ -66,18 +66,34 @@ void PackWeight(const PixelPlan& p, const T* weight, T* packed, int64_t task, in
 // ---------------------------------------------------------------------------------------------
 // Forward and input gradient
 
-// What some positions hear by one tap: pixels of the source, or zeros.
+// What some positions hear by one tap: pixels of the source, or zeros. Where all are neighbours in a
+// row, only the first is listed, and the second is null.
 template <class T>
 struct Heard {
   int64_t tap;  // of its phase
   const T* from[kPositions];
 };
 
+// The pixels that are heard, from a channel on; neighbours are `pitch` elements apart.
+template <class T>
+JAXCONV_INLINE void PixelsOf(const Heard<T>& heard, int64_t pitch, int64_t channel,
+                             const T** from) {
+  if (heard.from[1] == nullptr) {
+    from[0] = heard.from[0] + channel;
+#pragma GCC unroll 8
+    for (int i = 1; i < kPositions; ++i) from[i] = from[i - 1] + pitch;
+  } else {
+#pragma GCC unroll 8
+    for (int i = 0; i < kPositions; ++i) from[i] = heard.from[i] + channel;
+  }
+}
+
 // sums[position][m] (+)= sum over taps and channels of source[position][channel] * weight[m]. The
 // sums stay in registers.
-template <class T, int nv, bool depthwise>
-__attribute__((noinline)) void Multiply(const Heard<T>* heard, int64_t count, const T* weight,
-                                        int64_t channels, int64_t offset, T* sums, bool add) {
+template <class T, int nv>
+__attribute__((noinline)) void Multiply(const Heard<T>* heard, int64_t count, int64_t pitch,
+                                        const T* weight, int64_t channels, int64_t offset, T* sums,
+                                        bool add) {
   constexpr int lanes = kLanes<T>, mr = nv * lanes;
   Vec<T> acc[kPositions][nv];
 #pragma GCC unroll 8
@@ -89,46 +105,36 @@ __attribute__((noinline)) void Multiply(const Heard<T>* heard, int64_t count, co
   }
   for (const Heard<T>* end = heard + count; heard != end; ++heard) {
     const T* from[kPositions];
-#pragma GCC unroll 8
-    for (int i = 0; i < kPositions; ++i) from[i] = heard->from[i] + offset;
+    PixelsOf(*heard, pitch, offset, from);
     const T* w = weight + heard->tap * channels * mr;
-    if constexpr (depthwise) {
-#pragma GCC unroll 4
-      for (int v = 0; v < nv; ++v) {
-        const Vec<T> wv = Load<T>(w + v * lanes);
-#pragma GCC unroll 8
-        for (int i = 0; i < kPositions; ++i) acc[i][v] += Load<T>(from[i] + v * lanes) * wv;
-      }
-    } else {
-      int64_t k = 0;
-      if constexpr (nv == 1) {
-        // Sums of their own for odd channels: with one vector they are too few to keep the
-        // multipliers busy.
-        Vec<T> odd[kPositions] = {};
-        for (; k + 2 <= channels; k += 2) {
-          const Vec<T> w0 = Load<T>(w), w1 = Load<T>(w + mr);
-#pragma GCC unroll 8
-          for (int i = 0; i < kPositions; ++i) {
-            acc[i][0] += Broadcast(from[i][k]) * w0;
-            odd[i] += Broadcast(from[i][k + 1]) * w1;
-          }
-          w += 2 * mr;
-        }
-#pragma GCC unroll 8
-        for (int i = 0; i < kPositions; ++i) acc[i][0] += odd[i];
-      }
-      for (; k < channels; ++k) {
-        Vec<T> wv[nv];
-#pragma GCC unroll 4
-        for (int v = 0; v < nv; ++v) wv[v] = Load<T>(w + v * lanes);
+    int64_t k = 0;
+    if constexpr (nv == 1) {
+      // Sums of their own for odd channels: with one vector they are too few to keep the
+      // multipliers busy.
+      Vec<T> odd[kPositions] = {};
+      for (; k + 2 <= channels; k += 2) {
+        const Vec<T> w0 = Load<T>(w), w1 = Load<T>(w + mr);
 #pragma GCC unroll 8
         for (int i = 0; i < kPositions; ++i) {
-          const Vec<T> x = Broadcast(from[i][k]);
-#pragma GCC unroll 4
-          for (int v = 0; v < nv; ++v) acc[i][v] += x * wv[v];
+          acc[i][0] += Broadcast(from[i][k]) * w0;
+          odd[i] += Broadcast(from[i][k + 1]) * w1;
         }
-        w += mr;
+        w += 2 * mr;
       }
+#pragma GCC unroll 8
+      for (int i = 0; i < kPositions; ++i) acc[i][0] += odd[i];
+    }
+    for (; k < channels; ++k) {
+      Vec<T> wv[nv];
+#pragma GCC unroll 4
+      for (int v = 0; v < nv; ++v) wv[v] = Load<T>(w + v * lanes);
+#pragma GCC unroll 8
+      for (int i = 0; i < kPositions; ++i) {
+        const Vec<T> x = Broadcast(from[i][k]);
+#pragma GCC unroll 4
+        for (int v = 0; v < nv; ++v) acc[i][v] += x * wv[v];
+      }
+      w += mr;
     }
   }
 #pragma GCC unroll 8
@@ -138,8 +144,41 @@ __attribute__((noinline)) void Multiply(const Heard<T>* heard, int64_t count, co
   }
 }
 
-// Channels of a pixel that are asked for ahead.
-constexpr int64_t kNear = 128, kNearDepthwise = 512;
+// Depthwise: the sum over taps of source[position][m] * weight[m], plus the bias, for the first
+// `positions` of a block; these go to the destination at once.
+template <class T, int nv>
+__attribute__((noinline)) void MultiplyLanes(const Heard<T>* heard, int64_t count, int64_t pitch,
+                                             const T* weight, int64_t tap_size, int64_t offset,
+                                             const T* bias, T* dst, const int64_t* to,
+                                             int64_t positions) {
+  constexpr int lanes = kLanes<T>;
+  Vec<T> acc[kPositions][nv];
+#pragma GCC unroll 4
+  for (int v = 0; v < nv; ++v) {
+    const Vec<T> b = bias == nullptr ? Vec<T>{} : Load<T>(bias + v * lanes);
+#pragma GCC unroll 8
+    for (int i = 0; i < kPositions; ++i) acc[i][v] = b;
+  }
+  for (const Heard<T>* end = heard + count; heard != end; ++heard) {
+    const T* from[kPositions];
+    PixelsOf(*heard, pitch, offset, from);
+    const T* w = weight + heard->tap * tap_size;
+#pragma GCC unroll 4
+    for (int v = 0; v < nv; ++v) {
+      const Vec<T> wv = Load<T>(w + v * lanes);
+#pragma GCC unroll 8
+      for (int i = 0; i < kPositions; ++i) acc[i][v] += Load<T>(from[i] + v * lanes) * wv;
+    }
+  }
+#pragma GCC unroll 8
+  for (int i = 0; i < kPositions; ++i) {
+    if (i >= positions) break;
+#pragma GCC unroll 4
+    for (int v = 0; v < nv; ++v) Store<T>(dst + to[i] + v * lanes, acc[i][v]);
+  }
+}
+
+constexpr int64_t kNear = 128;  // channels of a pixel that are asked for ahead
 
 // Far enough outside for every tap.
 constexpr int64_t kNowhere = -(int64_t{1} << 60);
@@ -157,7 +196,8 @@ struct PixelTile {
   Heard<T>* heard;
 
   const AxisTap* taps[3];
-  int64_t ntaps[3], newest[3], near;
+  int64_t ntaps[3], newest[3];
+  int64_t near, near_end;  // the channels that are asked for ahead
   int64_t positions, blocks;
 
   void Begin(const int64_t* phase, int64_t q_begin, int64_t q_end) {
@@ -170,7 +210,6 @@ struct PixelTile {
       }
       newest[a] -= p.src_step[a] - 1;
     }
-    near = Min(p.zeros, p.depthwise != 0 ? kNearDepthwise : kNear);
     positions = 0;
     int64_t q[3] = {q_begin / p.grid[2] / p.grid[1], q_begin / p.grid[2] % p.grid[1],
                     q_begin % p.grid[2]};
@@ -228,24 +267,29 @@ struct PixelTile {
           Heard<T>& h = heard[entries];
           h.tap = index;
           const int64_t e = taps[2][t2].e;
-          bool some = false;
           if (in_row && q[0][2] + e >= 0 && last + e < p.src_size[2]) {
             const T* from = rows[0] + (q[0][2] + e) * p.src_s[2];
-            for (int i = 0; i < kPositions; ++i) h.from[i] = from + i * pitch;
-            some = true;
-          } else {
-            for (int i = 0; i < kPositions; ++i) {
-              const int64_t i2 = q[i][2] + e;
-              const bool in = rows[i] != nullptr && i2 >= 0 && i2 < p.src_size[2];
-              h.from[i] = in ? rows[i] + i2 * p.src_s[2] : zeros;
-              some |= in;
+            h.from[0] = from;
+            h.from[1] = nullptr;
+            ++entries;
+            if (!ask || e < newest[2]) continue;
+            for (int i = 0; i < kPositions; ++i, from += pitch) {
+              for (int64_t k = near; k < near_end; k += kLanes<T>) __builtin_prefetch(from + k);
             }
+            continue;
+          }
+          bool some = false;
+          for (int i = 0; i < kPositions; ++i) {
+            const int64_t i2 = q[i][2] + e;
+            const bool in = rows[i] != nullptr && i2 >= 0 && i2 < p.src_size[2];
+            h.from[i] = in ? rows[i] + i2 * p.src_s[2] : zeros;
+            some |= in;
           }
           if (!some) continue;
           ++entries;
           if (!ask || e < newest[2]) continue;
           for (int i = 0; i < kPositions; ++i) {
-            for (int64_t k = 0; k < near; k += kLanes<T>) __builtin_prefetch(h.from[i] + k);
+            for (int64_t k = near; k < near_end; k += kLanes<T>) __builtin_prefetch(h.from[i] + k);
           }
         }
       }
@@ -273,10 +317,13 @@ void CorrelateOf(const PixelPlan& p, const PixelOperands& ops, int64_t task, voi
   for (int64_t i = 0; i < p.zeros; i += lanes) Store<T>(zeros + i, Vec<T>{});
 
   const T* src = static_cast<const T*>(ops.src) + n * p.src_n;
-  PixelTile<T> tile{p, src, zeros, at, to, first, heard, {}, {}, {}, 0, 0, 0};
+  PixelTile<T> tile{p, src, zeros, at, to, first, heard, {}, {}, {}, 0, 0, 0, 0};
   const int64_t units = p.groups * p.nblocks;
   const int64_t u_begin = units * split_m / p.block_splits,
                 u_end = units * (split_m + 1) / p.block_splits;
+  const int64_t pitch = p.src_step[2] * p.src_s[2];
+  tile.near = p.depthwise != 0 ? u_begin * p.mr : 0;
+  tile.near_end = p.depthwise != 0 ? u_end * p.mr : Min(p.zeros, kNear);
   for (int64_t r = p.phases * split_r / p.phase_splits;
        r < p.phases * (split_r + 1) / p.phase_splits; ++r) {
     const int64_t phase[3] = {r / p.dst_step[2] / p.dst_step[1], r / p.dst_step[2] % p.dst_step[1],
@@ -287,6 +334,22 @@ void CorrelateOf(const PixelPlan& p, const PixelOperands& ops, int64_t task, voi
     tile.List(0);
 
     const int64_t phase_taps = tile.ntaps[0] * tile.ntaps[1] * tile.ntaps[2];
+    const T* phase_weight = static_cast<const T*>(ops.weight) + p.phase_first[r] * p.nblocks * p.mr;
+    // Depthwise, all channels of some pixels before the next ones.
+    for (int64_t b = 0; b < (p.depthwise != 0 ? blocks : 0); ++b) {
+      if (b + 1 < blocks) tile.List(b + 1);
+      for (int64_t u = u_begin; u < u_end; ++u) {
+        WithConstant<kMaxVectors>(p.mr / lanes, [&](auto constant) {
+          const T* bias = static_cast<const T*>(ops.other);
+          MultiplyLanes<T, decltype(constant)::value>(
+              heard + first[b], first[b + 1] - first[b], pitch, phase_weight + u * phase_taps * p.mr,
+              p.mr, u * p.mr, bias == nullptr ? nullptr : bias + u * p.mr,
+              static_cast<T*>(ops.dst) + n * p.dst_n + u * p.mr, to + b * kPositions,
+              positions - b * kPositions);
+        });
+      }
+    }
+    if (p.depthwise != 0) continue;
     for (int64_t u = u_begin; u < u_end; ++u) {
       const int64_t g = u / p.nblocks, block = u % p.nblocks, m0 = g * p.m + block * p.mr;
       const T* weight =
@@ -302,15 +365,8 @@ void CorrelateOf(const PixelPlan& p, const PixelOperands& ops, int64_t task, voi
           while (end < first[b + 1] && heard[end].tap < t + p.tap_chunk) ++end;
           WithConstant<kMaxVectors>(p.mr / lanes, [&](auto constant) {
             constexpr int nv = decltype(constant)::value;
-            const auto run = [&](auto kernel, int64_t offset) {
-              kernel(heard + next[b], end - next[b], weight, p.k, offset,
-                     sums + b * kPositions * p.mr, t > 0);
-            };
-            if (p.depthwise != 0) {
-              run(Multiply<T, nv, true>, m0);
-            } else {
-              run(Multiply<T, nv, false>, g * p.k);
-            }
+            Multiply<T, nv>(heard + next[b], end - next[b], pitch, weight, p.k, g * p.k,
+                            sums + b * kPositions * p.mr, t > 0);
           });
           next[b] = end;
         }
@@ -446,9 +502,10 @@ void AddProducts(const Run* runs, int64_t count, Joined<T> joined, const int64_t
 
 // A box of pixels with some of their channels, as PackBox copies it: rows of `phases` times
 // `columns` pixels, of `pitch` elements each. Column c of the box is pixel c / phases of phase
-// c mod phases.
+// c mod phases. Row (a, b) is the operand's row (origin[0] + a * step[0], origin[1] + b * step[1]),
+// if there is one.
 struct Panel {
-  int64_t origin[3], count[3];  // in the operand, which may not reach so far
+  int64_t origin[3], count[3], step[3];
   int64_t channels, pitch, phases, columns;
 
   int64_t row() const { return phases * columns * pitch; }
@@ -483,7 +540,8 @@ void PackBox(const Operand& at, const T* from, const Panel& panel, T* to) {
   for (int64_t a = 0; a < panel.count[0]; ++a) {
     for (int64_t b = 0; b < panel.count[1]; ++b) {
       T* row = to + (a * panel.count[1] + b) * panel.row();
-      const int64_t o0 = panel.origin[0] + a, o1 = panel.origin[1] + b;
+      const int64_t o0 = panel.origin[0] + a * panel.step[0];
+      const int64_t o1 = panel.origin[1] + b * panel.step[1];
       if (o0 < 0 || o0 >= at.size[0] || o1 < 0 || o1 >= at.size[1]) {
         for (int64_t i = 0; i < panel.row(); i += lanes) {
           StoreSome<T>(row + i, Vec<T>{}, panel.row() - i);
@@ -590,7 +648,8 @@ struct GradTask {
     T* y_panel = static_cast<T*>(memory);
     T* x_panel = y_panel + p.y_panel;
     auto* at = reinterpret_cast<int64_t*>(x_panel + p.x_panel);  // of a tap, or channel and tap
-    auto* runs = reinterpret_cast<Run*>(at + p.ntaps * (swapped ? p.y_chunk : 1));
+    const int64_t listed = swapped ? y_count : 1;
+    auto* runs = reinterpret_cast<Run*>(at + p.ntaps * listed);
     const Operand x_at{p.dst_c, {p.dst_s[0], p.dst_s[1], p.dst_s[2]},
                        {p.dst_size[0], p.dst_size[1], p.dst_size[2]}};
     const Operand y_at{p.src_c, {p.src_s[0], p.src_s[1], p.src_s[2]},
@@ -603,8 +662,10 @@ struct GradTask {
         xs.count[a] = Min(p.box[a], p.dst_size[a] - xs.origin[a]);
         index /= p.boxes[a];
         const int64_t first = p.axis_taps[a][0].e, last = p.axis_taps[a][p.kernel[a] - 1].e;
+        xs.step[a] = 1;
+        ys.step[a] = p.y_step[a];
         ys.origin[a] = xs.origin[a] * p.src_step[a] + first;
-        ys.count[a] = (xs.count[a] - 1) * p.src_step[a] + last - first + 1;
+        ys.count[a] = ((xs.count[a] - 1) * p.src_step[a] + last - first) / p.y_step[a] + 1;
       }
       xs.channels = x_count;
       xs.pitch = p.x_pitch;
@@ -624,15 +685,18 @@ struct GradTask {
                                               : index * p.dst_n + (xs.origin[0] + a) * p.dst_s[0] +
                                                     (xs.origin[1] + b) * p.dst_s[1] +
                                                     xs.origin[2] * p.dst_s[2];
-          const int64_t y_row = ys.At(a * p.src_step[0], b * p.src_step[1], 0);
+          const int64_t y_row =
+              ys.At(a * p.src_step[0] / p.y_step[0], b * p.src_step[1] / p.y_step[1], 0);
           runs[count++] = swapped ? Run{y_row, x_row, xs.count[2]} : Run{x_row, y_row, xs.count[2]};
         }
       }
       for (int64_t t = 0; t < p.ntaps; ++t) {
-        const int64_t tap = ys.At(p.axis_taps[0][t / p.kernel[2] / p.kernel[1]].e - p.axis_taps[0][0].e,
-                                  p.axis_taps[1][t / p.kernel[2] % p.kernel[1]].e - p.axis_taps[1][0].e,
-                                  p.axis_taps[2][t % p.kernel[2]].e - p.axis_taps[2][0].e);
-        for (int64_t j = 0; j < (swapped ? y_count : 1); ++j) at[j * p.ntaps + t] = tap + j;
+        const int64_t t0 = t / p.kernel[2] / p.kernel[1], t1 = t / p.kernel[2] % p.kernel[1];
+        const auto offset = [&](int a, int64_t tap) {
+          return (p.axis_taps[a][tap].e - p.axis_taps[a][0].e) / p.y_step[a];
+        };
+        const int64_t tap = ys.At(offset(0, t0), offset(1, t1), offset(2, t % p.kernel[2]));
+        for (int64_t j = 0; j < listed; ++j) at[t * listed + j] = tap + j;
       }
       const T* x_from = p.x_panel > 0 ? x_panel : x;
       const int64_t x_step = p.x_panel > 0 ? p.x_pitch : p.dst_s[2];
@@ -640,7 +704,7 @@ struct GradTask {
       if (swapped) {
         AddProducts<T, Values::kListed>(
             runs, count, {y_panel, x_from, p.src_step[2] * ys.pitch, x_step, p.x_panel > 0 ? whole : 0},
-            at, y_count * p.ntaps, x_count, sums, pitch);
+            at, listed * p.ntaps, x_count, sums, pitch);
         continue;
       }
       for (int64_t t = 0; t < p.ntaps; ++t) {
@@ -685,8 +749,7 @@ void WeightGradOf(const PixelPlan& p, const PixelOperands& ops, int64_t task, vo
     grad.AddRows();
   }
 
-  // Squares of taps x channels, transposed: taps are contiguous in dw, and come in the order of y's
-  // channels.
+  // Squares of taps x channels, transposed: taps are contiguous in dw.
   const auto square = [&](auto* to, const T* from, int64_t distance, int64_t row, int64_t rows,
                           int64_t channels, int64_t to_row) {
     Vec<T> v[lanes];
@@ -698,10 +761,12 @@ void WeightGradOf(const PixelPlan& p, const PixelOperands& ops, int64_t task, vo
   };
   const auto emit = [&](auto* dw) {
     if (swapped) {
-      const int64_t rows = p.ntaps * y_count;
       for (int64_t i = 0; i < x_count; i += lanes) {
-        for (int64_t r = 0; r < rows; r += lanes) {
-          square(dw + (x0 + i) * p.wm + y0 * p.wk, sums + i, pitch, r, rows - r, x_count - i, p.wm);
+        for (int64_t j = 0; j < y_count; ++j) {
+          for (int64_t t = 0; t < p.ntaps; t += lanes) {
+            square(dw + (x0 + i) * p.wm + (y0 + j) * p.wk, sums + j * pitch + i, y_count * pitch, t,
+                   p.ntaps - t, x_count - i, p.wm);
+          }
         }
       }
       return;

@@ -65,7 +65,7 @@ struct PixelPlan {
   // are pieces of rows of x, each of `columns` positions, `pieces` at once; or boxes of x, if there
   // are any (`boxes`), of which y and, if x_panel is not 0, x are copied.
   int64_t x_chunk, y_chunk, x_chunks, y_chunks, parts, units, columns, pieces;
-  int64_t box[3], boxes[3];
+  int64_t box[3], boxes[3], y_step[3];  // y's rows and columns that are copied lie so far apart
   int64_t swapped;           // values of y meet vectors of x
   int64_t x_pitch, y_pitch;  // from pixel to pixel of a copy
   int64_t x_panel, y_panel, sums;  // elements of a task's memory

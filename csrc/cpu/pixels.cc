@@ -1,6 +1,7 @@
 #include "cpu/pixels.h"
 
 #include <algorithm>
+#include <numeric>
 #include <string>
 
 #include "cpu/phase_plan.h"
@@ -108,7 +109,12 @@ void SetTasks(Plan& plan, const PixelKernels& kernels, int64_t size) {
     p.phase_splits = std::clamp<int64_t>(CeilDiv(kTasks, plan.Tasks()), 1, p.phases);
     p.block_splits = std::clamp<int64_t>(CeilDiv(kTasks, plan.Tasks()), 1, plan.Units());
   };
-  set(std::clamp(listed, together, std::min(kMostPositions, RoundUp(positions, together))));
+  int64_t most = std::min(kMostPositions, RoundUp(positions, together));
+  // Depthwise, a pixel is written at once, with all its channels.
+  while (p.depthwise != 0 && p.n * CeilDiv(positions, most) < kTasks && most > 4 * together) {
+    most = RoundUp(most / 2, together);
+  }
+  set(std::clamp(listed, together, most));
   while (plan.Tasks() < kTasks && p.tile > 4 * together) set(RoundUp(p.tile / 2, together));
   p.tap_chunk = std::max<int64_t>(kWeightBytes / (p.k * p.mr * size), 1);
   const int64_t blocks = p.tile / together;
@@ -117,7 +123,8 @@ void SetTasks(Plan& plan, const PixelKernels& kernels, int64_t size) {
 }
 
 // Which channels and positions are a task of the weight gradient.
-void SetWeightGradTasks(Plan& plan, const Problem& problem, int64_t lanes, int64_t size) {
+void SetWeightGradTasks(Plan& plan, const Problem& problem, bool boxes, int64_t lanes,
+                        int64_t size) {
   PixelPlan& p = plan.p;
   const bool depthwise = p.depthwise != 0;
   const int64_t all_x = depthwise ? 1 : p.m, all_y = depthwise ? p.m : p.k;
@@ -125,8 +132,15 @@ void SetWeightGradTasks(Plan& plan, const Problem& problem, int64_t lanes, int64
   const auto filled = [&](int64_t channels) {
     return static_cast<double>(channels) / static_cast<double>(RoundUp(channels, lanes));
   };
-  p.swapped = !depthwise && filled(all_y) < filled(all_x) ? 1 : 0;
-  const bool boxes = !problem.channels_last || p.swapped != 0;
+  const auto pair = [&](int64_t channels) { return std::min(channels, 2 * lanes); };
+  p.swapped = !depthwise && (filled(all_y) < filled(all_x) ||
+                             (filled(all_y) == filled(all_x) && pair(all_y) < pair(all_x)))
+                  ? 1
+                  : 0;
+  // Those columns of y that some tap hears are not all copied alone: rows are read as they lie.
+  for (size_t a = 0; a < 3; ++a) {
+    p.y_step[a] = a == 2 ? 1 : std::gcd(problem.stride[a], problem.dilation[a]);
+  }
   p.x_chunk = all_x;
   p.y_chunk = all_y;
   // The operand whose vectors are taken has whole vectors in a copy, an odd number of them, so that
@@ -143,10 +157,11 @@ void SetWeightGradTasks(Plan& plan, const Problem& problem, int64_t lanes, int64
       for (size_t a = 0; a < 3; ++a) {
         const AxisTap* taps = p.axis_taps[a];
         const int64_t span = taps[p.kernel[a] - 1].e - taps[0].e;
-        pixels *= RoundUp((box[a] - 1) * p.src_step[a] + span + 1, a < 2 ? 1 : p.src_step[2]);
+        const int64_t count = ((box[a] - 1) * p.src_step[a] + span) / p.y_step[a] + 1;
+        pixels *= a < 2 || p.swapped != 0 ? count : RoundUp(count, p.src_step[2]);
       }
       p.y_panel = RoundUp(pixels * p.y_pitch, 16);
-      p.x_panel = problem.channels_last ? 0 : RoundUp(Product(box) * p.x_pitch, 16);
+      p.x_panel = p.swapped != 0 && problem.channels_last ? 0 : RoundUp(Product(box) * p.x_pitch, 16);
       const int64_t heard = p.swapped != 0 ? 2 * lanes + p.y_chunk : p.x_chunk + 2 * lanes;
       return (p.x_panel + p.y_panel) * size <= kPanelBytes &&
              Product(box) * heard * size <= kNearBytes;
@@ -186,6 +201,7 @@ void SetWeightGradTasks(Plan& plan, const Problem& problem, int64_t lanes, int64
     if (boxes) {
       set_boxes();
     } else {
+      p.boxes[0] = 0;
       p.units = p.n * p.dst_size[0] * p.dst_size[1] * CeilDiv(p.dst_size[2], p.columns);
     }
     p.parts = 1;
@@ -269,7 +285,12 @@ Plan PlanOf(const Problem& problem, const PixelKernels& kernels) {
   }
   p.nblocks = CeilDiv(p.m, p.mr);
   if (problem.pass == Pass::kWeightGrad) {
-    SetWeightGradTasks(plan, problem, lanes, size);
+    SetWeightGradTasks(plan, problem, p.depthwise == 0, lanes, size);
+    // Where so few positions are copied that nothing is used often, pixels are read as they lie.
+    if (problem.channels_last && p.swapped == 0 && p.boxes[0] > 0 &&
+        Product({p.box[0], p.box[1], p.box[2]}) < 16 && p.box[2] < p.dst_size[2]) {
+      SetWeightGradTasks(plan, problem, false, lanes, size);
+    }
   } else {
     SetTasks(plan, kernels, size);
   }
@@ -361,18 +382,20 @@ double Seconds(const Problem& p, const Device& device) {
   double cycles = 0;
   if (p.pass == Pass::kWeightGrad) {
     const int64_t width = static_cast<int64_t>(lanes);
+    cycles = real(p.WElements()) * 0.5;
     const double vectors = q.depthwise != 0 ? real(q.m) / lanes
                            : q.swapped != 0 ? real(q.groups * q.k * CeilDiv(q.m, width))
                                             : real(q.groups * q.m * CeilDiv(q.k, width));
     if (q.boxes[0] > 0) {
       const int64_t units = q.units * q.groups;
-      cycles = inputs * vectors * 0.65;
+      cycles += inputs * vectors * 0.65;
       cycles += real(units * q.x_chunks * q.y_chunks) * real(q.y_panel + q.x_panel) / lanes * 6;
+      cycles += real(units * q.ntaps) * vectors * 4;  // sums that come and go
       cycles += real(units * q.x_chunks * q.y_chunks * q.box[0] * q.box[1] * q.ntaps) * 8;
     } else {
       const double product = q.depthwise != 0 ? 1.5 : q.k % width != 0 ? 1.6 : 0.65;
       const double pieces = real(p.n * p.isize[0] * p.isize[1] * CeilDiv(p.isize[2], q.columns));
-      cycles = inputs * vectors * product;
+      cycles += inputs * vectors * product;
       cycles += pieces * real(q.ntaps) *
                 (10 * real(q.x_chunks * q.y_chunks * q.groups) + 4 * vectors / real(q.pieces));
     }
