@@ -114,6 +114,7 @@ double Cycles(const Plan& plan, const PhaseKernels& kernels, Pass pass, int64_t 
   if (pass == Pass::kWeightGrad) {
     sums = p.m * p.group_chunk * p.row * size;
     cycles += macs * 4.5 + real(p.m) * volume / real(lanes) * 8;
+    cycles *= 1.3;
   } else {
     sums = std::min(kernels.max_mr, p.m) * p.dst_step[2] * p.row * size;
     cycles += vectors * real(p.m * steps) * (sums > kSumsNear ? 8 : 6);
@@ -122,6 +123,8 @@ double Cycles(const Plan& plan, const PhaseKernels& kernels, Pass pass, int64_t 
   }
   // Out of the second-level cache, everything waits; x is read in pieces of the first-level one.
   if (sums > (pass == Pass::kWeightGrad ? 3 * kSumsBytes : kSumsBytes)) cycles *= 1.5;
+  // Pixels are transposed on both sides.
+  if (p.channels_last != 0) cycles *= 1.12;
   cycles = cycles * real(p.group_chunk) + 2000;
   return cycles * real(tasks);
 }
@@ -425,7 +428,8 @@ int64_t Workspace(const Problem& p, const Device&) {
 template <const PhaseKernels& kernels>
 double Seconds(const Problem& p, const Device& device) {
   const Plan plan = PlanOf(p, kernels, false);
-  const double weight = static_cast<double>(p.WElements()) * 4;
+  const double weight =
+      p.pass == Pass::kWeightGrad ? 0 : static_cast<double>(p.WElements()) * 4;
   return 2e-6 + (plan.cycles / 3e9 + weight / 1e9) / device.threads;
 }
 

@@ -66,8 +66,8 @@ void PackWeight(const PixelPlan& p, const T* weight, T* packed, int64_t task, in
 // ---------------------------------------------------------------------------------------------
 // Forward and input gradient
 
-// What some positions hear by one tap: pixels of the source, or zeros. Where all are neighbours in a
-// row, only the first is listed, and the second is null.
+// What some positions hear by one tap: pixels of the source, or zeros. Where all are neighbours in
+// a row, only the first is listed, and the second is null.
 template <class T>
 struct Heard {
   int64_t tap;  // of its phase
@@ -342,8 +342,9 @@ void CorrelateOf(const PixelPlan& p, const PixelOperands& ops, int64_t task, voi
         WithConstant<kMaxVectors>(p.mr / lanes, [&](auto constant) {
           const T* bias = static_cast<const T*>(ops.other);
           MultiplyLanes<T, decltype(constant)::value>(
-              heard + first[b], first[b + 1] - first[b], pitch, phase_weight + u * phase_taps * p.mr,
-              p.mr, u * p.mr, bias == nullptr ? nullptr : bias + u * p.mr,
+              heard + first[b], first[b + 1] - first[b], pitch,
+              phase_weight + u * phase_taps * p.mr, p.mr, u * p.mr,
+              bias == nullptr ? nullptr : bias + u * p.mr,
               static_cast<T*>(ops.dst) + n * p.dst_n + u * p.mr, to + b * kPositions,
               positions - b * kPositions);
         });
@@ -525,7 +526,8 @@ void CopyRow(const T* from, int64_t begin, int64_t end, int64_t count, T* to) {
   constexpr int lanes = kLanes<T>;
   for (int64_t i = 0; i < count; i += lanes) {
     const uint32_t mask = MaskOf<T>(begin - i, end - i);
-    const Vec<T> v = i >= begin && i + lanes <= end ? Load<T>(from + i) : LoadMasked<T>(from + i, mask);
+    const Vec<T> v =
+        i >= begin && i + lanes <= end ? Load<T>(from + i) : LoadMasked<T>(from + i, mask);
     StoreSome<T>(to + i, v, count - i);
   }
 }
@@ -641,18 +643,19 @@ struct GradTask {
   }
 
   // Copies: units are boxes of x, and every tap joins every position, some with zeros. Values of x
-  // meet vectors of y, or, where y's channels are few, values of y (each channel at each tap)
-  // vectors of x.
+  // meet vectors of y, or, where y's channels are few, values of y vectors of x: a tap's channels,
+  // or, if there is one alone, several taps.
   void AddBoxes() const {
     const bool swapped = p.swapped != 0;
     T* y_panel = static_cast<T*>(memory);
     T* x_panel = y_panel + p.y_panel;
-    auto* at = reinterpret_cast<int64_t*>(x_panel + p.x_panel);  // of a tap, or channel and tap
-    const int64_t listed = swapped ? y_count : 1;
-    auto* runs = reinterpret_cast<Run*>(at + p.ntaps * listed);
-    const Operand x_at{p.dst_c, {p.dst_s[0], p.dst_s[1], p.dst_s[2]},
+    auto* at = reinterpret_cast<int64_t*>(x_panel + p.x_panel);  // where a tap begins to hear
+    auto* runs = reinterpret_cast<Run*>(at + p.ntaps);
+    const Operand x_at{p.dst_c,
+                       {p.dst_s[0], p.dst_s[1], p.dst_s[2]},
                        {p.dst_size[0], p.dst_size[1], p.dst_size[2]}};
-    const Operand y_at{p.src_c, {p.src_s[0], p.src_s[1], p.src_s[2]},
+    const Operand y_at{p.src_c,
+                       {p.src_s[0], p.src_s[1], p.src_s[2]},
                        {p.src_size[0], p.src_size[1], p.src_size[2]}};
     for (int64_t unit = begin; unit < end; ++unit) {
       Panel xs{}, ys{};
@@ -695,22 +698,27 @@ struct GradTask {
         const auto offset = [&](int a, int64_t tap) {
           return (p.axis_taps[a][tap].e - p.axis_taps[a][0].e) / p.y_step[a];
         };
-        const int64_t tap = ys.At(offset(0, t0), offset(1, t1), offset(2, t % p.kernel[2]));
-        for (int64_t j = 0; j < listed; ++j) at[t * listed + j] = tap + j;
+        at[t] = ys.At(offset(0, t0), offset(1, t1), offset(2, t % p.kernel[2]));
       }
+      const int64_t y_pitch = (swapped ? p.src_step[2] : 1) * ys.pitch;
       const T* x_from = p.x_panel > 0 ? x_panel : x;
       const int64_t x_step = p.x_panel > 0 ? p.x_pitch : p.dst_s[2];
       const uint32_t whole = MaskOf<T>(0, kLanes<T>);
-      if (swapped) {
-        AddProducts<T, Values::kListed>(
-            runs, count, {y_panel, x_from, p.src_step[2] * ys.pitch, x_step, p.x_panel > 0 ? whole : 0},
-            at, listed * p.ntaps, x_count, sums, pitch);
-        continue;
-      }
-      for (int64_t t = 0; t < p.ntaps; ++t) {
-        AddProducts<T, Values::kNeighbours>(runs, count, {x_from, y_panel + at[t], x_step, ys.pitch, whole},
-                                            nullptr, x_count, y_count, sums + t * x_count * pitch,
-                                            pitch);
+      if (!swapped || y_count > 1) {
+        // A tap at a time: its channels are neighbours.
+        const int64_t rows = swapped ? y_count : x_count;
+        for (int64_t t = 0; t < p.ntaps; ++t) {
+          const T* y_from = y_panel + at[t];
+          const Joined<T> joined =
+              swapped ? Joined<T>{y_from, x_from, y_pitch, x_step, p.x_panel > 0 ? whole : 0}
+                      : Joined<T>{x_from, y_from, x_step, y_pitch, whole};
+          AddProducts<T, Values::kNeighbours>(runs, count, joined, nullptr, rows,
+                                              swapped ? x_count : y_count, sums + t * rows * pitch,
+                                              pitch);
+        }
+      } else {
+        const Joined<T> joined{y_panel, x_from, y_pitch, x_step, p.x_panel > 0 ? whole : 0};
+        AddProducts<T, Values::kListed>(runs, count, joined, at, p.ntaps, x_count, sums, pitch);
       }
     }
   }
@@ -732,17 +740,17 @@ void WeightGradOf(const PixelPlan& p, const PixelOperands& ops, int64_t task, vo
   for (int64_t i = 0; i < p.ntaps * (swapped ? y_count : x_count) * pitch; i += lanes) {
     Store<T>(sums + i, Vec<T>{});
   }
-  const GradTask<T> grad{p,
-                         static_cast<const T*>(ops.other) +
-                             (depthwise ? y0 : g * p.m + x0) * p.dst_c,
-                         static_cast<const T*>(ops.src) + (g * p.k + y0) * p.src_c,
-                         x_count,
-                         y_count,
-                         p.units * part / p.parts,
-                         p.units * (part + 1) / p.parts,
-                         sums,
-                         pitch,
-                         sums + p.sums};
+  const GradTask<T> grad{
+      p,
+      static_cast<const T*>(ops.other) + (depthwise ? y0 : g * p.m + x0) * p.dst_c,
+      static_cast<const T*>(ops.src) + (g * p.k + y0) * p.src_c,
+      x_count,
+      y_count,
+      p.units * part / p.parts,
+      p.units * (part + 1) / p.parts,
+      sums,
+      pitch,
+      sums + p.sums};
   if (p.boxes[0] > 0) {
     grad.AddBoxes();
   } else {
@@ -757,7 +765,8 @@ void WeightGradOf(const PixelPlan& p, const PixelOperands& ops, int64_t task, vo
       v[l] = l < rows ? Load<T>(from + (row + l) * distance) : Vec<T>{};
     }
     Transpose<T>(v);
-    for (int64_t l = 0; l < Min(lanes, channels); ++l) StoreSome<T>(to + l * to_row + row, v[l], rows);
+    for (int64_t l = 0; l < Min(lanes, channels); ++l)
+      StoreSome<T>(to + l * to_row + row, v[l], rows);
   };
   const auto emit = [&](auto* dw) {
     if (swapped) {

@@ -11,7 +11,8 @@
 // zeros where there is none, make strides, phases, dilation and borders a matter of addresses.
 //
 // The weight gradient multiplies a value of x with a vector of y's channels, or a value of y with a
-// vector of x's, and adds up along rows. Channels first, boxes of x and y are copied to pixels before.
+// vector of x's, and adds up along rows. Channels first, boxes of x and y are copied to pixels
+// before.
 //
 // Depthwise layers (one channel a group on both sides) multiply vectors with vectors.
 #ifndef JAXCONV_CPU_PIXEL_PLAN_H_
@@ -66,9 +67,9 @@ struct PixelPlan {
   // are any (`boxes`), of which y and, if x_panel is not 0, x are copied.
   int64_t x_chunk, y_chunk, x_chunks, y_chunks, parts, units, columns, pieces;
   int64_t box[3], boxes[3], y_step[3];  // y's rows and columns that are copied lie so far apart
-  int64_t swapped;           // values of y meet vectors of x
-  int64_t x_pitch, y_pitch;  // from pixel to pixel of a copy
-  int64_t x_panel, y_panel, sums;  // elements of a task's memory
+  int64_t swapped;                      // values of y meet vectors of x
+  int64_t x_pitch, y_pitch;             // from pixel to pixel of a copy
+  int64_t x_panel, y_panel, sums;       // elements of a task's memory
 };
 
 struct PixelOperands {

@@ -161,7 +161,8 @@ void SetWeightGradTasks(Plan& plan, const Problem& problem, bool boxes, int64_t 
         pixels *= a < 2 || p.swapped != 0 ? count : RoundUp(count, p.src_step[2]);
       }
       p.y_panel = RoundUp(pixels * p.y_pitch, 16);
-      p.x_panel = p.swapped != 0 && problem.channels_last ? 0 : RoundUp(Product(box) * p.x_pitch, 16);
+      p.x_panel =
+          p.swapped != 0 && problem.channels_last ? 0 : RoundUp(Product(box) * p.x_pitch, 16);
       const int64_t heard = p.swapped != 0 ? 2 * lanes + p.y_chunk : p.x_chunk + 2 * lanes;
       return (p.x_panel + p.y_panel) * size <= kPanelBytes &&
              Product(box) * heard * size <= kNearBytes;
@@ -224,9 +225,7 @@ void SetWeightGradTasks(Plan& plan, const Problem& problem, bool boxes, int64_t 
     }
   }
   p.pieces = std::clamp<int64_t>(kRowsBytes / (position() * p.columns), 1, p.units);
-  const int64_t listed = boxes ? p.ntaps * (p.swapped != 0 ? p.y_chunk : 1) * 8 +
-                                     p.box[0] * p.box[1] * 24
-                               : p.pieces * 24;
+  const int64_t listed = boxes ? p.ntaps * 8 + p.box[0] * p.box[1] * 24 : p.pieces * 24;
   p.scratch = (p.sums + p.x_panel + p.y_panel) * size + listed;
 }
 
@@ -389,8 +388,9 @@ double Seconds(const Problem& p, const Device& device) {
     if (q.boxes[0] > 0) {
       const int64_t units = q.units * q.groups;
       cycles += inputs * vectors * 0.65;
-      cycles += real(units * q.x_chunks * q.y_chunks) * real(q.y_panel + q.x_panel) / lanes * 6;
-      cycles += real(units * q.ntaps) * vectors * 4;  // sums that come and go
+      cycles += real(units * q.x_chunks * q.y_chunks) * real(q.y_panel + q.x_panel) / lanes * 5;
+      // Sums that come and go, some of them out of the second-level cache.
+      cycles += real(units * q.ntaps) * vectors * (q.sums * SumSize(p) > kSumsBytes ? 20 : 4);
       cycles += real(units * q.x_chunks * q.y_chunks * q.box[0] * q.box[1] * q.ntaps) * 8;
     } else {
       const double product = q.depthwise != 0 ? 1.5 : q.k % width != 0 ? 1.6 : 0.65;
@@ -401,9 +401,15 @@ double Seconds(const Problem& p, const Device& device) {
     }
   } else {
     const double vectors = real(plan.Units() * q.mr) / lanes;
-    cycles = inputs * vectors * (q.depthwise != 0 ? 1.0 : real(q.k) * 0.6 + 1);
-    cycles += inputs * 4;
-    cycles += real(p.n * Product({q.dst_size[0], q.dst_size[1], q.dst_size[2]})) * vectors * 4;
+    const double dst = real(p.n * Product({q.dst_size[0], q.dst_size[1], q.dst_size[2]}));
+    if (q.depthwise != 0) {
+      cycles = inputs * (vectors * 0.8 + 1.5) + dst * vectors * 3;
+    } else {
+      const double product = q.mr > static_cast<int64_t>(lanes) ? 0.6 : 1.1;
+      cycles = inputs * (vectors * (real(q.k) * product + 1) + 4);
+      // Forward, neighbours in a row are of several phases and leave one by one.
+      cycles += dst * vectors * (p.pass == Pass::kForward ? 6 : 4);
+    }
   }
   cycles += real(p.XElements() + p.YElements()) * real(SumSize(p)) / 8;
   const double weight = p.pass == Pass::kWeightGrad ? 0 : real(p.WElements()) * 4;
