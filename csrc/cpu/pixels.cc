@@ -387,7 +387,7 @@ double Seconds(const Problem& p, const Device& device) {
                                             : real(q.groups * q.m * CeilDiv(q.k, width));
     if (q.boxes[0] > 0) {
       const int64_t units = q.units * q.groups;
-      cycles += inputs * vectors * 0.65;
+      cycles += inputs * vectors * ((q.swapped != 0 ? q.m : q.k) > width ? 0.65 : 1);
       cycles += real(units * q.x_chunks * q.y_chunks) * real(q.y_panel + q.x_panel) / lanes * 5;
       // Sums that come and go, some of them out of the second-level cache.
       cycles += real(units * q.ntaps) * vectors * (q.sums * SumSize(p) > kSumsBytes ? 20 : 4);
