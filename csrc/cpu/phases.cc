@@ -428,8 +428,7 @@ int64_t Workspace(const Problem& p, const Device&) {
 template <const PhaseKernels& kernels>
 double Seconds(const Problem& p, const Device& device) {
   const Plan plan = PlanOf(p, kernels, false);
-  const double weight =
-      p.pass == Pass::kWeightGrad ? 0 : static_cast<double>(p.WElements()) * 4;
+  const double weight = p.pass == Pass::kWeightGrad ? 0 : static_cast<double>(p.WElements()) * 4;
   return 2e-6 + (plan.cycles / 3e9 + weight / 1e9) / device.threads;
 }
 

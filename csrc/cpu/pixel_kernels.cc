@@ -179,6 +179,8 @@ __attribute__((noinline)) void MultiplyLanes(const Heard<T>* heard, int64_t coun
 }
 
 constexpr int64_t kNear = 128;  // channels of a pixel that are asked for ahead
+template <class T>
+constexpr int64_t kLine = 64 / static_cast<int64_t>(sizeof(T));
 
 // Far enough outside for every tap.
 constexpr int64_t kNowhere = -(int64_t{1} << 60);
@@ -236,6 +238,13 @@ struct PixelTile {
     first[0] = 0;
   }
 
+  // Asks for the channels that a block writes, which takes as long as to read them.
+  void AskToWrite(int64_t block, const T* dst, int64_t m0, int64_t m1) const {
+    for (int64_t i = block * kPositions; i < Min((block + 1) * kPositions, positions); ++i) {
+      for (int64_t m = m0; m < m1; m += kLine<T>) __builtin_prefetch(dst + to[i] + m, 1);
+    }
+  }
+
   // Lists what a block hears; blocks come in order. The processor does not foresee where rows of
   // the source begin: rows and columns from `newest` on are heard for the first time, and their
   // channels are asked for now, as far as they are few.
@@ -274,7 +283,7 @@ struct PixelTile {
             ++entries;
             if (!ask || e < newest[2]) continue;
             for (int i = 0; i < kPositions; ++i, from += pitch) {
-              for (int64_t k = near; k < near_end; k += kLanes<T>) __builtin_prefetch(from + k);
+              for (int64_t k = near; k < near_end; k += kLine<T>) __builtin_prefetch(from + k);
             }
             continue;
           }
@@ -289,7 +298,7 @@ struct PixelTile {
           ++entries;
           if (!ask || e < newest[2]) continue;
           for (int i = 0; i < kPositions; ++i) {
-            for (int64_t k = near; k < near_end; k += kLanes<T>) __builtin_prefetch(h.from[i] + k);
+            for (int64_t k = near; k < near_end; k += kLine<T>) __builtin_prefetch(h.from[i] + k);
           }
         }
       }
@@ -322,6 +331,7 @@ void CorrelateOf(const PixelPlan& p, const PixelOperands& ops, int64_t task, voi
   const int64_t u_begin = units * split_m / p.block_splits,
                 u_end = units * (split_m + 1) / p.block_splits;
   const int64_t pitch = p.src_step[2] * p.src_s[2];
+  T* dst = static_cast<T*>(ops.dst) + n * p.dst_n;
   tile.near = p.depthwise != 0 ? u_begin * p.mr : 0;
   tile.near_end = p.depthwise != 0 ? u_end * p.mr : Min(p.zeros, kNear);
   for (int64_t r = p.phases * split_r / p.phase_splits;
@@ -337,15 +347,17 @@ void CorrelateOf(const PixelPlan& p, const PixelOperands& ops, int64_t task, voi
     const T* phase_weight = static_cast<const T*>(ops.weight) + p.phase_first[r] * p.nblocks * p.mr;
     // Depthwise, all channels of some pixels before the next ones.
     for (int64_t b = 0; b < (p.depthwise != 0 ? blocks : 0); ++b) {
-      if (b + 1 < blocks) tile.List(b + 1);
+      if (b + 1 < blocks) {
+        tile.List(b + 1);
+        tile.AskToWrite(b + 1, dst, tile.near, tile.near_end);
+      }
       for (int64_t u = u_begin; u < u_end; ++u) {
         WithConstant<kMaxVectors>(p.mr / lanes, [&](auto constant) {
           const T* bias = static_cast<const T*>(ops.other);
           MultiplyLanes<T, decltype(constant)::value>(
               heard + first[b], first[b + 1] - first[b], pitch,
               phase_weight + u * phase_taps * p.mr, p.mr, u * p.mr,
-              bias == nullptr ? nullptr : bias + u * p.mr,
-              static_cast<T*>(ops.dst) + n * p.dst_n + u * p.mr, to + b * kPositions,
+              bias == nullptr ? nullptr : bias + u * p.mr, dst + u * p.mr, to + b * kPositions,
               positions - b * kPositions);
         });
       }
@@ -361,7 +373,10 @@ void CorrelateOf(const PixelPlan& p, const PixelOperands& ops, int64_t task, voi
         for (int64_t b = 0; b < blocks; ++b) {
           // One block ahead, so that what it asks for comes while this one is multiplied.
           if (u == u_begin && t == 0 && b + 1 < blocks) tile.List(b + 1);
-          if (t == 0) next[b] = first[b];
+          if (t == 0) {
+            next[b] = first[b];
+            tile.AskToWrite(b, dst, m0, Min(m0 + p.mr, (g + 1) * p.m));
+          }
           int64_t end = next[b];
           while (end < first[b + 1] && heard[end].tap < t + p.tap_chunk) ++end;
           WithConstant<kMaxVectors>(p.mr / lanes, [&](auto constant) {
@@ -375,13 +390,13 @@ void CorrelateOf(const PixelPlan& p, const PixelOperands& ops, int64_t task, voi
       WithElement<T>(p.out_type, [&](auto element) {
         using E = decltype(element);
         const E* bias = static_cast<const E*>(ops.other);
-        E* dst = static_cast<E*>(ops.dst) + n * p.dst_n + m0;
+        E* pixels = static_cast<E*>(ops.dst) + n * p.dst_n + m0;
         for (int64_t v = 0; v * lanes < Min(p.mr, p.m - block * p.mr); ++v) {
           const int64_t channels = p.m - block * p.mr - v * lanes;
           const Vec<T> b =
               bias == nullptr ? Vec<T>{} : LoadSome<T>(bias + m0 + v * lanes, channels);
           for (int64_t i = 0; i < positions; ++i) {
-            StoreSome<T>(dst + to[i] + v * lanes, Load<T>(sums + i * p.mr + v * lanes) + b,
+            StoreSome<T>(pixels + to[i] + v * lanes, Load<T>(sums + i * p.mr + v * lanes) + b,
                          channels);
           }
         }
