@@ -433,23 +433,21 @@ double Seconds(const Problem& p, const Device& device) {
 }
 
 template <const PhaseKernels& kernels>
-void AddRows(std::vector<Row>& rows, const char* name) {
-  const auto add = [&](Pass pass, Launch launch) {
-    rows.push_back({name, pass, Refuse<kernels>, Workspace<kernels>, Seconds<kernels>, launch});
-  };
-  add(Pass::kForward, LaunchCorrelate<kernels>);
-  add(Pass::kInputGrad, LaunchCorrelate<kernels>);
-  add(Pass::kWeightGrad, LaunchWeightGrad<kernels>);
+void Add(std::vector<Row>& rows, const char* name) {
+  AddRows(rows,
+          {name, Pass::kForward, Refuse<kernels>, Workspace<kernels>, Seconds<kernels>,
+           LaunchCorrelate<kernels>},
+          LaunchWeightGrad<kernels>);
 }
 
 }  // namespace
 
 void AddPhases(std::vector<Row>& rows) {
 #if defined(__x86_64__)
-  AddRows<kPhasesAvx512>(rows, "phases_avx512");
-  AddRows<kPhasesAvx2>(rows, "phases_avx2");
+  Add<kPhasesAvx512>(rows, "phases_avx512");
+  Add<kPhasesAvx2>(rows, "phases_avx2");
 #endif
-  AddRows<kPhasesPortable>(rows, "phases");
+  Add<kPhasesPortable>(rows, "phases");
 }
 
 }  // namespace jaxconv::cpu

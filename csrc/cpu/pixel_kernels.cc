@@ -500,7 +500,8 @@ void AddProducts(const Run* runs, int64_t count, Joined<T> joined, const int64_t
           joined.b = all.b + (values == Values::kNeighbours  ? i
                               : values == Values::kDepthwise ? j
                                                              : 0);
-          kernel(runs, count, joined, listed + i, sums + i * pitch + j, pitch);
+          kernel(runs, count, joined, values == Values::kListed ? listed + i : nullptr,
+                 sums + i * pitch + j, pitch);
         }
       };
       if constexpr (values == Values::kDepthwise) {
@@ -619,7 +620,7 @@ struct GradTask {
 
   // Operands as they lie, channels last: units are pieces of rows of x. Outer's runs leave out what
   // a tap does not join.
-  void AddRows() const {
+  void JoinRows() const {
     auto* runs = static_cast<Run*>(memory);
     const int64_t row_pieces = (p.dst_size[2] + p.columns - 1) / p.columns;
     const int64_t image_pieces = p.dst_size[0] * p.dst_size[1] * row_pieces;
@@ -660,7 +661,7 @@ struct GradTask {
   // Copies: units are boxes of x, and every tap joins every position, some with zeros. Values of x
   // meet vectors of y, or, where y's channels are few, values of y vectors of x: a tap's channels,
   // or, if there is one alone, several taps.
-  void AddBoxes() const {
+  void JoinBoxes() const {
     const bool swapped = p.swapped != 0;
     T* y_panel = static_cast<T*>(memory);
     T* x_panel = y_panel + p.y_panel;
@@ -767,9 +768,9 @@ void WeightGradOf(const PixelPlan& p, const PixelOperands& ops, int64_t task, vo
       pitch,
       sums + p.sums};
   if (p.boxes[0] > 0) {
-    grad.AddBoxes();
+    grad.JoinBoxes();
   } else {
-    grad.AddRows();
+    grad.JoinRows();
   }
 
   // Squares of taps x channels, transposed: taps are contiguous in dw.

@@ -38,9 +38,9 @@ constexpr int64_t kMostPositions = 128;             // of a tile
 // for the sums of a weight gradient.
 constexpr int64_t kListBytes = int64_t{256} << 10, kWeightBytes = int64_t{256} << 10;
 constexpr int64_t kSumsBytes = int64_t{512} << 10, kRowsBytes = int64_t{256} << 10;
-constexpr int64_t kPanelBytes = int64_t{384} << 10;  // copies of x and y
-constexpr int64_t kNearBytes = int64_t{40} << 10;    // what the taps of a row read again and again
-constexpr int64_t kBoxTasks = 8;                     // fewer than others: each copies what it reads
+constexpr int64_t kTaskBytes = int64_t{896} << 10;  // sums and copies of x and y
+constexpr int64_t kNearBytes = int64_t{96} << 10;   // what a tap reads
+constexpr int64_t kBoxTasks = 8;                    // fewer than others: each copies what it reads
 
 int64_t SumSize(const Problem& p) { return p.in_dtype == DType::kF64 ? 8 : 4; }
 bool Depthwise(const Problem& p) { return p.cig() == 1 && p.cog() == 1; }
@@ -164,7 +164,7 @@ void SetWeightGradTasks(Plan& plan, const Problem& problem, bool boxes, int64_t 
       p.x_panel =
           p.swapped != 0 && problem.channels_last ? 0 : RoundUp(Product(box) * p.x_pitch, 16);
       const int64_t heard = p.swapped != 0 ? 2 * lanes + p.y_chunk : p.x_chunk + 2 * lanes;
-      return (p.x_panel + p.y_panel) * size <= kPanelBytes &&
+      return (p.x_panel + p.y_panel + p.sums) * size <= kTaskBytes &&
              Product(box) * heard * size <= kNearBytes;
     };
     while (!set_panels() && box[2] > 16) box[2] = CeilDiv(box[2], 2);
@@ -213,9 +213,11 @@ void SetWeightGradTasks(Plan& plan, const Problem& problem, bool boxes, int64_t 
   while (!set_parts()) {
     // Copies of y are the larger ones, so that its channels are divided first.
     const bool y_first = boxes ? p.y_chunk > 2 * lanes : p.x_chunk <= 8 || p.x_chunk < p.y_chunk;
-    if (p.swapped != 0) {
-      if (p.x_chunk <= lanes) break;
+    if (p.swapped != 0 && p.x_chunk > 2 * lanes) {
       p.x_chunk = RoundUp(p.x_chunk / 2, lanes);
+    } else if (p.swapped != 0) {
+      if (p.y_chunk <= 8) break;
+      p.y_chunk = RoundUp(p.y_chunk / 2, 8);
     } else if (y_first && p.y_chunk > 2 * lanes) {
       p.y_chunk = RoundUp(p.y_chunk / 2, lanes);
     } else if (p.x_chunk > 8) {
@@ -417,13 +419,11 @@ double Seconds(const Problem& p, const Device& device) {
 }
 
 template <const Kernels& kernels>
-void AddRows(std::vector<Row>& rows, const char* name) {
-  const auto add = [&](Pass pass, Launch launch) {
-    rows.push_back({name, pass, Refuse<kernels>, Workspace<kernels>, Seconds<kernels>, launch});
-  };
-  add(Pass::kForward, LaunchCorrelate<kernels>);
-  add(Pass::kInputGrad, LaunchCorrelate<kernels>);
-  add(Pass::kWeightGrad, LaunchWeightGrad<kernels>);
+void Add(std::vector<Row>& rows, const char* name) {
+  AddRows(rows,
+          {name, Pass::kForward, Refuse<kernels>, Workspace<kernels>, Seconds<kernels>,
+           LaunchCorrelate<kernels>},
+          LaunchWeightGrad<kernels>);
 }
 
 #if defined(__x86_64__)
@@ -435,10 +435,10 @@ constexpr Kernels kPortable{kPixelsPortable, kPhasesPortable};
 
 void AddPixels(std::vector<Row>& rows) {
 #if defined(__x86_64__)
-  AddRows<kAvx512>(rows, "pixels_avx512");
-  AddRows<kAvx2>(rows, "pixels_avx2");
+  Add<kAvx512>(rows, "pixels_avx512");
+  Add<kAvx2>(rows, "pixels_avx2");
 #endif
-  AddRows<kPortable>(rows, "pixels");
+  Add<kPortable>(rows, "pixels");
 }
 
 }  // namespace jaxconv::cpu
