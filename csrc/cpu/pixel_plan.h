@@ -1,4 +1,5 @@
-// The plan of a "pixels" kernel: channels last, where a pixel's channels are neighbours in memory.
+// The plan of a "pixels" kernel: channels last, where a pixel's channels are neighbours in memory;
+// weight gradients of channels first, too.
 //
 // Forward and input gradient are one correlation, on each axis
 //
@@ -11,10 +12,11 @@
 // zeros where there is none, make strides, phases, dilation and borders a matter of addresses.
 //
 // The weight gradient multiplies a value of x with a vector of y's channels, or a value of y with a
-// vector of x's, and adds up along rows. Channels first, boxes of x and y are copied to pixels
-// before.
+// vector of x's, and adds up along rows. Boxes of y, and mostly of x, are copied before, as pixels
+// with zeros around, so that every tap joins every position.
 //
-// Depthwise layers (one channel a group on both sides) multiply vectors with vectors.
+// Depthwise layers (one channel a group on both sides) multiply vectors with vectors, and copy
+// nothing.
 #ifndef JAXCONV_CPU_PIXEL_PLAN_H_
 #define JAXCONV_CPU_PIXEL_PLAN_H_
 

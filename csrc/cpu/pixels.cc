@@ -137,7 +137,7 @@ void SetWeightGradTasks(Plan& plan, const Problem& problem, bool boxes, int64_t 
                              (filled(all_y) == filled(all_x) && pair(all_y) < pair(all_x)))
                   ? 1
                   : 0;
-  // Those columns of y that some tap hears are not all copied alone: rows are read as they lie.
+  // Rows of y that no tap hears are not copied. Columns are: rows are read as they lie.
   for (size_t a = 0; a < 3; ++a) {
     p.y_step[a] = a == 2 ? 1 : std::gcd(problem.stride[a], problem.dilation[a]);
   }
