@@ -107,10 +107,11 @@ __attribute__((noinline)) void PackRowN(const Row& row, const E* from, int64_t r
   }
 }
 
-// to[channel][c] for channels that are neighbours, `pixel` elements from one pixel to the next.
+// to[channel][c] for channels that are neighbours, `pixel` elements from one pixel to the next. The
+// row that comes next, `ahead` elements on, is asked for.
 template <class T, class E>
 __attribute__((noinline)) void PackPixels(const Row& row, const E* from, int64_t pixel, int64_t r2,
-                                          int64_t channels, T* to, int64_t plane) {
+                                          int64_t channels, T* to, int64_t plane, int64_t ahead) {
   constexpr int lanes = kLanes<T>;
   for (int64_t k = 0; k < channels; k += lanes) {
     const int64_t some = Min(lanes, channels - k);
@@ -118,22 +119,34 @@ __attribute__((noinline)) void PackPixels(const Row& row, const E* from, int64_t
       Vec<T> v[lanes];
       const int64_t first = row.first + c * row.step + r2;
       const int64_t last = first + (lanes - 1) * row.step;
-      if (some == lanes && first >= 0 && last < row.size) {
+      const auto load = [&](auto is_inside) {
 #pragma GCC unroll 16
         for (int l = 0; l < lanes; ++l) {
-          v[l] = Load<T>(from + (first + l * row.step) * pixel + k);
+          const int64_t e = first + l * row.step;
+          const E* at = from + e * pixel + k;
+          v[l] = Vec<T>{};
+          if (!decltype(is_inside)::value && (e < 0 || e >= row.size)) continue;
+          __builtin_prefetch(at + ahead);
+          v[l] = Load<T>(at);
+        }
+      };
+      if (some < lanes) {
+        for (int64_t l = 0; l < lanes; ++l) {
+          const int64_t e = first + l * row.step;
+          v[l] = e < 0 || e >= row.size ? Vec<T>{} : LoadSome<T>(from + e * pixel + k, some);
         }
         Transpose<T>(v);
-#pragma GCC unroll 16
-        for (int l = 0; l < lanes; ++l) Store<T>(to + (k + l) * plane + c, v[l]);
+        for (int64_t l = 0; l < some; ++l) Store<T>(to + (k + l) * plane + c, v[l]);
         continue;
       }
-      for (int64_t l = 0; l < lanes; ++l) {
-        const int64_t e = first + l * row.step;
-        v[l] = e < 0 || e >= row.size ? Vec<T>{} : LoadSome<T>(from + e * pixel + k, some);
+      if (first >= 0 && last < row.size) {
+        load(std::true_type{});
+      } else {
+        load(std::false_type{});
       }
       Transpose<T>(v);
-      for (int64_t l = 0; l < some; ++l) Store<T>(to + (k + l) * plane + c, v[l]);
+#pragma GCC unroll 16
+      for (int l = 0; l < lanes; ++l) Store<T>(to + (k + l) * plane + c, v[l]);
     }
   }
 }
@@ -185,7 +198,8 @@ void PackPlanes(const Source& source, bool channels_last, const E* from, int64_t
     const E* from_row = base + k * at.c + e0 * at.s[0] + e1 * at.s[1];
     if (channels_last) {
       for (int64_t i = 0; i < s_end - s; ++i) {
-        PackPixels(row, from_row, at.s[2], phase[2] + i, channels, to_row + i * slot_size, plane);
+        PackPixels(row, from_row, at.s[2], phase[2] + i, channels, to_row + i * slot_size, plane,
+                   source.step[1] * at.s[1]);
       }
     } else {
       const int64_t r2 = phase[2], some = s_end - s;
@@ -278,6 +292,14 @@ void PackWeight(const PhasePlan& p, const void* weight, void* packed, int64_t ta
         const int64_t chunk = k / p.k_chunk * p.k_chunk, chunk_size = Min(p.k_chunk, p.k - chunk);
         ks = Min(Min(Max(lanes / mr, 1), k_end - k), chunk + chunk_size - k);
         const int64_t ms = Min(mr, lanes);  // of a square, which has ks * ms rows
+        if (ks * ms == 1) {
+          for (int64_t t = 0; t < p.ntaps; ++t) {
+            const Place& at = p.places[t];
+            to[p.k * (at.first * p.m + block.m0 * at.taps) + chunk * at.taps +
+               at.index * chunk_size + k - chunk] = LoadSome<T>(w + k * p.wk + t, 1)[0];
+          }
+          continue;
+        }
         for (int64_t t = 0; t < p.ntaps; t += lanes) {
           const int64_t some = Min(lanes, p.ntaps - t);
           for (int64_t m = 0; m < mr; m += ms) {
@@ -431,10 +453,11 @@ void MultiplySpan(const T* weight, const T* panel, const Factors& f, const LiveR
   }
 }
 
-// to[i * pixel + c] = sums of channel c at position i, plus bias(c), a vector of channels from c on
+// to[i * pixel + c] = sums of channel c at position i, plus bias(c), a vector of channels from c
+// on. The memory `ahead` elements on is written next. Sums may be read past the last position.
 template <class T, class E, class Bias>
 JAXCONV_INLINE void StorePixels(E* to, int64_t pixel, const T* sums, int64_t row, int64_t count,
-                                int64_t channels, Bias bias) {
+                                int64_t channels, int64_t ahead, Bias bias) {
   constexpr int lanes = kLanes<T>;
   for (int64_t c = 0; c < channels; c += lanes) {
     const int64_t cs = Min(lanes, channels - c);
@@ -442,12 +465,17 @@ JAXCONV_INLINE void StorePixels(E* to, int64_t pixel, const T* sums, int64_t row
     for (int64_t i = 0; i < count; i += lanes) {
       const int64_t is = Min(lanes, count - i);
       Vec<T> v[lanes];
-      if (is == lanes && cs == lanes) {
+      if (cs == lanes) {
 #pragma GCC unroll 16
         for (int l = 0; l < lanes; ++l) v[l] = Load<T>(sums + (c + l) * row + i);
         Transpose<T>(v);
 #pragma GCC unroll 16
-        for (int l = 0; l < lanes; ++l) Store<T>(to + (i + l) * pixel + c, v[l] + b);
+        for (int l = 0; l < lanes; ++l) {
+          if (l == is) break;
+          E* at = to + (i + l) * pixel + c;
+          __builtin_prefetch(at + ahead, 1);
+          Store<T>(at, v[l] + b);
+        }
       } else {
         for (int l = 0; l < lanes; ++l) {
           v[l] = l < cs ? Load<T>(sums + (c + l) * row + i) : Vec<T>{};
@@ -498,7 +526,7 @@ JAXCONV_INLINE void StoreRow(E* to, const T* sums, int64_t row, int64_t step, in
   }
   // Phases are to a row what channels are to pixels.
   const int64_t whole = count / step;
-  StorePixels<T>(to, step, sums, row, whole, step, [&](int64_t) { return bias; });
+  StorePixels<T>(to, step, sums, row, whole, step, ahead, [&](int64_t) { return bias; });
   for (int64_t i = whole * step; i < count; ++i) {
     StoreSome<T>(to + i, Load<T>(sums + i % step * row + whole) + bias, 1);
   }
@@ -527,7 +555,8 @@ void StoreSums(const PhasePlan& p, const Tile& tile, int64_t n, int64_t channel,
         for (int64_t r2 = 0; r2 < Min(step, count); ++r2) {
           StorePixels<T>(
               row_of(a, b) + r2 * at.s[2], step * at.s[2], sums + r2 * p.row + position(a, b),
-              step * p.row, (count - r2 + step - 1) / step, channels, [&](int64_t c) {
+              step * p.row, (count - r2 + step - 1) / step, channels, p.dst_step[1] * at.s[1],
+              [&](int64_t c) {
                 return bias == nullptr ? Vec<T>{} : LoadSome<T>(bias + channel + c, channels - c);
               });
         }

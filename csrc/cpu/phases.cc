@@ -114,6 +114,7 @@ double Cycles(const Plan& plan, const PhaseKernels& kernels, Pass pass, int64_t 
   if (pass == Pass::kWeightGrad) {
     sums = p.m * p.group_chunk * p.row * size;
     cycles += macs * 4.5 + real(p.m) * volume / real(lanes) * 8;
+    cycles *= 1.3;
   } else {
     sums = std::min(kernels.max_mr, p.m) * p.dst_step[2] * p.row * size;
     cycles += vectors * real(p.m * steps) * (sums > kSumsNear ? 8 : 6);
@@ -122,6 +123,8 @@ double Cycles(const Plan& plan, const PhaseKernels& kernels, Pass pass, int64_t 
   }
   // Out of the second-level cache, everything waits; x is read in pieces of the first-level one.
   if (sums > (pass == Pass::kWeightGrad ? 3 * kSumsBytes : kSumsBytes)) cycles *= 1.5;
+  // Pixels are transposed on both sides.
+  if (p.channels_last != 0) cycles *= 1.12;
   cycles = cycles * real(p.group_chunk) + 2000;
   return cycles * real(tasks);
 }
@@ -287,7 +290,7 @@ Plan PlanOf(const Problem& problem, const PhaseKernels& kernels, bool with_taps)
   const int64_t narrow = std::max<int64_t>(std::min(p.k, p.m), 1);
   const int64_t positions = Product(problem.isize) + Product(problem.osize);
   p.group_chunk = problem.channels_last
-                      ? CeilDiv(16, narrow)
+                      ? CeilDiv(32, narrow)
                       : 8192 / std::max<int64_t>(std::max(p.k, p.m) * positions, 1);
   p.group_chunk = std::clamp<int64_t>(p.group_chunk, 1, std::max<int64_t>(p.groups, 1));
 
@@ -425,28 +428,26 @@ int64_t Workspace(const Problem& p, const Device&) {
 template <const PhaseKernels& kernels>
 double Seconds(const Problem& p, const Device& device) {
   const Plan plan = PlanOf(p, kernels, false);
-  const double weight = static_cast<double>(p.WElements()) * 4;
+  const double weight = p.pass == Pass::kWeightGrad ? 0 : static_cast<double>(p.WElements()) * 4;
   return 2e-6 + (plan.cycles / 3e9 + weight / 1e9) / device.threads;
 }
 
 template <const PhaseKernels& kernels>
-void AddRows(std::vector<Row>& rows, const char* name) {
-  const auto add = [&](Pass pass, Launch launch) {
-    rows.push_back({name, pass, Refuse<kernels>, Workspace<kernels>, Seconds<kernels>, launch});
-  };
-  add(Pass::kForward, LaunchCorrelate<kernels>);
-  add(Pass::kInputGrad, LaunchCorrelate<kernels>);
-  add(Pass::kWeightGrad, LaunchWeightGrad<kernels>);
+void Add(std::vector<Row>& rows, const char* name) {
+  AddRows(rows,
+          {name, Pass::kForward, Refuse<kernels>, Workspace<kernels>, Seconds<kernels>,
+           LaunchCorrelate<kernels>},
+          LaunchWeightGrad<kernels>);
 }
 
 }  // namespace
 
 void AddPhases(std::vector<Row>& rows) {
 #if defined(__x86_64__)
-  AddRows<kPhasesAvx512>(rows, "phases_avx512");
-  AddRows<kPhasesAvx2>(rows, "phases_avx2");
+  Add<kPhasesAvx512>(rows, "phases_avx512");
+  Add<kPhasesAvx2>(rows, "phases_avx2");
 #endif
-  AddRows<kPhasesPortable>(rows, "phases");
+  Add<kPhasesPortable>(rows, "phases");
 }
 
 }  // namespace jaxconv::cpu

@@ -1,4 +1,5 @@
-// The plan of a "pixels" kernel: channels last, where a pixel's channels are neighbours in memory.
+// The plan of a "pixels" kernel: channels last, where a pixel's channels are neighbours in memory;
+// weight gradients of channels first, too.
 //
 // Forward and input gradient are one correlation, on each axis
 //
@@ -10,10 +11,12 @@
 // source is read where it lies: pointers to the pixels that some positions hear by a tap, or to
 // zeros where there is none, make strides, phases, dilation and borders a matter of addresses.
 //
-// The weight gradient multiplies a value of x with a vector of y's channels, and adds up along
-// rows.
+// The weight gradient multiplies a value of x with a vector of y's channels, or a value of y with a
+// vector of x's, and adds up along rows. Boxes of y, and mostly of x, are copied before, as pixels
+// with zeros around, so that every tap joins every position.
 //
-// Depthwise layers (one channel a group on both sides) multiply vectors with vectors.
+// Depthwise layers (one channel a group on both sides) multiply vectors with vectors, and copy
+// nothing.
 #ifndef JAXCONV_CPU_PIXEL_PLAN_H_
 #define JAXCONV_CPU_PIXEL_PLAN_H_
 
@@ -40,7 +43,8 @@ struct PixelPlan {
   int64_t depthwise;
   int64_t n, groups;
   int64_t k, m;          // source and destination channels of a group; depthwise: 1 and all
-  int64_t src_n, dst_n;  // elements between images, pixels along each axis, and sizes
+  int64_t src_n, dst_n;  // elements between images, channels, pixels along each axis; and sizes
+  int64_t src_c, dst_c;
   int64_t src_s[3], dst_s[3];
   int64_t src_size[3], dst_size[3];
   int64_t src_step[3], dst_step[3];
@@ -60,9 +64,14 @@ struct PixelPlan {
   int64_t tap_chunk;  // taps whose weights stay near while a tile's positions pass
   int64_t zeros;      // elements: as many as a pixel of the source has, and a vector
   int64_t scratch;    // bytes of a task
-  // Weight gradient: a task takes some x and y channels of a group and a part of all pieces of rows
-  // of x, each of `columns` positions, `pieces` at once.
-  int64_t x_chunk, y_chunk, x_chunks, y_chunks, parts, columns, pieces;
+  // Weight gradient: a task takes some x and y channels of a group and a part of all units. Units
+  // are pieces of rows of x, each of `columns` positions, `pieces` at once; or boxes of x, if there
+  // are any (`boxes`), of which y and, if x_panel is not 0, x are copied.
+  int64_t x_chunk, y_chunk, x_chunks, y_chunks, parts, units, columns, pieces;
+  int64_t box[3], boxes[3], y_step[3];  // y's rows and columns that are copied lie so far apart
+  int64_t swapped;                      // values of y meet vectors of x
+  int64_t x_pitch, y_pitch;             // from pixel to pixel of a copy
+  int64_t x_panel, y_panel, sums;       // elements of a task's memory
 };
 
 struct PixelOperands {

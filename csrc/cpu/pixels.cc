@@ -1,6 +1,7 @@
 #include "cpu/pixels.h"
 
 #include <algorithm>
+#include <numeric>
 #include <string>
 
 #include "cpu/phase_plan.h"
@@ -37,6 +38,9 @@ constexpr int64_t kMostPositions = 128;             // of a tile
 // for the sums of a weight gradient.
 constexpr int64_t kListBytes = int64_t{256} << 10, kWeightBytes = int64_t{256} << 10;
 constexpr int64_t kSumsBytes = int64_t{512} << 10, kRowsBytes = int64_t{256} << 10;
+constexpr int64_t kTaskBytes = int64_t{896} << 10;  // sums and copies of x and y
+constexpr int64_t kNearBytes = int64_t{96} << 10;   // what a tap reads
+constexpr int64_t kBoxTasks = 8;                    // fewer than others: each copies what it reads
 
 int64_t SumSize(const Problem& p) { return p.in_dtype == DType::kF64 ? 8 : 4; }
 bool Depthwise(const Problem& p) { return p.cig() == 1 && p.cog() == 1; }
@@ -105,7 +109,12 @@ void SetTasks(Plan& plan, const PixelKernels& kernels, int64_t size) {
     p.phase_splits = std::clamp<int64_t>(CeilDiv(kTasks, plan.Tasks()), 1, p.phases);
     p.block_splits = std::clamp<int64_t>(CeilDiv(kTasks, plan.Tasks()), 1, plan.Units());
   };
-  set(std::clamp(listed, together, std::min(kMostPositions, RoundUp(positions, together))));
+  int64_t most = std::min(kMostPositions, RoundUp(positions, together));
+  // Depthwise, a pixel is written at once, with all its channels.
+  while (p.depthwise != 0 && p.n * CeilDiv(positions, most) < kTasks && most > 4 * together) {
+    most = RoundUp(most / 2, together);
+  }
+  set(std::clamp(listed, together, most));
   while (plan.Tasks() < kTasks && p.tile > 4 * together) set(RoundUp(p.tile / 2, together));
   p.tap_chunk = std::max<int64_t>(kWeightBytes / (p.k * p.mr * size), 1);
   const int64_t blocks = p.tile / together;
@@ -113,31 +122,103 @@ void SetTasks(Plan& plan, const PixelKernels& kernels, int64_t size) {
               (blocks * plan.most_taps + 1) * entry;
 }
 
-// Which channels and rows are a task of the weight gradient.
-void SetWeightGradTasks(Plan& plan, const Problem& problem, int64_t lanes, int64_t size) {
+// Which channels and positions are a task of the weight gradient.
+void SetWeightGradTasks(Plan& plan, const Problem& problem, bool boxes, int64_t lanes,
+                        int64_t size) {
   PixelPlan& p = plan.p;
-  const int64_t all_x = p.depthwise != 0 ? 1 : p.m, all_y = p.depthwise != 0 ? p.m : p.k;
+  const bool depthwise = p.depthwise != 0;
+  const int64_t all_x = depthwise ? 1 : p.m, all_y = depthwise ? p.m : p.k;
   const int64_t most_parts = 1 + problem.YElements() / 10 / problem.WElements();
+  const auto filled = [&](int64_t channels) {
+    return static_cast<double>(channels) / static_cast<double>(RoundUp(channels, lanes));
+  };
+  const auto pair = [&](int64_t channels) { return std::min(channels, 2 * lanes); };
+  p.swapped = !depthwise && (filled(all_y) < filled(all_x) ||
+                             (filled(all_y) == filled(all_x) && pair(all_y) < pair(all_x)))
+                  ? 1
+                  : 0;
+  // Rows of y that no tap hears are not copied. Columns are: rows are read as they lie.
+  for (size_t a = 0; a < 3; ++a) {
+    p.y_step[a] = a == 2 ? 1 : std::gcd(problem.stride[a], problem.dilation[a]);
+  }
+  p.x_chunk = all_x;
+  p.y_chunk = all_y;
+  // The operand whose vectors are taken has whole vectors in a copy, an odd number of them, so that
+  // neighbouring pixels do not compete for the same sets of a cache.
+  const auto vectors = [&](int64_t channels) {
+    return channels <= lanes ? lanes : (CeilDiv(channels, lanes) | 1) * lanes;
+  };
+  const auto set_boxes = [&] {
+    p.x_pitch = p.swapped != 0 ? vectors(p.x_chunk) : p.x_chunk;
+    p.y_pitch = p.swapped != 0 ? p.y_chunk : vectors(p.y_chunk);
+    Sizes box{1, 1, p.dst_size[2]};
+    const auto set_panels = [&] {
+      int64_t pixels = 1;
+      for (size_t a = 0; a < 3; ++a) {
+        const AxisTap* taps = p.axis_taps[a];
+        const int64_t span = taps[p.kernel[a] - 1].e - taps[0].e;
+        const int64_t count = ((box[a] - 1) * p.src_step[a] + span) / p.y_step[a] + 1;
+        pixels *= a < 2 || p.swapped != 0 ? count : RoundUp(count, p.src_step[2]);
+      }
+      p.y_panel = RoundUp(pixels * p.y_pitch, 16);
+      p.x_panel =
+          p.swapped != 0 && problem.channels_last ? 0 : RoundUp(Product(box) * p.x_pitch, 16);
+      const int64_t heard = p.swapped != 0 ? 2 * lanes + p.y_chunk : p.x_chunk + 2 * lanes;
+      return (p.x_panel + p.y_panel + p.sums) * size <= kTaskBytes &&
+             Product(box) * heard * size <= kNearBytes;
+    };
+    while (!set_panels() && box[2] > 16) box[2] = CeilDiv(box[2], 2);
+    for (const size_t a : {size_t{1}, size_t{0}}) {
+      // As many as possible, and then as equal as possible.
+      const int64_t least = box[a];
+      while (box[a] < p.dst_size[a]) {
+        ++box[a];
+        if (set_panels()) continue;
+        box[a] = std::max(box[a] - 1, least);
+        break;
+      }
+      box[a] = CeilDiv(p.dst_size[a], CeilDiv(p.dst_size[a], box[a]));
+      if (box[a] < p.dst_size[a]) break;
+    }
+    set_panels();
+    p.units = p.n;
+    for (size_t a = 0; a < 3; ++a) {
+      p.box[a] = box[a];
+      p.boxes[a] = CeilDiv(p.dst_size[a], box[a]);
+      p.units *= p.boxes[a];
+    }
+  };
   // What a position and the taps of a row join: whole lines.
   const auto bytes = [&](int64_t channels) { return std::max<int64_t>(channels * size, 64); };
   const auto position = [&] {
     return bytes(p.x_chunk) + bytes(p.y_chunk) * p.src_step[1] * p.src_step[2];
   };
-  p.x_chunk = all_x;
-  p.y_chunk = all_y;
   p.columns = std::min(std::max<int64_t>(kRowsBytes / position(), 16), p.dst_size[2]);
-  const int64_t pieces = p.n * p.dst_size[0] * p.dst_size[1] * CeilDiv(p.dst_size[2], p.columns);
-  while (true) {
+  const auto set_parts = [&] {
     p.x_chunks = CeilDiv(all_x, p.x_chunk);
     p.y_chunks = CeilDiv(all_y, p.y_chunk);
+    const int64_t rows = p.ntaps * (p.swapped != 0 ? p.y_chunk : p.x_chunk);
+    p.sums = rows * RoundUp(p.swapped != 0 ? p.x_chunk : p.y_chunk, lanes);
+    if (boxes) {
+      set_boxes();
+    } else {
+      p.boxes[0] = 0;
+      p.units = p.n * p.dst_size[0] * p.dst_size[1] * CeilDiv(p.dst_size[2], p.columns);
+    }
     p.parts = 1;
     p.parts = std::clamp<int64_t>(CeilDiv(kTasks, plan.WeightGradTasks()), 1,
-                                  std::min(most_parts, pieces));
-    const bool near = p.ntaps * p.x_chunk * RoundUp(p.y_chunk, lanes) * size <= kSumsBytes;
-    if (near && plan.WeightGradTasks() >= kTasks) break;
-    if (p.x_chunk > 8 && p.x_chunk >= p.y_chunk) {
-      p.x_chunk = RoundUp(p.x_chunk / 2, 8);
-    } else if (p.y_chunk > 2 * lanes) {
+                                  std::min(most_parts, p.units));
+    return p.sums * size <= kSumsBytes && plan.WeightGradTasks() >= (boxes ? kBoxTasks : kTasks);
+  };
+  while (!set_parts()) {
+    // Copies of y are the larger ones, so that its channels are divided first.
+    const bool y_first = boxes ? p.y_chunk > 2 * lanes : p.x_chunk <= 8 || p.x_chunk < p.y_chunk;
+    if (p.swapped != 0 && p.x_chunk > 2 * lanes) {
+      p.x_chunk = RoundUp(p.x_chunk / 2, lanes);
+    } else if (p.swapped != 0) {
+      if (p.y_chunk <= 8) break;
+      p.y_chunk = RoundUp(p.y_chunk / 2, 8);
+    } else if (y_first && p.y_chunk > 2 * lanes) {
       p.y_chunk = RoundUp(p.y_chunk / 2, lanes);
     } else if (p.x_chunk > 8) {
       p.x_chunk = RoundUp(p.x_chunk / 2, 8);
@@ -145,8 +226,9 @@ void SetWeightGradTasks(Plan& plan, const Problem& problem, int64_t lanes, int64
       break;
     }
   }
-  p.pieces = std::clamp<int64_t>(kRowsBytes / (position() * p.columns), 1, pieces);
-  p.scratch = p.ntaps * p.x_chunk * RoundUp(p.y_chunk, lanes) * size + p.pieces * 24;
+  p.pieces = std::clamp<int64_t>(kRowsBytes / (position() * p.columns), 1, p.units);
+  const int64_t listed = boxes ? p.ntaps * 8 + p.box[0] * p.box[1] * 24 : p.pieces * 24;
+  p.scratch = (p.sums + p.x_panel + p.y_panel) * size + listed;
 }
 
 Plan PlanOf(const Problem& problem, const PixelKernels& kernels) {
@@ -176,6 +258,8 @@ Plan PlanOf(const Problem& problem, const PixelKernels& kernels) {
   }
   p.src_n = src.n;
   p.dst_n = dst.n;
+  p.src_c = src.c;
+  p.dst_c = dst.c;
   p.phases = 1;
   for (size_t a = 0; a < 3; ++a) {
     p.kernel[a] = problem.k[a];
@@ -202,7 +286,12 @@ Plan PlanOf(const Problem& problem, const PixelKernels& kernels) {
   }
   p.nblocks = CeilDiv(p.m, p.mr);
   if (problem.pass == Pass::kWeightGrad) {
-    SetWeightGradTasks(plan, problem, lanes, size);
+    SetWeightGradTasks(plan, problem, p.depthwise == 0, lanes, size);
+    // Where so few positions are copied that nothing is used often, pixels are read as they lie.
+    if (problem.channels_last && p.swapped == 0 && p.boxes[0] > 0 &&
+        Product({p.box[0], p.box[1], p.box[2]}) < 16 && p.box[2] < p.dst_size[2]) {
+      SetWeightGradTasks(plan, problem, false, lanes, size);
+    }
   } else {
     SetTasks(plan, kernels, size);
   }
@@ -253,7 +342,9 @@ std::string Refuse(const Problem& p, const Device& device) {
     return "needs vectors of " + std::to_string(bytes) + " bytes, the processor has " +
            std::to_string(device.vector_bytes);
   }
-  if (!p.channels_last) return "takes channels last only";
+  if (!p.channels_last && (p.pass != Pass::kWeightGrad || Depthwise(p))) {
+    return "takes channels first in weight gradients only, and no depthwise ones";
+  }
   if (SizeOf(p.in_dtype) == 2) return "takes float32 and float64 only";
   if (p.Empty()) return "takes no empty arrays";
   if (Depthwise(p) && p.ci % lanes != 0) {
@@ -292,18 +383,35 @@ double Seconds(const Problem& p, const Device& device) {
   double cycles = 0;
   if (p.pass == Pass::kWeightGrad) {
     const int64_t width = static_cast<int64_t>(lanes);
-    const double vectors =
-        q.depthwise != 0 ? real(q.m) / lanes : real(q.groups * q.m * CeilDiv(q.k, width));
-    const double product = q.depthwise != 0 ? 1.5 : q.k % width != 0 ? 1.6 : 0.65;
-    const double pieces = real(p.n * p.isize[0] * p.isize[1] * CeilDiv(p.isize[2], q.columns));
-    cycles = inputs * vectors * product;
-    cycles += pieces * real(q.ntaps) *
-              (10 * real(q.x_chunks * q.y_chunks * q.groups) + 4 * vectors / real(q.pieces));
+    cycles = real(p.WElements()) * 0.5;
+    const double vectors = q.depthwise != 0 ? real(q.m) / lanes
+                           : q.swapped != 0 ? real(q.groups * q.k * CeilDiv(q.m, width))
+                                            : real(q.groups * q.m * CeilDiv(q.k, width));
+    if (q.boxes[0] > 0) {
+      const int64_t units = q.units * q.groups;
+      cycles += inputs * vectors * ((q.swapped != 0 ? q.m : q.k) > width ? 0.65 : 1);
+      cycles += real(units * q.x_chunks * q.y_chunks) * real(q.y_panel + q.x_panel) / lanes * 5;
+      // Sums that come and go, some of them out of the second-level cache.
+      cycles += real(units * q.ntaps) * vectors * (q.sums * SumSize(p) > kSumsBytes ? 20 : 4);
+      cycles += real(units * q.x_chunks * q.y_chunks * q.box[0] * q.box[1] * q.ntaps) * 8;
+    } else {
+      const double product = q.depthwise != 0 ? 1.5 : q.k % width != 0 ? 1.6 : 0.65;
+      const double pieces = real(p.n * p.isize[0] * p.isize[1] * CeilDiv(p.isize[2], q.columns));
+      cycles += inputs * vectors * product;
+      cycles += pieces * real(q.ntaps) *
+                (10 * real(q.x_chunks * q.y_chunks * q.groups) + 4 * vectors / real(q.pieces));
+    }
   } else {
     const double vectors = real(plan.Units() * q.mr) / lanes;
-    cycles = inputs * vectors * (q.depthwise != 0 ? 1.0 : real(q.k) * 0.6 + 1);
-    cycles += inputs * 4;
-    cycles += real(p.n * Product({q.dst_size[0], q.dst_size[1], q.dst_size[2]})) * vectors * 4;
+    const double dst = real(p.n * Product({q.dst_size[0], q.dst_size[1], q.dst_size[2]}));
+    if (q.depthwise != 0) {
+      cycles = inputs * (vectors * 0.8 + 1.5) + dst * vectors * 3;
+    } else {
+      const double product = q.mr > static_cast<int64_t>(lanes) ? 0.6 : 1.1;
+      cycles = inputs * (vectors * (real(q.k) * product + 1) + 4);
+      // Forward, neighbours in a row are of several phases and leave one by one.
+      cycles += dst * vectors * (p.pass == Pass::kForward ? 6 : 4);
+    }
   }
   cycles += real(p.XElements() + p.YElements()) * real(SumSize(p)) / 8;
   const double weight = p.pass == Pass::kWeightGrad ? 0 : real(p.WElements()) * 4;
@@ -311,13 +419,11 @@ double Seconds(const Problem& p, const Device& device) {
 }
 
 template <const Kernels& kernels>
-void AddRows(std::vector<Row>& rows, const char* name) {
-  const auto add = [&](Pass pass, Launch launch) {
-    rows.push_back({name, pass, Refuse<kernels>, Workspace<kernels>, Seconds<kernels>, launch});
-  };
-  add(Pass::kForward, LaunchCorrelate<kernels>);
-  add(Pass::kInputGrad, LaunchCorrelate<kernels>);
-  add(Pass::kWeightGrad, LaunchWeightGrad<kernels>);
+void Add(std::vector<Row>& rows, const char* name) {
+  AddRows(rows,
+          {name, Pass::kForward, Refuse<kernels>, Workspace<kernels>, Seconds<kernels>,
+           LaunchCorrelate<kernels>},
+          LaunchWeightGrad<kernels>);
 }
 
 #if defined(__x86_64__)
@@ -329,10 +435,10 @@ constexpr Kernels kPortable{kPixelsPortable, kPhasesPortable};
 
 void AddPixels(std::vector<Row>& rows) {
 #if defined(__x86_64__)
-  AddRows<kAvx512>(rows, "pixels_avx512");
-  AddRows<kAvx2>(rows, "pixels_avx2");
+  Add<kAvx512>(rows, "pixels_avx512");
+  Add<kAvx2>(rows, "pixels_avx2");
 #endif
-  AddRows<kPortable>(rows, "pixels");
+  Add<kPortable>(rows, "pixels");
 }
 
 }  // namespace jaxconv::cpu

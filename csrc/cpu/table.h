@@ -31,6 +31,17 @@ using Row = Kernel<Device, Launch>;
 
 const std::vector<Row>& Table();
 
+// Adds the rows of a design whose forward and input gradient are launched alike: `row` as it is,
+// and the same for the other passes.
+inline void AddRows(std::vector<Row>& rows, Row row, Launch weight_grad) {
+  rows.push_back(row);
+  row.pass = Pass::kInputGrad;
+  rows.push_back(row);
+  row.pass = Pass::kWeightGrad;
+  row.launch = weight_grad;
+  rows.push_back(row);
+}
+
 }  // namespace jaxconv::cpu
 
 #endif  // JAXCONV_CPU_TABLE_H_
