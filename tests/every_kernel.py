@@ -1,6 +1,8 @@
 """Runs every CUDA kernel on small problems, for compute-sanitizer to watch; see .ci/gpu.
 
     compute-sanitizer --tool memcheck python tests/every_kernel.py
+    ... tests/every_kernel.py --share 0/4 >log.0    # a quarter of the problems, to run side by side
+    python tests/every_kernel.py --ran log.*        # whether the shares together entered all kernels
 
 Each buffer is an allocation of its own here, so that a step beyond one is seen.
 """
@@ -9,6 +11,8 @@ import os
 
 os.environ["XLA_PYTHON_CLIENT_ALLOCATOR"] = "platform"
 
+import argparse
+import fileinput
 import sys
 
 import jax
@@ -24,10 +28,12 @@ from workloads import WORKLOADS
 ROLES: tuple[Role, ...] = ("y", "x", "w")
 
 
-def main() -> None:
+def run(share: int, shares: int) -> set[tuple[str, str]]:
+    """Runs every `shares`-th problem from `share` on; returns the kernels that ran."""
     jax.config.update("jax_enable_x64", True)
-    ran: set[tuple[str, Role]] = set()
-    for number, c in enumerate([*CASES, *map(cases.shrunk, WORKLOADS)]):
+    ran: set[tuple[str, str]] = set()
+    problems = list(enumerate([*CASES, *map(cases.shrunk, WORKLOADS)]))
+    for number, c in problems[share::shares]:
         last = number % 2 == 1  # both layouts and all dtypes in turn: each is a pass over memory
         for dtype in DTYPES if number % 4 == 0 else ("float32", "bfloat16"):
             # NumPy prepares the arrays: XLA then runs nothing but the kernels.
@@ -50,10 +56,33 @@ def main() -> None:
                     operation = primitive._PRIMITIVES[result]
                     jax.block_until_ready(operation.bind(a, b, spec=forced))
                     ran.add((name, result))
-    print(f"{len(ran)} kernels ran: {', '.join(sorted(f'{name} {role}' for name, role in ran))}")
+    return ran
+
+
+def check(ran: set[tuple[str, str]]) -> None:
     missing = {(name, role) for role in ROLES for name in ffi.kernel_names("cuda", role)} - ran
     if missing:
         sys.exit(f"no small problem enters {sorted(missing)}")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--share", default="0/1", help="I/N: the I-th of N shares of the problems")
+    parser.add_argument("--ran", nargs="+", help="what shares printed: checks, and runs nothing")
+    options = parser.parse_args()
+    if options.ran:
+        with fileinput.input(options.ran) as lines:
+            words = [line.split() for line in lines]
+        check({(w[1], w[2]) for w in words if w[:1] == ["ran:"]})
+        return
+    share, shares = map(int, options.share.split("/"))
+    ran = run(share, shares)
+    for name, result in sorted(ran):
+        print("ran:", name, result)
+    if shares == 1:
+        check(ran)
 
 
 if __name__ == "__main__":

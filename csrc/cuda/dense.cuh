@@ -61,24 +61,16 @@ struct DenseItem {
   }
 };
 
-__device__ inline uint32_t RoundToTF32(float v) {
-  uint32_t bits = 0;
-#if __CUDA_ARCH__ >= 900
-  asm("cvt.rn.tf32.f32 %0, %1;" : "=r"(bits) : "f"(v));
-#endif
-  return bits;
-}
-
 // The high part of a float32 value and what is left of it. With split operands ("highest") each
 // step is three: high by high, low pixels by high weights, and high by low.
 struct SplitTF32 {
   uint32_t high;
   float value;
-  __device__ explicit SplitTF32(float v) : high(RoundToTF32(v)), value(v) {}
+  __device__ explicit SplitTF32(float v) : high(RoundTF32(v)), value(v) {}
   __device__ uint32_t Low() const {
     float rounded;
     asm("mov.b32 %0, %1;" : "=f"(rounded) : "r"(high));
-    return RoundToTF32(value - rounded);
+    return RoundTF32(value - rounded);
   }
 };
 
@@ -181,7 +173,7 @@ __device__ inline void FetchWeights(const DenseArgs& a, const DenseBarriers& bar
     const char* from =
         a.weights + (tile * a.total_steps + program.steps) * (quad_bytes / kDenseQuad);
     for (int q = 0; q < program.quads; ++q, from += quad_bytes) {
-      WaitForPhase(barriers.RingEmpty(slot.at), slot.parity ^ 1);
+      WaitFor(barriers.RingEmpty(slot.at), slot.parity ^ 1);
       ArriveAndExpect(barriers.RingFull(slot.at), quad_bytes);
       CopyBulk(ring + slot.at * quad_bytes, from, quad_bytes, barriers.RingFull(slot.at));
       slot.Next(a.ring);
@@ -202,7 +194,7 @@ __device__ inline void FetchBoxes(const DenseArgs& a, const CUtensorMap* map,
 #pragma unroll
       for (int i = 0; i < kAxes; ++i) source[i] = item.q[i] * a.axis[i].si + segment.first[i];
       for (int chunk = 0; chunk < a.chunks; ++chunk) {
-        WaitForPhase(barriers.InEmpty(buffer.at), buffer.parity ^ 1);
+        WaitFor(barriers.InEmpty(buffer.at), buffer.parity ^ 1);
         ArriveAndExpect(barriers.InFull(buffer.at), a.pixels * a.row_bytes);
         for (int piece = 0; piece < a.pieces; ++piece) {
           const int w = piece * a.piece_length;
@@ -233,7 +225,7 @@ __device__ inline void RoundBoxes(const DenseArgs& a, const DenseBarriers& barri
   for (int index = blockIdx.x; index < a.items; index += gridDim.x) {
     const int stages = a.program[DenseItem(a, index).program].segments * a.chunks;
     for (int s = 0; s < stages; ++s) {
-      WaitForPhase(barriers.InFull(buffer.at), buffer.parity);
+      WaitFor(barriers.InFull(buffer.at), buffer.parity);
       char* stage = in + buffer.at * a.stage_bytes;
 #pragma unroll 8
       for (int b = thread; b < blocks; b += kDenseRounders) {
@@ -265,7 +257,7 @@ __device__ inline void FetchRows(const DenseArgs& a, const DenseBarriers& barrie
       for (int chunk = 0; chunk < a.chunks; ++chunk) {
         const int c0 = chunk * a.chunk_channels;
         const int blocks = 2 * (chunk + 1 < a.chunks ? a.full_steps : a.last_steps) / a.terms;
-        WaitForPhase(barriers.InEmpty(buffer.at), buffer.parity ^ 1);
+        WaitFor(barriers.InEmpty(buffer.at), buffer.parity ^ 1);
         for (int p = thread; p < a.pixels; p += kDenseLoaders) {
           const DenseCoordinates at(sources[p]);
           bool inside = item.n + at.n < a.n;
@@ -515,10 +507,9 @@ __device__ inline void MultiplyDense(const DenseArgs& a, const DenseMaps& maps,
           chunk = 0;
           ++segment;
         }
-        WaitForPhase(round ? barriers.InRounded(buffer.at) : barriers.InFull(buffer.at),
-                     buffer.parity);
+        WaitFor(round ? barriers.InRounded(buffer.at) : barriers.InFull(buffer.at), buffer.parity);
       }
-      WaitForPhase(barriers.RingFull(slot.at), slot.parity);
+      WaitFor(barriers.RingFull(slot.at), slot.parity);
       uint64_t weights = Descriptor(ring + slot.at * kQuadBytes, 128, 256);
       const auto multiply = [&](int shift, bool first = false) {
         const int add = !(kExact && first);
@@ -620,7 +611,7 @@ __global__ void __launch_bounds__(kDenseThreads, 1)
       InitBarrier(barriers.RingFull(i), 1);
       InitBarrier(barriers.RingEmpty(i), kDenseWarps);
     }
-    asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+    FenceBarriers();
     ProxyFence();
   }
   constexpr int kPixels = MT * 64;  // of a group of warps

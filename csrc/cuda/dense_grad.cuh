@@ -23,6 +23,9 @@ struct DenseGradPosition {
   int offset, at[kAxes];
 };
 
+// The bits of a float32, rounded to TF32.
+__device__ inline uint32_t RoundWord(uint32_t word) { return RoundTF32(__uint_as_float(word)); }
+
 __device__ inline void StoreVector(uint32_t to, uint32_t a, uint32_t b, uint32_t c, uint32_t d) {
   asm volatile("st.shared.v4.b32 [%0], {%1, %2, %3, %4};" ::"r"(to), "r"(a), "r"(b), "r"(c), "r"(d)
                : "memory");
@@ -142,13 +145,13 @@ struct DenseGradLoader {
       };
       StoreVector(at, pair(0), pair(2), pair(4), pair(6));
     } else if constexpr (kLast) {
-      StoreVector(at, RoundToTF32(Word(v[0], i)), RoundToTF32(Word(v[1], i)),
-                  RoundToTF32(Word(v[2], i)), RoundToTF32(Word(v[3], i)));
+      StoreVector(at, RoundWord(Word(v[0], i)), RoundWord(Word(v[1], i)), RoundWord(Word(v[2], i)),
+                  RoundWord(Word(v[3], i)));
     } else if constexpr (kHalf) {
       const auto pair = [&](int s) { return uint32_t{v[s]} | uint32_t{v[s + 1]} << 16; };
       StoreVector(at, pair(0), pair(2), pair(4), pair(6));
     } else {
-      StoreVector(at, RoundToTF32(v[0]), RoundToTF32(v[1]), RoundToTF32(v[2]), RoundToTF32(v[3]));
+      StoreVector(at, RoundWord(v[0]), RoundWord(v[1]), RoundWord(v[2]), RoundWord(v[3]));
     }
   }
 
@@ -220,7 +223,7 @@ __device__ inline void LoadDenseGrad(const DenseGradArgs& a, const DenseGradBloc
       at[i] = (rest - up * a.tiles_of[i]) * a.box[i];
       rest = up;
     }
-    WaitForPhase(barriers.Empty(stage.at), stage.parity ^ 1);
+    WaitFor(barriers.Empty(stage.at), stage.parity ^ 1);
 #pragma unroll
     for (int operand = 0; operand < 2; ++operand) {
       const DenseGradOperand& o = operand == 0 ? a.x : a.y;
@@ -269,7 +272,7 @@ __device__ inline void CopyDenseGrad(const DenseGradArgs& a, const DenseGradMaps
     }
     const int n = rest * a.image_groups;
     const uint32_t x = stages + stage.at * a.stage_bytes, full = barriers.Full(stage.at);
-    WaitForPhase(barriers.Empty(stage.at), stage.parity ^ 1);
+    WaitFor(barriers.Empty(stage.at), stage.parity ^ 1);
     ArriveAndExpect(full, bytes);
     for (int i = 0; i < a.x.copies; ++i) {
       CopyBox(x + i * a.x.copied, &maps.x, block.group * a.cig + block.ci + i * 64, n, at[2], at[1],
@@ -296,7 +299,7 @@ __device__ inline void TurnDenseGrad(const DenseGradArgs& a, const DenseGradBloc
   const int eight = thread / 8, lane = thread % 8;
   DenseCursor stage;
   for (int tile = block.begin; tile < block.end; ++tile) {
-    WaitForPhase(barriers.Full(stage.at), stage.parity);
+    WaitFor(barriers.Full(stage.at), stage.parity);
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
       const DenseGradOperand& o = i == 0 ? a.x : a.y;
@@ -321,14 +324,14 @@ __device__ inline void TurnDenseGrad(const DenseGradArgs& a, const DenseGradBloc
         for (int b = 0; b < kBatch; ++b) {
           if (at[b] == nullptr) continue;
           const uint32_t to = SharedAddress(at[b]);
-          StoreVector(to, RoundToTF32(v[b][0].x), RoundToTF32(v[b][1].x), RoundToTF32(v[b][2].x),
-                      RoundToTF32(v[b][3].x));
-          StoreVector(to + hop, RoundToTF32(v[b][0].y), RoundToTF32(v[b][1].y),
-                      RoundToTF32(v[b][2].y), RoundToTF32(v[b][3].y));
-          StoreVector(to + 2 * hop, RoundToTF32(v[b][0].z), RoundToTF32(v[b][1].z),
-                      RoundToTF32(v[b][2].z), RoundToTF32(v[b][3].z));
-          StoreVector(to + 3 * hop, RoundToTF32(v[b][0].w), RoundToTF32(v[b][1].w),
-                      RoundToTF32(v[b][2].w), RoundToTF32(v[b][3].w));
+          StoreVector(to, RoundWord(v[b][0].x), RoundWord(v[b][1].x), RoundWord(v[b][2].x),
+                      RoundWord(v[b][3].x));
+          StoreVector(to + hop, RoundWord(v[b][0].y), RoundWord(v[b][1].y), RoundWord(v[b][2].y),
+                      RoundWord(v[b][3].y));
+          StoreVector(to + 2 * hop, RoundWord(v[b][0].z), RoundWord(v[b][1].z),
+                      RoundWord(v[b][2].z), RoundWord(v[b][3].z));
+          StoreVector(to + 3 * hop, RoundWord(v[b][0].w), RoundWord(v[b][1].w),
+                      RoundWord(v[b][2].w), RoundWord(v[b][3].w));
         }
       }
     }
@@ -383,8 +386,8 @@ __device__ inline void MultiplyDenseGrad(const DenseGradArgs& a, const DenseGrad
   bool flushed = false;
   const uint32_t x_step = 4 * a.x.pitch / 16;
   for (int tile = block.begin; tile < block.end; ++tile) {
-    WaitForPhase(kCopies && !kAcross ? barriers.Turned(stage.at) : barriers.Full(stage.at),
-                 stage.parity);
+    WaitFor(kCopies && !kAcross ? barriers.Turned(stage.at) : barriers.Full(stage.at),
+            stage.parity);
     const uint32_t at = stage.at * (a.stage_bytes / 16);
     uint32_t x = at;
     const auto multiply = [&](int j) {  // two steps
@@ -495,7 +498,7 @@ __global__ void __launch_bounds__(kDenseGradThreads, 1)
       InitBarrier(barriers.Turned(i), kDenseGradTurners / 32);
       InitBarrier(barriers.Empty(i), kDenseGradWarps);
     }
-    asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+    FenceBarriers();
     ProxyFence();
   }
   const auto locate = [](int p, const int (&box)[kAxes], int (&at)[kAxes]) {

@@ -1,5 +1,5 @@
-// The group matrix multiply of compute capability 9.0a, and the barriers and bulk copies that feed
-// it, for "dense".
+// The group matrix multiply of compute capability 9.0a, and the bulk tensor copies that feed it,
+// for "dense".
 #ifndef JAXCONV_CUDA_DENSE_WGMMA_CUH_
 #define JAXCONV_CUDA_DENSE_WGMMA_CUH_
 
@@ -8,6 +8,7 @@
 #include <cstdint>
 
 #include "cuda/correlate_wgmma.cuh"
+#include "cuda/mbarrier.cuh"
 
 namespace jaxconv::cuda {
 
@@ -105,37 +106,7 @@ __device__ inline uint64_t PixelDescriptor(uint32_t address, uint32_t along_rows
   return swizzle << 62 | Descriptor(address, 16, along_rows);
 }
 
-// Barriers in shared memory, which count arrivals and bytes of bulk copies.
-__device__ inline void InitBarrier(uint32_t barrier, int arrivals) {
-  asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(barrier), "r"(arrivals) : "memory");
-}
-__device__ inline void Arrive(uint32_t barrier) {
-  asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(barrier) : "memory");
-}
-__device__ inline void ArriveAndExpect(uint32_t barrier, int bytes) {
-  asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(barrier), "r"(bytes)
-               : "memory");
-}
-__device__ inline void WaitForPhase(uint32_t barrier, int parity) {
-  asm volatile(
-      "{\n"
-      ".reg .pred done;\n"
-      "again:\n"
-      "mbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1;\n"
-      "@!done bra again;\n"
-      "}" ::"r"(barrier),
-      "r"(parity)
-      : "memory");
-}
-
-// Bulk copies into shared memory: of one run of bytes, and of a box of a tensor (zeros outside it).
-__device__ inline void CopyBulk(uint32_t to, const void* from, int bytes, uint32_t barrier) {
-  asm volatile(
-      "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::
-          "r"(to),
-      "l"(from), "r"(bytes), "r"(barrier)
-      : "memory");
-}
+// Bulk copies into shared memory of a box of a tensor (zeros outside it).
 __device__ inline void CopyBox(uint32_t to, const CUtensorMap* map, int c, int w, int h, int d,
                                int n, uint32_t barrier) {
   asm volatile(

@@ -1,4 +1,5 @@
-// Barriers in shared memory, and what orders copies with other accesses: from 9.0 on.
+// Barriers in shared memory, which count arrivals and bytes of bulk copies, the copies themselves,
+// and what orders them with other accesses: from 9.0 on.
 #ifndef JAXCONV_CUDA_MBARRIER_CUH_
 #define JAXCONV_CUDA_MBARRIER_CUH_
 
@@ -11,8 +12,15 @@ inline constexpr bool kHasBulkCopies = true;
 __device__ inline void InitBarrier(uint32_t barrier, int arrivals) {
   asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(barrier), "r"(arrivals) : "memory");
 }
+__device__ inline void FenceBarriers() {
+  asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+}
 __device__ inline void Arrive(uint32_t barrier) {
   asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(barrier) : "memory");
+}
+__device__ inline void ArriveAndExpect(uint32_t barrier, int bytes) {
+  asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(barrier), "r"(bytes)
+               : "memory");
 }
 __device__ inline void WaitFor(uint32_t barrier, int parity) {
   asm volatile(
@@ -22,6 +30,14 @@ __device__ inline void WaitFor(uint32_t barrier, int parity) {
       "r"(parity)
       : "memory");
 }
+// Of 16-byte multiples, between addresses that are multiples of 16.
+__device__ inline void CopyBulk(uint32_t to, const void* from, int bytes, uint32_t barrier) {
+  asm volatile(
+      "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::
+          "r"(to),
+      "l"(from), "r"(bytes), "r"(barrier)
+      : "memory");
+}
 // What this thread has written is seen by the copies that are asked for later.
 __device__ inline void FenceForCopies() {
   asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
@@ -29,8 +45,11 @@ __device__ inline void FenceForCopies() {
 #else
 inline constexpr bool kHasBulkCopies = false;  // never launched there
 __device__ inline void InitBarrier(uint32_t, int) {}
+__device__ inline void FenceBarriers() {}
 __device__ inline void Arrive(uint32_t) {}
+__device__ inline void ArriveAndExpect(uint32_t, int) {}
 __device__ inline void WaitFor(uint32_t, int) {}
+__device__ inline void CopyBulk(uint32_t, const void*, int, uint32_t) {}
 __device__ inline void FenceForCopies() {}
 #endif
 

@@ -23,28 +23,6 @@ inline constexpr int kAskers = NC == 1 ? 4 : 2;
 template <int NC>
 inline constexpr int kRowsThreads = (RowsArgs::kWarps + kAskers<NC>)*32;
 
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
-__device__ inline void FenceBarriers() {
-  asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
-}
-__device__ inline void ArriveExpecting(uint32_t barrier, int bytes) {
-  asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(barrier), "r"(bytes)
-               : "memory");
-}
-// Of 16-byte multiples, between addresses that are multiples of 16.
-__device__ inline void CopyBulk(uint32_t to, const void* from, int bytes, uint32_t barrier) {
-  asm volatile(
-      "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::
-          "r"(to),
-      "l"(from), "r"(bytes), "r"(barrier)
-      : "memory");
-}
-#else
-__device__ inline void FenceBarriers() {}
-__device__ inline void ArriveExpecting(uint32_t, int) {}
-__device__ inline void CopyBulk(uint32_t, const void*, int, uint32_t) {}
-#endif
-
 // Of the eight warps that multiply.
 __device__ inline void MeetMultipliers() {
   asm volatile("bar.sync 1, %0;" ::"n"(RowsArgs::kWarps * 32) : "memory");
@@ -134,7 +112,7 @@ __device__ inline void AskForRows(const RowsArgs& a, const RowsOrigin& at, const
              static_cast<const T*>(a.in) + from, length, full);
     bytes += length;
   }
-  ArriveExpecting(full, bytes);
+  ArriveAndExpect(full, bytes);
 }
 
 // Zeros where the input has nothing, and the elements that no multiple of 16 bytes holds.
