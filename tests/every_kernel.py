@@ -1,8 +1,8 @@
 """Runs every CUDA kernel on small problems, for compute-sanitizer to watch; see .ci/gpu.
 
     compute-sanitizer --tool memcheck python tests/every_kernel.py
-    ... tests/every_kernel.py --share 0/4 >log.0    # a quarter of the problems, to run side by side
-    python tests/every_kernel.py --ran log.*        # whether the shares together entered all kernels
+    ... tests/every_kernel.py --share 0/4 >log.0  # a quarter of the problems
+    python tests/every_kernel.py --ran log.*    # did the shares together enter all kernels?
 
 Each buffer is an allocation of its own here, so that a step beyond one is seen.
 """
