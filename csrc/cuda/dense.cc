@@ -29,9 +29,6 @@ std::string Refuse(const Problem& p, const Device& device) {
   // Not of later devices either: their tensor cores have other instructions.
   if (!HasWgmma(device.compute_capability)) return "needs compute capability 9.0";
   if (p.in_dtype == DType::kF64) return "float64 has no tensor cores here";
-  if (p.in_dtype == DType::kF32 && p.precision == Precision::kHighest) {
-    return "rounds float32 products to TF32";
-  }
   const bool forward = p.pass == Pass::kForward;
   const int64_t cg = forward ? p.cig() : p.cog(), jg = forward ? p.cog() : p.cig();
   const int64_t bytes = cg * SizeOf(p.in_dtype), all_bytes = bytes * p.groups;
@@ -56,11 +53,19 @@ std::string Refuse(const Problem& p, const Device& device) {
   if (p.ci * Product(p.isize) > kIntMax || p.co * Product(p.osize) > kIntMax) {
     return "indexes an image of x or y in 32 bits";
   }
-  if (p.n > kIntMax) return "counts the batch in 32 bits";
+  if (p.n * std::max(p.ci, p.co) > kIntMax) return "counts the channels of all images in 32 bits";
+  if (!p.channels_last && p.n * p.groups * cg < DensePlanes::kMaxTurns) {
+    return "needs 8 channels in all images, channels first";
+  }
   if (p.groups * CeilDiv(Product(p.k), 32) > 65535 || CeilDiv(bytes, 32) > 65535) {
     return "takes fewer groups, taps and channels";
   }
   return "";
+}
+
+// Products of a step: float32 operands at the highest precision are split in two.
+int Terms(const Problem& p) {
+  return p.in_dtype == DType::kF32 && p.precision == Precision::kHighest ? 3 : 1;
 }
 
 // Taps of one axis that serve one phase from sources of one residue by the input's stride.
@@ -73,7 +78,7 @@ struct AxisGroup {
 // The part of a plan that does not depend on the tile.
 struct Shape {
   bool forward, fused;
-  int element, cg, jg, row_bytes, chunks, chunk_channels, full_steps, last_steps;
+  int element, cg, jg, row_bytes, chunks, chunk_channels, terms, full_steps, last_steps;
   int phases, columns;
   Sizes in_size, out_size, q_size;
   std::array<int, kAxes> si, so, reach;  // reach: places of the farthest tap
@@ -116,8 +121,9 @@ Shape ShapeOf(const Problem& p, int row_bytes) {
   s.row_bytes = row_bytes;
   s.chunks = static_cast<int>(CeilDiv(bytes, row_bytes));
   s.chunk_channels = row_bytes / s.element;
-  s.full_steps = row_bytes / 32;
-  s.last_steps = static_cast<int>(CeilDiv(bytes - (s.chunks - 1) * row_bytes, 32));
+  s.terms = Terms(p);
+  s.full_steps = s.terms * row_bytes / 32;
+  s.last_steps = s.terms * static_cast<int>(CeilDiv(bytes - (s.chunks - 1) * row_bytes, 32));
   s.in_size = s.forward ? p.isize : p.osize;
   s.out_size = s.forward ? p.osize : p.isize;
   s.phases = 1;
@@ -255,6 +261,21 @@ struct Candidate {
   std::array<int, 4> part;  // n, d, h, w
 };
 
+// Copies of `channels` channels by `length` pixels, one of `turns`.
+DensePlanes PlanesOf(const Sizes& size, int64_t channels, int element, int copied, int64_t length,
+                     int row_bytes) {
+  const int64_t plane = Product(size);
+  DensePlanes planes{};
+  while ((plane * element << planes.turn_bits) % 16 != 0) ++planes.turn_bits;
+  planes.turns = 1 << planes.turn_bits;
+  planes.plane = static_cast<int>(plane);
+  planes.channels = static_cast<int>(channels);
+  planes.copied = copied / planes.turns;
+  planes.length = static_cast<int>(length);
+  planes.row_bytes = row_bytes;
+  return planes;
+}
+
 // Fills what depends on the tile; false where it does not fit.
 bool Fill(const Problem& p, const Device& device, const Shape& s, const Candidate& c,
           DensePlan& plan) {
@@ -279,7 +300,7 @@ bool Fill(const Problem& p, const Device& device, const Shape& s, const Candidat
     x.in_step = in.s[i];
     x.out_step = out.s[i];
     if (i == 0 && x.length > 63) return false;  // what the kernel packs into words
-    if (i == 2) {
+    if (p.channels_last && i == 2) {
       // A row too long for one copy is made of several, if the box is but a row.
       const int unit = 1024 / s.row_bytes, most = kMaxBox / x.si / unit * unit;
       a.pieces = x.length * x.si <= kMaxBox ? 1 : static_cast<int>(CeilDiv(x.length, most));
@@ -288,7 +309,7 @@ bool Fill(const Problem& p, const Device& device, const Shape& s, const Candidat
         x.length = static_cast<int>(RoundUp(CeilDiv(x.length, a.pieces), unit)) * a.pieces;
       }
       a.piece_length = x.length / a.pieces;
-    } else if (x.length * x.si > kMaxBox) {
+    } else if (p.channels_last && x.length * x.si > kMaxBox) {
       return false;
     }
     if (x.length > 511) return false;
@@ -299,7 +320,9 @@ bool Fill(const Problem& p, const Device& device, const Shape& s, const Candidat
   a.pixels = static_cast<int>(pixels);
   a.row_bytes = s.row_bytes;
   a.swizzle = s.row_bytes - 16;
-  a.stage_bytes = static_cast<int>(RoundUp(pixels * s.row_bytes, 1024));
+  a.terms = s.terms;
+  a.part_bytes = static_cast<int>(RoundUp(pixels * s.row_bytes, 1024));
+  a.stage_bytes = a.part_bytes * (s.terms > 1 ? 2 : 1);
   a.buffers = c.buffers;
   a.column_tiles = static_cast<int>(CeilDiv(s.columns, c.shape.columns));
   a.columns = s.columns;
@@ -309,16 +332,39 @@ bool Fill(const Problem& p, const Device& device, const Shape& s, const Candidat
   if (a.store_columns < 8) return false;
   if (s.jg % a.store_columns != 0 || c.shape.columns % a.store_columns != 0) return false;
   a.store_bytes = c.store_bytes;
-  a.store_swizzle = c.store_bytes > 16 ? c.store_bytes - 16 : 0;
-  const int64_t part_rows = int64_t{c.shape.mt} * 64;
-  a.store_pitch = static_cast<int>(RoundUp(
-      a.rows ? a.store_columns * (part_rows * out_element + 16) : part_rows * c.store_bytes, 1024));
+  a.store_pitch = static_cast<int>(RoundUp(int64_t{c.shape.mt} * 64 * c.store_bytes, 1024));
+  int64_t copies = 0;  // of a stage, channels first
+  if (a.rows) {
+    const DenseAxis& w = a.axis[2];
+    // In 16 bits rows are an odd number of times 16 bytes, against bank conflicts of ldmatrix.
+    const int64_t length = int64_t{w.length - 1} * w.si + 1, rows = pixels / w.length;
+    const int64_t staged = s.element == 4 ? RoundUp(length, 4) : (CeilDiv(length, 8) | 1) * 8;
+    if (staged > kMaxBox) return false;
+    const auto bytes = static_cast<int>(staged * s.element);
+    a.raw = PlanesOf(s.in_size, p.groups * s.cg, s.element, s.chunk_channels, staged, bytes);
+    a.raw.turn_pitch = static_cast<int>(RoundUp(a.raw.copied * bytes, 128));
+    a.raw.pitch = a.raw.turns * a.raw.turn_pitch;
+    copies = rows * a.raw.turns;
+    if (rows * a.raw.pitch > kSharedMemory) return false;
+    a.raw_bytes = static_cast<int>(rows * a.raw.pitch);
+    a.raw_units = static_cast<int>(s.element == 4 ? pixels : rows * CeilDiv(length, 8));
+    // Results leave in runs of up to 128 bytes of neighbours, swizzled.
+    const int run = std::min(w.part, 128 / out_element);
+    a.store_bytes = run * out_element;
+    a.result = PlanesOf(s.out_size, p.groups * s.jg, out_element, a.store_columns, run,
+                        a.store_bytes);
+    a.result.turn_pitch = static_cast<int>(RoundUp(a.result.copied, 8)) * a.store_bytes;
+    a.result.pitch = a.result.turns * a.result.turn_pitch;
+    a.store_pitch = static_cast<int>(RoundUp(c.shape.mt * 64 / run * a.result.pitch, 1024));
+  }
+  a.store_swizzle = a.store_bytes > 16 ? a.store_bytes - 16 : 0;
 
   const int quad_bytes = kQuad * c.shape.columns * 32;
   int64_t entries = 0, segments = 1;
   for (int i = 0; i < kAxes; ++i) segments *= static_cast<int64_t>(s.groups[i].size());
   entries = 16 * (Product(p.k) * (s.full_steps + s.last_steps) + 2 * kQuad * segments) / 4;
-  int64_t smem = 8 * (3 * DenseArgs::kMaxBuffers + 2 * DenseArgs::kMaxRing);
+  int64_t smem =
+      8 * (3 * DenseArgs::kMaxBuffers + 2 * DenseArgs::kMaxRing + 2 * DenseArgs::kRaw);
   const auto place = [&](int& at, int64_t bytes, int64_t alignment) {
     smem = RoundUp(smem, alignment);
     at = static_cast<int>(smem);
@@ -326,8 +372,9 @@ bool Fill(const Problem& p, const Device& device, const Shape& s, const Candidat
     return smem <= kSharedMemory;
   };
   if (pixels > 65535 || !place(a.smem_pixels, a.rows ? int64_t{c.shape.mt} * 128 * 4 : 0, 16) ||
-      !place(a.smem_sources, a.rows ? pixels * 4 : 0, 16) ||
-      !place(a.smem_entries, entries + 16, 16) ||
+      !place(a.smem_units, a.rows ? a.raw_units * 4 : 0, 16) ||
+      !place(a.smem_entries, entries + 16, 16) || !place(a.smem_trash, a.rows ? 128 : 0, 16) ||
+      !place(a.smem_raw, a.rows ? int64_t{DenseArgs::kRaw} * a.raw_bytes : 0, 128) ||
       !place(a.smem_in, int64_t{a.buffers} * a.stage_bytes, 1024) ||
       !place(a.smem_out, int64_t{4} * a.store_pitch, 1024) ||
       !place(a.smem_ring, 2 * quad_bytes, 128)) {
@@ -373,19 +420,24 @@ bool Fill(const Problem& p, const Device& device, const Shape& s, const Candidat
   const double tensor = steps * groups_m * c.shape.columns / 2;
   const double shared = steps * groups_m * (16 + c.shape.columns / 4.0) + copied / 128;
   const double multiply = 1.1 * std::max(tensor, shared);
-  // Rows (channels first) are loaded and stored pixel by pixel: so many lines of 128 bytes a warp.
-  const auto lines = [](double run, double stride) {
-    return std::min(32.0, 32 / std::min(32.0, run) * stride + 1);
-  };
-  const double loads = stage_bytes / s.element / 32 * (4 + 4 * lines(a.axis[2].length, s.si[2]));
-  const double rounding = s.element == 4 ? stage_bytes / 16 / 192 * 12 : 0;
-  const double late = 2000 + (a.rows ? loads : stage_bytes / 20 + rounding);
+  // Stages are rounded, split or transposed; channels first, each copy of a row takes time, too.
+  const double blocks = stage_bytes / 16 / 192;  // a thread
+  const double preparing = blocks * (s.element == 4 ? 12.0 + (a.rows ? 18 : 0) + 5 * (s.terms - 1)
+                                     : a.rows       ? 60
+                                                    : 0);
+  const double asking = 40.0 * static_cast<double>(copies);
+  const double late = 2000 + stage_bytes / 20 + asking + (a.rows ? 0 : preparing);
   const double each = stages > 0 ? multiply / stages : 0;  // of a stage
   const double staged =
-      stages * std::max({each, (late + each) / c.buffers, a.rows ? loads : rounding});
+      stages * std::max({each, preparing, asking,
+                         a.rows ? (preparing + each) / c.buffers : (late + each) / c.buffers,
+                         a.rows ? (late + preparing) / DenseArgs::kRaw : 0});
   const double results = groups_m * 64.0 * c.shape.columns;
-  const double stores = a.rows ? results / 32 * (4 + 7 * lines(a.axis[2].part, s.so[2]))
-                               : results / 10 + 700.0 * c.shape.columns / a.store_columns;
+  const double chunks_out = c.shape.columns / a.store_columns;
+  const double stores = !a.rows ? results / 10 + 700.0 * chunks_out
+                        : s.so[2] == 1
+                            ? results / (out_element == 4 ? 8 : 16) + 700.0 * chunks_out
+                            : results / 32 * 12 + 700.0 * chunks_out;
   const double l2 = copied / (kL2Bandwidth / kClock / device.multiprocessors);
   const double mean = std::max((staged + programs * (stores + 1500)), l2) / programs;
   const double turns = std::ceil(static_cast<double>(items) / plan.grid);
@@ -406,6 +458,7 @@ bool Fill(const Problem& p, const Device& device, const Shape& s, const Candidat
 DenseMap MapOf(const Problem& p, const Strides& step, const Sizes& size, int row_bytes,
                int element) {
   DenseMap m{};
+  m.rank = 5;
   m.row_bytes = row_bytes;
   m.box[0] = static_cast<uint32_t>(row_bytes / element);
   m.size[4] = static_cast<uint64_t>(p.n);
@@ -416,6 +469,25 @@ DenseMap MapOf(const Problem& p, const Strides& step, const Sizes& size, int row
   }
   std::fill(std::begin(m.step), std::end(m.step), 1);
   return m;
+}
+
+// The maps of planes; see DensePlanes.
+std::vector<DenseMap> MapsOf(const DensePlanes& planes, int64_t images, int element, int swizzled) {
+  std::vector<DenseMap> maps;
+  for (int turn = 0; turn < planes.turns; ++turn) {
+    DenseMap m{};
+    m.rank = 2;
+    m.row_bytes = swizzled;
+    m.offset = int64_t{turn} * planes.plane * element / 16 * 16;
+    m.size[0] = static_cast<uint64_t>(planes.plane) + planes.Lead(turn, element);
+    m.size[1] = static_cast<uint64_t>(CeilDiv(images * planes.channels - turn, planes.turns));
+    m.stride[0] = static_cast<uint64_t>(planes.plane) * planes.turns * element;
+    m.box[0] = static_cast<uint32_t>(planes.length);
+    m.box[1] = static_cast<uint32_t>(planes.copied);
+    m.step[0] = m.step[1] = 1;
+    maps.push_back(m);
+  }
+  return maps;
 }
 
 // Fills what the choice of the tile does not need.
@@ -454,29 +526,34 @@ void Complete(const Problem& p, const Shape& s, DensePlan& plan) {
   k.last_steps = s.last_steps;
   k.total_steps = a.total_steps;
   k.phases = s.phases;
+  k.terms = s.terms;
   k.fused = s.fused;
-  if (!a.rows) {
-    plan.in = MapOf(p, in, s.in_size, s.row_bytes, s.element);
+  const int out_element = static_cast<int>(SizeOf(p.out_dtype));
+  if (a.rows) {
+    plan.in = MapsOf(a.raw, p.n, s.element, 0);
+    if (s.so[2] == 1) plan.out = MapsOf(a.result, p.n, out_element, a.store_bytes);
+  } else {
+    DenseMap m = MapOf(p, in, s.in_size, s.row_bytes, s.element);
     for (int i = 0; i < kAxes; ++i) {
-      plan.in.box[3 - i] = static_cast<uint32_t>(a.axis[i].length * a.axis[i].si);
-      plan.in.step[3 - i] = static_cast<uint32_t>(a.axis[i].si);
+      m.box[3 - i] = static_cast<uint32_t>(a.axis[i].length * a.axis[i].si);
+      m.step[3 - i] = static_cast<uint32_t>(a.axis[i].si);
     }
-    plan.in.box[1] = static_cast<uint32_t>(a.piece_length * a.axis[2].si);
-    plan.in.box[4] = static_cast<uint32_t>(a.box_n);
-    plan.in.size[0] = static_cast<uint64_t>(s.forward ? p.ci : p.co);
+    m.box[1] = static_cast<uint32_t>(a.piece_length * a.axis[2].si);
+    m.box[4] = static_cast<uint32_t>(a.box_n);
+    m.size[0] = static_cast<uint64_t>(s.forward ? p.ci : p.co);
+    plan.in.push_back(m);
     for (int phase = 0; phase < s.phases; ++phase) {
       const Sizes r = PhaseOf(s, phase);
       if (!HasOutputs(s, r)) continue;
-      const int element = static_cast<int>(SizeOf(p.out_dtype));
       Strides step = out;
       Sizes size;
       int64_t offset = 0;
       for (int i = 0; i < kAxes; ++i) {
-        offset += r[i] * out.s[i] * element;
+        offset += r[i] * out.s[i] * out_element;
         step.s[i] *= s.so[i];
         size[i] = CeilDiv(s.out_size[i] - r[i], s.so[i]);
       }
-      DenseMap m = MapOf(p, step, size, a.store_bytes, element);
+      m = MapOf(p, step, size, a.store_bytes, out_element);
       m.offset = offset;
       for (int i = 0; i < kAxes; ++i) m.box[3 - i] = static_cast<uint32_t>(a.axis[i].part);
       m.box[4] = static_cast<uint32_t>(a.part_n);
@@ -496,6 +573,8 @@ void SearchTiles(const Problem& p, const Device& device, const Shape& s, const D
   bool better = false;
   const auto allowed = [](int want, int64_t have) { return want == 0 || want == have; };
   for (const TileShape& shape : kTileShapes) {
+    // Split operands have two sets of sums, which leaves no registers for large tiles.
+    if (s.terms > 1 && (shape.mt > 2 || shape.mt * shape.columns > 128)) continue;
     if (!allowed(forced.mt, shape.mt) || !allowed(forced.columns, shape.columns)) continue;
     // Doublings of a patch: to `mt` patches, and once more, to the parts of both groups of warps.
     const int doublings = shape.mt == 4 ? 3 : shape.mt == 2 ? 2 : 1;
@@ -536,9 +615,11 @@ DensePlan MakePlan(const Problem& p, const Device& device, const DenseTile& forc
   if (!best.refusal.empty()) return best;
   best.seconds = std::numeric_limits<double>::infinity();
   const int64_t bytes = (p.pass == Pass::kForward ? p.cig() : p.cog()) * SizeOf(p.in_dtype);
-  const int row_bytes = bytes > 64 ? 128 : bytes > 32 ? 64 : 32;
+  // Channels first, 16-bit values are transposed by 32 channels.
+  const int least = !p.channels_last && p.in_dtype != DType::kF32 ? 64 : 32;
+  const int row_bytes = std::max(least, bytes > 64 ? 128 : bytes > 32 ? 64 : 32);
   // Shorter rows make more but smaller stages.
-  for (int rows = row_bytes; rows >= std::max(32, row_bytes / 2); rows /= 2) {
+  for (int rows = row_bytes; rows >= std::max(least, row_bytes / (Terms(p) + 1)); rows /= 2) {
     SearchTiles(p, device, ShapeOf(p, rows), forced, best);
     if (!best.refusal.empty()) return best;
   }
@@ -583,8 +664,8 @@ cudaError_t EncodeMap(DType dtype, const DenseMap& m, const void* data, CUtensor
                                                          : CU_TENSOR_MAP_SWIZZLE_NONE;
   void* first = const_cast<char*>(static_cast<const char*>(data) + m.offset);
   const CUresult result =
-      encode(&map, type, 5, first, m.size, m.stride, m.box, m.step, CU_TENSOR_MAP_INTERLEAVE_NONE,
-             swizzle, CU_TENSOR_MAP_L2_PROMOTION_L2_128B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+      encode(&map, type, m.rank, first, m.size, m.stride, m.box, m.step,
+             CU_TENSOR_MAP_INTERLEAVE_NONE, swizzle, CU_TENSOR_MAP_L2_PROMOTION_L2_128B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
   return result == CUDA_SUCCESS ? cudaSuccess : cudaErrorInvalidValue;
 }
 
@@ -607,7 +688,9 @@ cudaError_t LaunchDense(const Problem& p, const Operands& ops, const DensePlan& 
   pack.weights = static_cast<char*>(ops.workspace);
   DenseMaps maps{};
   cudaError_t status = cudaSuccess;
-  if (!args.rows) status = EncodeMap(p.in_dtype, plan.in, args.in, maps.in);
+  for (size_t i = 0; i < plan.in.size() && status == cudaSuccess; ++i) {
+    status = EncodeMap(p.in_dtype, plan.in[i], args.in, maps.in[i]);
+  }
   for (size_t i = 0; i < plan.out.size() && status == cudaSuccess; ++i) {
     status = EncodeMap(p.out_dtype, plan.out[i], args.out, maps.out[i]);
   }

@@ -7,6 +7,8 @@
 #ifndef JAXCONV_CUDA_DENSE_CUH_
 #define JAXCONV_CUDA_DENSE_CUH_
 
+#include <cstring>
+
 #include "cuda/correlate.cuh"
 #include "cuda/dense.h"
 #include "cuda/dense_wgmma.cuh"
@@ -16,8 +18,7 @@ namespace jaxconv::cuda {
 
 inline constexpr int kDenseGroups = 2, kDenseThreads = 128 * (kDenseGroups + 2);
 inline constexpr int kDenseWarps = 4 * kDenseGroups;  // that multiply
-inline constexpr int kDenseLoaders = 224;             // threads that stage rows
-inline constexpr int kDenseRounders = 192;            // threads that round to TF32
+inline constexpr int kDensePreparers = 192;           // threads that round or transpose
 inline constexpr int kDenseQuad = 4;
 
 // Packed coordinates of a pixel in a box: n, d, h, w.
@@ -61,12 +62,26 @@ struct DenseItem {
   }
 };
 
-__device__ inline uint32_t RoundToTF32(uint32_t bits) {
+__device__ inline uint32_t RoundToTF32(float v) {
+  uint32_t bits = 0;
 #if __CUDA_ARCH__ >= 900
-  asm("cvt.rn.tf32.f32 %0, %1;" : "=r"(bits) : "f"(__uint_as_float(bits)));
+  asm("cvt.rn.tf32.f32 %0, %1;" : "=r"(bits) : "f"(v));
 #endif
   return bits;
 }
+
+// The high part of a float32 value and what is left of it. With split operands ("highest") each step
+// is three: high by high, low pixels by high weights, and high by low.
+struct SplitTF32 {
+  uint32_t high;
+  float value;
+  __device__ explicit SplitTF32(float v) : high(RoundToTF32(v)), value(v) {}
+  __device__ uint32_t Low() const {
+    float rounded;
+    asm("mov.b32 %0, %1;" : "=f"(rounded) : "r"(high));
+    return RoundToTF32(value - rounded);
+  }
+};
 
 // Weights as wgmma reads them: a core is eight columns by 16 bytes of channels. A block of threads
 // packs one tile of eight columns, one step of channels and 32 taps.
@@ -83,7 +98,8 @@ __global__ void __launch_bounds__(kPackThreads) PackDense(const __grid_constant_
   const int chunk = min(step / max(p.full_steps, 1), p.chunks - 1);
   const int steps = chunk == p.chunks - 1 ? p.last_steps : p.full_steps;
   const int k = step - chunk * p.full_steps;
-  const int c0 = chunk * p.chunk_channels + k * kC;
+  const int c0 = chunk * p.chunk_channels + k / p.terms * kC;
+  [[maybe_unused]] const bool low = k % p.terms == 2;
   const T* w = static_cast<const T*>(p.w) + group * p.w_g_step + tap0;
 #pragma unroll 8
   for (int i = threadIdx.x; i < kC * 8 * taps; i += kPackThreads) {
@@ -103,8 +119,8 @@ __global__ void __launch_bounds__(kPackThreads) PackDense(const __grid_constant_
     if (p.fused && p.tap_phase[tap] != phase % p.phases) continue;
     uint32_t word;
     if constexpr (sizeof(T) == 4) {
-      word = __float_as_uint(tile[(half * 4 + lane % 4) * 8 + n][t]);
-      word = RoundToTF32(word);
+      const SplitTF32 v(tile[(half * 4 + lane % 4) * 8 + n][t]);
+      word = low ? v.Low() : v.high;
     } else {
       const int c = half * 8 + lane % 4 * 2;
       word = static_cast<uint32_t>(*reinterpret_cast<const uint16_t*>(&tile[c * 8 + n][t])) |
@@ -129,16 +145,18 @@ __global__ void __launch_bounds__(kPackThreads) PackDense(const __grid_constant_
 
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
 
-// Barriers: a full and an empty one for each stage of the inputs and each slot of the weights, and
-// one more for stages that are also rounded.
+// Barriers: a full and an empty one for each stage of the inputs, slot of the weights and buffer of
+// rows, and one more for stages that are not multiplied as they arrive.
 struct DenseBarriers {
   static constexpr int kIn = 8 * DenseArgs::kMaxBuffers, kRing = 8 * DenseArgs::kMaxRing;
   uint32_t base;
   __device__ uint32_t InFull(int i) const { return base + i * 8; }
-  __device__ uint32_t InRounded(int i) const { return base + kIn + i * 8; }
+  __device__ uint32_t InReady(int i) const { return base + kIn + i * 8; }
   __device__ uint32_t InEmpty(int i) const { return base + 2 * kIn + i * 8; }
   __device__ uint32_t RingFull(int i) const { return base + 3 * kIn + i * 8; }
   __device__ uint32_t RingEmpty(int i) const { return base + 3 * kIn + kRing + i * 8; }
+  __device__ uint32_t RawFull(int i) const { return base + 3 * kIn + 2 * kRing + i * 8; }
+  __device__ uint32_t RawEmpty(int i) const { return RawFull(i + DenseArgs::kRaw); }
 };
 
 // A place in a ring: which one, and which time round.
@@ -197,6 +215,15 @@ __device__ inline void FetchBoxes(const DenseArgs& a, const CUtensorMap* map,
   }
 }
 
+// Four channels of a pixel, into the high parts of a stage and, where operands are split, the low.
+__device__ inline void StoreBlock(const DenseArgs& a, char* to, const SplitTF32 (&v)[4]) {
+  *reinterpret_cast<uint4*>(to) = make_uint4(v[0].high, v[1].high, v[2].high, v[3].high);
+  if (a.terms > 1) {
+    *reinterpret_cast<uint4*>(to + a.part_bytes) =
+        make_uint4(v[0].Low(), v[1].Low(), v[2].Low(), v[3].Low());
+  }
+}
+
 // Rounds what has arrived in place, since wgmma would cut off the lower bits.
 __device__ inline void RoundBoxes(const DenseArgs& a, const DenseBarriers& barriers, char* in,
                                   int thread) {
@@ -206,79 +233,167 @@ __device__ inline void RoundBoxes(const DenseArgs& a, const DenseBarriers& barri
     const int stages = a.program[DenseItem(a, index).program].segments * a.chunks;
     for (int s = 0; s < stages; ++s) {
       WaitForPhase(barriers.InFull(buffer.at), buffer.parity);
-      uint4* stage = reinterpret_cast<uint4*>(in + buffer.at * a.stage_bytes);
+      char* stage = in + buffer.at * a.stage_bytes;
 #pragma unroll 8
-      for (int b = thread; b < blocks; b += kDenseRounders) {
-        const uint4 v = stage[b];
-        stage[b] =
-            make_uint4(RoundToTF32(v.x), RoundToTF32(v.y), RoundToTF32(v.z), RoundToTF32(v.w));
+      for (int b = thread; b < blocks; b += kDensePreparers) {
+        float4* block = reinterpret_cast<float4*>(stage) + b;
+        const float4 v = *block;
+        const SplitTF32 c[4] = {SplitTF32(v.x), SplitTF32(v.y), SplitTF32(v.z), SplitTF32(v.w)};
+        StoreBlock(a, reinterpret_cast<char*>(block), c);
       }
       ProxyFence();
-      Arrive(barriers.InRounded(buffer.at));
+      Arrive(barriers.InReady(buffer.at));
       buffer.Next(a.buffers);
     }
   }
 }
 
-// Rows of pixels, channel by channel (channels first), turned into what a bulk tensor copy of
-// channels last leaves.
-template <class T>
-__device__ inline void FetchRows(const DenseArgs& a, const DenseBarriers& barriers, uint32_t in,
-                                 const int* sources, int thread) {
-  constexpr int kC = kBlockChannels<T>, kBatch = sizeof(T) == 4 ? 8 : 4;
-  using Bits = std::conditional_t<sizeof(T) == 4, uint32_t, uint16_t>;
+// Channels first: asks for rows of pixels, as they lie in memory, that a stage needs. What a copy
+// brings from beyond its row is put to zero when it is transposed; rows outside are not copied.
+__device__ inline void FetchPlanes(const DenseArgs& a, const CUtensorMap* maps,
+                                   const DenseBarriers& barriers, uint32_t raw, int element) {
   DenseCursor buffer;
+  const DensePlanes& planes = a.raw;
+  for (int index = blockIdx.x; index < a.items; index += gridDim.x) {
+    const DenseItem item(a, index);
+    const DenseProgram& program = a.program[item.program];
+    const int images = min(a.box_n, a.n - item.n);
+    for (int s = 0; s < program.segments; ++s) {
+      const DenseSegment& segment = a.segment[program.first_segment + s];
+      int first[kAxes], begin[kAxes], end[kAxes];  // of the sources: those inside
+#pragma unroll
+      for (int i = 0; i < kAxes; ++i) {
+        const DenseAxis& x = a.axis[i];
+        first[i] = item.q[i] * x.si + segment.first[i];
+        begin[i] = first[i] < 0 ? (x.si - 1 - first[i]) / x.si : 0;
+        end[i] = max(begin[i], min(x.length, (x.in_size - first[i] + x.si - 1) / x.si));
+      }
+      const int rows = images * (end[0] - begin[0]) * (end[1] - begin[1]);
+      for (int chunk = 0; chunk < a.chunks; ++chunk) {
+        const uint32_t full = barriers.RawFull(buffer.at);
+        WaitForPhase(barriers.RawEmpty(buffer.at), buffer.parity ^ 1);
+        ArriveAndExpect(full, rows * planes.copied * planes.row_bytes * planes.turns);
+        const int channel = item.group * a.cg + chunk * a.chunk_channels;
+        for (int n = 0; n < images; ++n) {
+          for (int d = begin[0]; d < end[0]; ++d) {
+            for (int h = begin[1]; h < end[1]; ++h) {
+              const int row = (n * a.axis[0].length + d) * a.axis[1].length + h;
+              const int y = (first[0] + d * a.axis[0].si) * a.axis[1].in_size + first[1] +
+                            h * a.axis[1].si;
+              uint32_t to = raw + buffer.at * a.raw_bytes + row * planes.pitch;
+              int c = (item.n + n) * planes.channels + channel;
+              for (int turn = 0; turn < planes.turns; ++turn, ++c, to += planes.turn_pitch) {
+                CopyPlanes(to, maps + planes.Map(c),
+                           y * a.axis[2].in_size + first[2] + planes.Lead(c, element),
+                           c >> planes.turn_bits, full);
+              }
+            }
+          }
+        }
+        buffer.Next(DenseArgs::kRaw);
+      }
+    }
+  }
+}
+
+// Turns rows of pixels into what a bulk tensor copy of channels last, and rounding, leave. `trash`
+// is room for a row of each lane of eight.
+template <class T>
+__device__ inline void TransposePlanes(const DenseArgs& a, const DenseBarriers& barriers,
+                                       const char* raw, char* in, const int* units, uint32_t trash,
+                                       int thread) {
+  const DensePlanes& planes = a.raw;
+  DenseCursor from, to;
   for (int index = blockIdx.x; index < a.items; index += gridDim.x) {
     const DenseItem item(a, index);
     const DenseProgram& program = a.program[item.program];
     for (int s = 0; s < program.segments; ++s) {
       const DenseSegment& segment = a.segment[program.first_segment + s];
+      int first[kAxes];
+#pragma unroll
+      for (int i = 0; i < kAxes; ++i) first[i] = item.q[i] * a.axis[i].si + segment.first[i];
+      const auto row_inside = [&](const DenseCoordinates& at) {
+        bool inside = item.n + at.n < a.n;
+#pragma unroll
+        for (int i = 0; i < kAxes - 1; ++i) {
+          inside = inside && static_cast<unsigned>(first[i] + at.at[i] * a.axis[i].si) <
+                                 static_cast<unsigned>(a.axis[i].in_size);
+        }
+        return inside;
+      };
+      const auto row_of = [&](const DenseCoordinates& at) {
+        return (at.n * a.axis[0].length + at.at[0]) * a.axis[1].length + at.at[1];
+      };
+      const auto pixel_inside = [&](int w) {
+        return static_cast<unsigned>(first[2] + w) < static_cast<unsigned>(a.axis[2].in_size);
+      };
       for (int chunk = 0; chunk < a.chunks; ++chunk) {
-        const int c0 = chunk * a.chunk_channels;
-        const int blocks = 2 * (chunk + 1 < a.chunks ? a.full_steps : a.last_steps);
-        WaitForPhase(barriers.InEmpty(buffer.at), buffer.parity ^ 1);
-        for (int p = thread; p < a.pixels; p += kDenseLoaders) {
-          const DenseCoordinates at(sources[p]);
-          bool inside = item.n + at.n < a.n;
-          int64_t offset = (item.n + at.n) * a.in_n_step + (item.group * a.cg + c0) * a.in_c_step;
+        const int channels = a.cg - chunk * a.chunk_channels;  // of the group, from here on
+        const int steps = (chunk + 1 < a.chunks ? a.full_steps : a.last_steps) / a.terms;
+        WaitForPhase(barriers.InEmpty(to.at), to.parity ^ 1);
+        WaitForPhase(barriers.RawFull(from.at), from.parity);
+        const char* rows = raw + from.at * a.raw_bytes;
+        char* stage = in + to.at * a.stage_bytes;
+        if constexpr (sizeof(T) == 4) {
+          // A thread takes a pixel; its four channels of a block are `next` bytes apart.
+          const int block = planes.Place(4);
+          const int next[4] = {0, planes.Place(1), planes.Place(2), planes.Place(3)};
+          for (int u = thread; u < a.raw_units; u += kDensePreparers) {
+            const DenseCoordinates at(units[u]);
+            const int w = at.at[2] * a.axis[2].si;
+            const int mine = row_inside(at) && pixel_inside(w) ? channels : 0;
+            const char* pixel = rows + row_of(at) * planes.pitch + w * 4;
+            char* row = stage + u * a.row_bytes;
+            const int swizzled = u * a.row_bytes >> 3 & a.swizzle;
+#pragma unroll 4
+            for (int b = 0; b < 2 * steps; ++b, pixel += block) {
+              float v[4];
 #pragma unroll
-          for (int i = 0; i < kAxes; ++i) {
-            const int source = (item.q[i] + at.at[i]) * a.axis[i].si + segment.first[i];
-            inside = inside && static_cast<unsigned>(source) < a.axis[i].in_size;
-            offset += source * a.axis[i].in_step;
-          }
-          const Bits* from = static_cast<const Bits*>(a.in) + (inside ? offset : 0);
-          const uint32_t to = in + buffer.at * a.stage_bytes + p * a.row_bytes;
-          const int channels = inside ? a.cg - c0 : 0;
-          for (int b0 = 0; b0 < blocks; b0 += kBatch) {
-            uint32_t v[kBatch * kC];
-#pragma unroll
-            for (int c = 0; c < kBatch * kC; ++c) {
-              v[c] = b0 * kC + c < channels ? __ldg(from + (b0 * kC + c) * a.in_c_step) : 0;
-            }
-#pragma unroll
-            for (int b = 0; b < kBatch; ++b) {
-              if (b0 + b >= blocks) break;
-              uint4 block;
-              const uint32_t* c = v + b * kC;
-              if constexpr (sizeof(T) == 4) {
-                block = make_uint4(RoundToTF32(c[0]), RoundToTF32(c[1]), RoundToTF32(c[2]),
-                                   RoundToTF32(c[3]));
-              } else {
-                block = make_uint4(c[0] | c[1] << 16, c[2] | c[3] << 16, c[4] | c[5] << 16,
-                                   c[6] | c[7] << 16);
+              for (int i = 0; i < 4; ++i) {
+                v[i] = b * 4 + i < mine ? *reinterpret_cast<const float*>(pixel + next[i]) : 0;
               }
-              const uint32_t linear = to + (b0 + b) * 16;
-              asm volatile("st.shared.v4.b32 [%0], {%1, %2, %3, %4};" ::"r"(
-                               linear ^ (linear >> 3 & a.swizzle)),
-                           "r"(block.x), "r"(block.y), "r"(block.z), "r"(block.w)
-                           : "memory");
+              const SplitTF32 c[4] = {SplitTF32(v[0]), SplitTF32(v[1]), SplitTF32(v[2]),
+                                      SplitTF32(v[3])};
+              StoreBlock(a, row + (b * 16 ^ swizzled), c);
+            }
+          }
+        } else {
+          // A warp takes eight pixels by 32 channels at a time. Lanes name rows: of eight pixels of
+          // a channel to be loaded, and of eight channels of a pixel to be stored, which goes where
+          // nobody looks unless it is one of the sources. What a lane holds in between is two
+          // channels of its pixel.
+          const int lane = thread % 32, matrix = lane / 8;
+          const uint32_t rows_at = SharedAddress(rows), stage_at = SharedAddress(stage);
+          const int inverse = 65536 / a.axis[2].si + 1;  // exact for what fits into a copy
+          for (int u = thread / 32; u < a.raw_units; u += kDensePreparers / 32) {
+            const DenseCoordinates at(units[u]);
+            const int row = row_of(at), mine = at.at[2] + lane % 8;
+            const int w = mine * inverse >> 16, pixel = (row * a.axis[2].length + w) * a.row_bytes;
+            const bool source = w * a.axis[2].si == mine && w < a.axis[2].length;
+            const bool inside = row_inside(at) && pixel_inside(at.at[2] + lane / 4);
+            for (int c = 0; c < steps * 16; c += 32) {
+              uint32_t v[4];
+              LoadTransposed(v, rows_at + row * planes.pitch + planes.Place(c + lane) +
+                                    at.at[2] * static_cast<int>(sizeof(T)));
+#pragma unroll
+              for (int i = 0; i < 4; ++i) v[i] = inside ? v[i] : 0;
+              if (channels < c + 32) {
+#pragma unroll
+                for (int i = 0; i < 4; ++i) {
+                  const int left = channels - (c + i * 8 + lane % 4 * 2);
+                  v[i] &= left <= 0 ? 0 : left == 1 ? 0xffff : ~0u;
+                }
+              }
+              const uint32_t block = (c / 8 + matrix) * 16 ^ (pixel >> 3 & a.swizzle);
+              StoreMatrices(source ? stage_at + pixel + block : trash + lane % 8 * 16, v);
             }
           }
         }
         ProxyFence();
-        Arrive(barriers.InFull(buffer.at));
-        buffer.Next(a.buffers);
+        Arrive(barriers.InReady(to.at));
+        Arrive(barriers.RawEmpty(from.at));
+        to.Next(a.buffers);
+        from.Next(DenseArgs::kRaw);
       }
     }
   }
@@ -309,42 +424,61 @@ struct DensePitch {
   }
 };
 
-// Results leave by way of shared memory, `store_columns` at a time: channels last as boxes that the
-// copy units write while the next tile is multiplied, channels first as rows of pixels.
+// A run of neighbouring pixels leaves for an output, channels first: by bulk copies where they are
+// neighbours there, too, else and at the border one by one.
+template <class Out>
+__device__ inline void StoreRun(const DenseArgs& a, const DenseMaps& maps, const DenseItem& item,
+                                int first_pixel, const char* from, int phase, int channel,
+                                int lane) {
+  const DensePlanes& planes = a.result;
+  const int up = phase / a.axis[2].so;
+  const int r[kAxes] = {up / a.axis[1].so, up % a.axis[1].so, phase % a.axis[2].so};
+  const DenseCoordinates at(first_pixel);
+  const int n = item.n + at.n;
+  bool inside = n < a.n;
+  int o[kAxes];
+#pragma unroll
+  for (int i = 0; i < kAxes; ++i) {
+    o[i] = (item.q[i] + at.at[i]) * a.axis[i].so + r[i];
+    inside = inside && o[i] < a.axis[i].out_size;
+  }
+  if (!inside) return;
+  const int pixel = (o[0] * a.axis[1].out_size + o[1]) * a.axis[2].out_size + o[2];
+  const int so = a.axis[2].so, left = (a.axis[2].out_size - o[2] + so - 1) / so;
+  if (so == 1 && left >= planes.length) {
+    if (lane < planes.turns) {
+      const int c = n * planes.channels + channel + lane;
+      StorePlanes(&maps.out[planes.Map(c)], SharedAddress(from) + lane * planes.turn_pitch,
+                  pixel + planes.Lead(c, sizeof(Out)), c >> planes.turn_bits);
+    }
+    return;
+  }
+  const int across = min(planes.length, 32), mine = lane & (across - 1);
+  const int64_t image = n * a.out_n_step + channel * a.out_c_step + pixel;
+  for (int w = mine; w < min(left, planes.length); w += across) {
+    Out* out = static_cast<Out*>(a.out) + image + w * so;
+    for (int c = lane / across; c < a.store_columns; c += 32 / across) {
+      const int place = planes.Place(c), swizzled = place >> 3 & a.store_swizzle;
+      out[c * a.out_c_step] = *reinterpret_cast<const Out*>(
+          from + place + (w * static_cast<int>(sizeof(Out)) ^ swizzled));
+    }
+  }
+}
+
+// Results leave by way of shared memory, `store_columns` at a time, while the next tile is
+// multiplied: channels last as boxes, channels first as runs of pixels.
 template <class T, class Out, int MT, int NT, bool kRows>
 __device__ inline void StoreDense(const DenseArgs& a, const DenseMaps& maps, const DenseItem& item,
                                   const int* pixels, char* stage, const int (&place)[MT][2],
                                   int group, const float (&acc)[MT][4 * NT], int& buffer,
                                   int thread) {
-  constexpr int kRuns = MT * 2;  // of 32 pixels
-  // Channels first: pitch in elements of a column in the stage, free of bank conflicts.
-  constexpr int kPitch = MT * 64 + 16 / static_cast<int>(sizeof(Out));
   const int warp = thread / 32, lane = thread % 32, quad = lane % 4;
-  int64_t offset[kRuns];  // of this thread's pixels of each run, in a phase of the output
-  const auto locate = [&](int phase) {
-    const int up = phase / a.axis[2].so;
-    const int r[kAxes] = {up / a.axis[1].so, up % a.axis[1].so, phase % a.axis[2].so};
-#pragma unroll
-    for (int i = 0; i < kRuns; ++i) {
-      const DenseCoordinates at(pixels[i * 32 + lane]);
-      bool inside = item.n + at.n < a.n;
-      offset[i] = (item.n + at.n) * a.out_n_step;
-#pragma unroll
-      for (int x = 0; x < kAxes; ++x) {
-        const int o = (item.q[x] + at.at[x]) * a.axis[x].so + r[x];
-        inside = inside && o < a.axis[x].out_size;
-        offset[i] += o * a.axis[x].out_step;
-      }
-      if (!inside) offset[i] = -1;
-    }
-  };
   const int first = item.column_tile * NT * 8;
   int phase = a.program[item.program].phase, channel = item.group * a.jg + first;
   if (a.fused) {
     phase = first / a.jg;
     channel -= phase * a.jg;
   }
-  if (kRows) locate(phase);
   const int swizzled = kRows ? 0 : lane / 4 * a.store_bytes >> 3 & a.store_swizzle;
   int columns = min(NT * 8, a.columns - first);  // left
 #pragma unroll
@@ -362,60 +496,71 @@ __device__ inline void StoreDense(const DenseArgs& a, const DenseMaps& maps, con
     }
 #pragma unroll
     for (int mt = 0; mt < MT; ++mt) {
+      struct alignas(2 * sizeof(Out)) Pair {
+        Out v[2];
+      } pair[2];
 #pragma unroll
       for (int h = 0; h < 2; ++h) {
-        const Out v0 = FromAccumulator<Out>(acc[mt][4 * j + 2 * h] + bias[0]);
-        const Out v1 = FromAccumulator<Out>(acc[mt][4 * j + 2 * h + 1] + bias[1]);
-        if constexpr (kRows) {
-          Out* row = reinterpret_cast<Out*>(to) + (at + 2 * quad) * kPitch + place[mt][h];
-          row[0] = v0;
-          row[kPitch] = v1;
-        } else {
-          const int bytes = (at + 2 * quad) * static_cast<int>(sizeof(Out));
-          struct alignas(2 * sizeof(Out)) Pair {
-            Out v[2];
-          };
-          *reinterpret_cast<Pair*>(to + place[mt][h] + (bytes ^ swizzled)) = {{v0, v1}};
+        pair[h] = {{FromAccumulator<Out>(acc[mt][4 * j + 2 * h] + bias[0]),
+                    FromAccumulator<Out>(acc[mt][4 * j + 2 * h + 1] + bias[1])}};
+      }
+      if constexpr (kRows && sizeof(Out) == 2) {
+        // Lanes name rows of eight pixels: of channels, of one half and the other.
+        const int row = a.result.Place(at + lane % 8);
+        const int pixel = lane / 8 % 2 == 0 ? place[mt][0] : place[mt][1];
+        uint32_t v[2];
+        memcpy(v, pair, sizeof(v));
+        StoreTransposed(SharedAddress(to) + row + (pixel ^ (row >> 3 & a.store_swizzle)), v[0],
+                        v[1]);
+      } else {
+#pragma unroll
+        for (int h = 0; h < 2; ++h) {
+          const int c = at + 2 * quad;
+          if constexpr (kRows) {
+#pragma unroll
+            for (int i = 0; i < 2; ++i) {
+              const int row = a.result.Place(c + i);
+              *reinterpret_cast<Out*>(to + row + (place[mt][h] ^ (row >> 3 & a.store_swizzle))) =
+                  pair[h].v[i];
+            }
+          } else {
+            const int bytes = c * static_cast<int>(sizeof(Out));
+            *reinterpret_cast<Pair*>(to + place[mt][h] + (bytes ^ swizzled)) = pair[h];
+          }
         }
       }
     }
     if (at + 8 < a.store_columns) continue;
+    // Past the barrier all know that the copy units have read the other stage.
+    if (kRows || thread == 0) WaitForReads();
+    ProxyFence();
+    SyncGroup(group);
     if constexpr (kRows) {
-      SyncGroup(group);
-      const Out* from = reinterpret_cast<const Out*>(to);
-      Out* out = static_cast<Out*>(a.out) + channel * a.out_c_step;
-      for (int c = warp; c < a.store_columns; c += 4) {
-#pragma unroll
-        for (int i = 0; i < kRuns; ++i) {
-          if (offset[i] >= 0) out[c * a.out_c_step + offset[i]] = from[c * kPitch + i * 32 + lane];
-        }
+      for (int run = warp; run < MT * 64 / a.result.length; run += 4) {
+        StoreRun<Out>(a, maps, item, pixels[run * a.result.length], to + run * a.result.pitch, phase,
+                      channel, lane);
       }
-    } else {
-      // Past the barrier all know that the copy units have read the other stage.
-      if (thread == 0) WaitForReads();
-      ProxyFence();
-      SyncGroup(group);
-      if (thread == 0) {
-        int q[kAxes];
+    } else if (thread == 0) {
+      int q[kAxes];
 #pragma unroll
-        for (int i = 0; i < kAxes; ++i) {
-          q[i] = item.q[i] + PartStart(a.axis[i].part, a.axis[i].box, group);
-        }
-        StoreBox(&maps.out[a.fused ? phase : item.program], SharedAddress(to), channel, q[2], q[1],
-                 q[0], item.n + PartStart(a.part_n, a.box_n, group));
+      for (int i = 0; i < kAxes; ++i) {
+        q[i] = item.q[i] + PartStart(a.axis[i].part, a.axis[i].box, group);
       }
+      StoreBox(&maps.out[a.fused ? phase : item.program], SharedAddress(to), channel, q[2], q[1],
+               q[0], item.n + PartStart(a.part_n, a.box_n, group));
     }
     buffer ^= 1;
     channel += a.store_columns;
     if (a.fused && channel == (item.group + 1) * a.jg) {
       channel -= a.jg;
       ++phase;
-      if (kRows && columns > 0) locate(phase);
     }
   }
 }
 
-template <class T, int MT, int NT>
+// kExact: the tensor cores cut off what they add to, so each quad starts from zero and is added to
+// the sums in float32.
+template <class T, int MT, int NT, bool kExact>
 __device__ inline void MultiplyDense(const DenseArgs& a, const DenseMaps& maps,
                                      const DenseBarriers& barriers, uint32_t in, uint32_t ring,
                                      const int* pixels, const int4* entries, char* stage, int group,
@@ -430,11 +575,14 @@ __device__ inline void MultiplyDense(const DenseArgs& a, const DenseMaps& maps,
 #pragma unroll
   for (int mt = 0; mt < MT; ++mt) {
     DensePatch patch(a, mt);
-    const int results = stored.Place(patch) + lane / 4;
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
-      place[mt][h] =
-          (results + (warp * 2 + h) * stride * stored.of[eights]) * (a.rows ? 1 : a.store_bytes);
+      // 16 bits, channels first: of the first of eight pixels.
+      const int result = stored.Place(patch) + (warp * 2 + h) * stride * stored.of[eights];
+      const int pixel = !a.rows || sizeof(T) == 4 || a.out_f32 ? result + lane / 4 : result;
+      place[mt][h] = a.rows ? pixel / a.result.length * a.result.pitch +
+                                  pixel % a.result.length * (sizeof(T) == 4 || a.out_f32 ? 4 : 2)
+                            : pixel * a.store_bytes;
     }
     patch.at[0] += PartStart(a.part_n, a.box_n, group);
 #pragma unroll
@@ -444,8 +592,8 @@ __device__ inline void MultiplyDense(const DenseArgs& a, const DenseMaps& maps,
     pixel[mt] = PixelDescriptor(in + staged.Place(patch) * a.row_bytes,
                                 stride * staged.of[eights] * a.row_bytes, a.row_bytes);
   }
-  const bool round = sizeof(T) == 4 && !a.rows;
-  float acc[MT][4 * NT];
+  const bool prepared = sizeof(T) == 4 || a.rows;
+  float acc[MT][4 * NT], sum[kExact ? MT : 1][kExact ? 4 * NT : 1];
   DenseCursor buffer, slot;
   int stage_buffer = 0;
   const auto release = [&](uint32_t barrier) {
@@ -457,7 +605,13 @@ __device__ inline void MultiplyDense(const DenseArgs& a, const DenseMaps& maps,
 #pragma unroll
     for (int mt = 0; mt < MT; ++mt) {
 #pragma unroll
-      for (int i = 0; i < 4 * NT; ++i) acc[mt][i] = 0;
+      for (int i = 0; i < 4 * NT; ++i) {
+        if constexpr (kExact) {
+          sum[mt][i] = 0;
+        } else {
+          acc[mt][i] = 0;
+        }
+      }
     }
     if (a.resident) slot = {};
     int segment = program.first_segment, chunk = 0, left = 0;
@@ -481,29 +635,30 @@ __device__ inline void MultiplyDense(const DenseArgs& a, const DenseMaps& maps,
           chunk = 0;
           ++segment;
         }
-        WaitForPhase(round ? barriers.InRounded(buffer.at) : barriers.InFull(buffer.at),
+        WaitForPhase(prepared ? barriers.InReady(buffer.at) : barriers.InFull(buffer.at),
                      buffer.parity);
       }
       WaitForPhase(barriers.RingFull(slot.at), slot.parity);
       uint64_t weights = Descriptor(ring + slot.at * kQuadBytes, 128, 256);
-      const auto multiply = [&](int shift) {
+      const auto multiply = [&](int shift, bool first = false) {
+        const int add = !(kExact && first);
 #pragma unroll
         for (int mt = 0; mt < MT; ++mt) {
-          DenseMma<T, NT>::Run(acc[mt], pixel[mt] + static_cast<uint32_t>(shift), weights);
+          DenseMma<T, NT>::Run(acc[mt], pixel[mt] + static_cast<uint32_t>(shift), weights, add);
         }
         weights += kStepBytes / 16;
       };
       const int at = buffer.at * (a.stage_bytes / 16);
       if (left >= kDenseQuad) {
         GroupFence();
-        multiply(at + shift.x);
+        multiply(at + shift.x, true);
         multiply(at + shift.y);
         multiply(at + shift.z);
         multiply(at + shift.w);
       } else {
         for (int k = 0; k < left; ++k) {
           GroupFence();
-          multiply(at + shift.x);
+          multiply(at + shift.x, k == 0);
           shift.x = shift.y;
           shift.y = shift.z;
         }
@@ -511,18 +666,40 @@ __device__ inline void MultiplyDense(const DenseArgs& a, const DenseMaps& maps,
       GroupCommit();
       left -= kDenseQuad;
       shift = *++entry;
-      WaitForProducts<1>();  // of the quad before
-      free();
+      if constexpr (!kExact) {
+        WaitForProducts<1>();  // of the quad before
+        free();
+      }
       used_slot = slot.at;
       used_buffer = left <= 0 ? buffer.at : -1;
+      if constexpr (kExact) {
+        WaitForProducts<0>();
+        free();
+        used_slot = used_buffer = -1;
+#pragma unroll
+        for (int mt = 0; mt < MT; ++mt) {
+#pragma unroll
+          for (int i = 0; i < 4 * NT; ++i) {
+            asm volatile("" : "+f"(acc[mt][i])::"memory");  // not before the wait
+            sum[mt][i] += acc[mt][i];
+          }
+        }
+      }
       slot.Next(a.ring);
       if (left <= 0) buffer.Next(a.buffers);
     }
     WaitForProducts<0>();
     free();
+    const auto results = [&]() -> const float (&)[MT][4 * NT] {
+      if constexpr (kExact) {
+        return sum;
+      } else {
+        return acc;
+      }
+    };
     const auto store = [&](auto out, auto rows) {
       StoreDense<T, decltype(out), MT, NT, decltype(rows)::value>(
-          a, maps, item, pixels, stage, place, group, acc, stage_buffer, thread);
+          a, maps, item, pixels, stage, place, group, results(), stage_buffer, thread);
     };
     const auto store_as = [&](auto out) {
       if (a.rows) {
@@ -537,31 +714,46 @@ __device__ inline void MultiplyDense(const DenseArgs& a, const DenseMaps& maps,
       store_as(T{});
     }
   }
-  if (thread == 0) WaitForStores();
+  WaitForStores();
 }
 
 #endif
 
-template <class T, int MT, int NT>
+// What a thread or a warp transposes: packed coordinates of a pixel of the stage (float32), or of the
+// first of eight pixels of a row as it lies in memory (16 bits).
+template <class T>
+__device__ inline void ListUnits(const DenseArgs& a, int* units, int thread) {
+  const int d = a.axis[0].length, h = a.axis[1].length, w = a.raw_units / (a.box_n * d * h);
+  for (int u = thread; u < a.raw_units; u += kDenseThreads) {
+    units[u] = PackCoordinates(u / w / h / d, u / w / h % d, u / w % h,
+                               u % w * (sizeof(T) == 4 ? 1 : 8));
+  }
+}
+
+template <class T, int MT, int NT, bool kExact>
 __global__ void __launch_bounds__(kDenseThreads, 1)
     Dense(const __grid_constant__ DenseMaps maps, const __grid_constant__ DenseArgs a) {
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
   extern __shared__ __align__(1024) char shared[];
   const int thread = threadIdx.x, lane = thread % 32;
   int* pixels = reinterpret_cast<int*>(shared + a.smem_pixels);
-  int* sources = reinterpret_cast<int*>(shared + a.smem_sources);
+  int* units = reinterpret_cast<int*>(shared + a.smem_units);
   int* entries = reinterpret_cast<int*>(shared + a.smem_entries);
   const DenseBarriers barriers{SharedAddress(shared)};
   const uint32_t in = SharedAddress(shared) + a.smem_in, ring = SharedAddress(shared) + a.smem_ring;
   if (thread == 0) {
     for (int i = 0; i < a.buffers; ++i) {
-      InitBarrier(barriers.InFull(i), a.rows ? kDenseLoaders : 1);
-      InitBarrier(barriers.InRounded(i), kDenseRounders);
+      InitBarrier(barriers.InFull(i), 1);
+      InitBarrier(barriers.InReady(i), kDensePreparers);
       InitBarrier(barriers.InEmpty(i), kDenseWarps);
     }
     for (int i = 0; i < a.ring; ++i) {
       InitBarrier(barriers.RingFull(i), 1);
       InitBarrier(barriers.RingEmpty(i), kDenseWarps);
+    }
+    for (int i = 0; i < DenseArgs::kRaw; ++i) {
+      InitBarrier(barriers.RawFull(i), 1);
+      InitBarrier(barriers.RawEmpty(i), kDensePreparers);
     }
     asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
     ProxyFence();
@@ -580,10 +772,7 @@ __global__ void __launch_bounds__(kDenseThreads, 1)
       const int pw = take(w.part, w.box), ph = take(h.part, h.box), pd = take(d.part, d.box);
       pixels[p] = PackCoordinates(take(a.part_n, a.box_n), pd, ph, pw);
     }
-    const int d = a.axis[0].length, h = a.axis[1].length, w = a.axis[2].length;
-    for (int p = thread; p < a.pixels; p += kDenseThreads) {
-      sources[p] = PackCoordinates(p / w / h / d, p / w / h % d, p / w % h, p % w);
-    }
+    ListUnits<T>(a, units, thread);
   }
   for (int s = 0; s < a.segments; ++s) {
     const DenseSegment& segment = a.segment[s];
@@ -593,10 +782,10 @@ __global__ void __launch_bounds__(kDenseThreads, 1)
       const int padded = (all + kDenseQuad - 1) / kDenseQuad * kDenseQuad;
       for (int i = thread; i < padded; i += kDenseThreads) {
         const int tap = i / steps;
-        to[i] =
-            i < all
-                ? (a.shift[segment.first_shift + tap] * a.row_bytes + (i - tap * steps) * 32) / 16
-                : 0;
+        const int step = i - tap * steps, low = step % a.terms == 1 ? a.part_bytes : 0;
+        to[i] = i < all ? (a.shift[segment.first_shift + tap] * a.row_bytes + step / a.terms * 32 +
+                           low) / 16
+                        : 0;
       }
       to += padded;
     }
@@ -607,27 +796,33 @@ __global__ void __launch_bounds__(kDenseThreads, 1)
     GiveRegisters<72>();
     if (warp == 0) {
       if (lane == 0) FetchWeights(a, barriers, ring, NT * 256 * kDenseQuad);
-    } else if (a.rows) {
-      FetchRows<T>(a, barriers, in, sources, thread - 32);
     } else if (warp == 1) {
-      if (lane == 0) FetchBoxes(a, &maps.in, barriers, in);
+      if (lane != 0) {
+      } else if (a.rows) {
+        FetchPlanes(a, maps.in, barriers, SharedAddress(shared) + a.smem_raw, sizeof(T));
+      } else {
+        FetchBoxes(a, maps.in, barriers, in);
+      }
+    } else if (a.rows) {
+      TransposePlanes<T>(a, barriers, shared + a.smem_raw, shared + a.smem_in, units,
+                         SharedAddress(shared) + a.smem_trash, thread - 64);
     } else if (sizeof(T) == 4) {
       RoundBoxes(a, barriers, shared + a.smem_in, thread - 64);
     }
   } else {
     TakeRegisters<184>();
     const int group = warp / 4 - 2;
-    MultiplyDense<T, MT, NT>(a, maps, barriers, in, ring, pixels + group * kPixels,
+    MultiplyDense<T, MT, NT, kExact>(a, maps, barriers, in, ring, pixels + group * kPixels,
                              reinterpret_cast<const int4*>(entries),
                              shared + a.smem_out + group * 2 * a.store_pitch, group, thread % 128);
   }
 #endif
 }
 
-template <class T, int MT, int NT>
+template <class T, int MT, int NT, bool kExact>
 cudaError_t EnqueueDenseTile(const DensePlan& plan, const DenseArgs& args, const DenseMaps& maps,
                              cudaStream_t stream) {
-  const auto kernel = Dense<T, MT, NT>;
+  const auto kernel = Dense<T, MT, NT, kExact>;
   const cudaError_t status =
       cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, plan.smem);
   if (status != cudaSuccess) return status;
@@ -643,26 +838,40 @@ cudaError_t EnqueueDense(const DensePlan& plan, const DensePack& pack, const Den
   const dim3 grid(pack.column_tiles * pack.tiles, steps, pack.groups * ranges);
   PackDense<T><<<grid, kPackThreads, 0, stream>>>(pack);
   if (const cudaError_t status = cudaGetLastError(); status != cudaSuccess) return status;
-  switch (plan.mt * 1000 + plan.columns) {
-    case 2032:
-      return EnqueueDenseTile<T, 2, 4>(plan, args, maps, stream);
-    case 2048:
-      return EnqueueDenseTile<T, 2, 6>(plan, args, maps, stream);
-    case 2064:
-      return EnqueueDenseTile<T, 2, 8>(plan, args, maps, stream);
-    case 2096:
-      return EnqueueDenseTile<T, 2, 12>(plan, args, maps, stream);
-    case 1128:
-      return EnqueueDenseTile<T, 1, 16>(plan, args, maps, stream);
-    case 2128:
-      return EnqueueDenseTile<T, 2, 16>(plan, args, maps, stream);
-    case 4032:
-      return EnqueueDenseTile<T, 4, 4>(plan, args, maps, stream);
-    case 4064:
-      return EnqueueDenseTile<T, 4, 8>(plan, args, maps, stream);
-    default:
-      return cudaErrorInvalidConfiguration;
+  // Split operands have two sets of sums, which leaves no registers for large tiles.
+  const auto enqueue = [&](auto exact) {
+    switch (plan.mt * 1000 + plan.columns) {
+      case 2032:
+        return EnqueueDenseTile<T, 2, 4, exact>(plan, args, maps, stream);
+      case 2048:
+        return EnqueueDenseTile<T, 2, 6, exact>(plan, args, maps, stream);
+      case 2064:
+        return EnqueueDenseTile<T, 2, 8, exact>(plan, args, maps, stream);
+      case 1128:
+        return EnqueueDenseTile<T, 1, 16, exact>(plan, args, maps, stream);
+      default:
+        break;
+    }
+    if constexpr (!exact) {
+      switch (plan.mt * 1000 + plan.columns) {
+        case 2096:
+          return EnqueueDenseTile<T, 2, 12, false>(plan, args, maps, stream);
+        case 2128:
+          return EnqueueDenseTile<T, 2, 16, false>(plan, args, maps, stream);
+        case 4032:
+          return EnqueueDenseTile<T, 4, 4, false>(plan, args, maps, stream);
+        case 4064:
+          return EnqueueDenseTile<T, 4, 8, false>(plan, args, maps, stream);
+        default:
+          break;
+      }
+    }
+    return cudaErrorInvalidConfiguration;
+  };
+  if constexpr (sizeof(T) == 4) {
+    if (args.terms > 1) return enqueue(std::true_type{});
   }
+  return enqueue(std::false_type{});
 }
 
 }  // namespace jaxconv::cuda

@@ -25,6 +25,30 @@ struct DenseSegment {
   int entries;                // where its lists of steps begin: of a full chunk, and of the last
 };
 
+// Channels first: planes of pixels begin at any multiple of an element, maps of bulk tensor copies at
+// multiples of 16 bytes. So the channels of all images, counted through, are dealt out: channel i is
+// in map i % turns, and all planes of one map begin equally far behind a multiple of 16 bytes. A copy
+// brings (or takes) `length` neighbouring pixels of every turns-th channel.
+struct DensePlanes {
+  static constexpr int kMaxTurns = 8;
+  int turns, turn_bits;  // turns = 1 << turn_bits
+  int plane;             // pixels of a channel
+  int channels;          // of an image
+  int copied, length;    // channels and pixels of a copy
+  int row_bytes, turn_pitch, pitch;  // of a channel, of a copy, of the copies of all turns
+
+  // Of channel c, counted through: its map, and how many elements its plane begins behind what the
+  // map takes for the beginning.
+  constexpr int Map(int c) const { return c & (turns - 1); }
+  constexpr int Lead(int c, int element) const {
+    return static_cast<int>(Map(c) * static_cast<unsigned>(plane) & (16 / element - 1));
+  }
+  // Where a copy leaves channel c of a run of pixels.
+  constexpr int Place(int c) const {
+    return (c & (turns - 1)) * turn_pitch + (c >> turn_bits) * row_bytes;
+  }
+};
+
 // What one output phase needs (or all of them, where they share their sources).
 struct DenseProgram {
   int16_t phase, first_segment, segments;
@@ -43,7 +67,7 @@ struct DenseAxis {
 // is four steps, a stage is one box and one chunk of channels.
 struct DenseArgs {
   static constexpr int kMaxTaps = 256, kMaxSegments = 64, kMaxPhases = 32;
-  static constexpr int kMaxBuffers = 4, kMaxRing = 32;
+  static constexpr int kMaxBuffers = 4, kMaxRing = 32, kRaw = 2;
   const char* weights;  // [groups][column_tiles][steps][N / 8][2][8 rows of 16 bytes]
   void* out;
   const void* in;
@@ -62,8 +86,14 @@ struct DenseArgs {
   int pixels, stage_bytes;     // of a stage
   int buffers, ring;           // stages and quads of weights in flight
   int segments;
+  int terms;        // products of a step: three of split float32 operands ("highest"), or one
+  int part_bytes;   // of a stage: of the high parts of its operands, or all
+  // Channels first: rows of pixels on their way into a stage, in units that a thread (float32) or a
+  // warp (16 bits: eight pixels) transposes; and results on their way out, in runs of neighbours.
+  DensePlanes raw, result;
+  int raw_bytes, raw_units;
   int store_columns, store_bytes, store_swizzle, store_pitch;  // of results on their way out
-  int smem_pixels, smem_sources, smem_entries, smem_in, smem_out, smem_ring;  // byte offsets
+  int smem_pixels, smem_units, smem_entries, smem_trash, smem_raw, smem_in, smem_out, smem_ring;
   bool fused, resident, rows, out_f32;
   DenseProgram program[kMaxPhases];
   DenseSegment segment[kMaxSegments];
@@ -78,6 +108,7 @@ struct DensePack {
   int64_t w_g_step, w_c_step, w_j_step;
   int taps, groups, cg, jg, column_tiles, tiles;  // tiles of eight columns in a column tile
   int chunks, chunk_channels, full_steps, last_steps, total_steps, phases;
+  int terms;
   bool fused;
   int steps[DenseArgs::kMaxSegments];
   int16_t segment_taps[DenseArgs::kMaxSegments];
@@ -86,13 +117,15 @@ struct DensePack {
   uint16_t tap_position[DenseArgs::kMaxTaps];  // within its segment
 };
 
-// The bulk tensor copies: of the input, and of each phase of the output (of channels last alone).
+// The bulk tensor copies. Channels last: of the input, and of each phase of the output; channels
+// first: of the turns of both.
 struct DenseMaps {
-  CUtensorMap in, out[DenseArgs::kMaxPhases];
+  CUtensorMap in[DensePlanes::kMaxTurns], out[DenseArgs::kMaxPhases];
 };
 
 // The geometry of one of them.
 struct DenseMap {
+  int rank;
   uint64_t size[5], stride[4];  // stride in bytes
   uint32_t box[5], step[5];
   int64_t offset;  // of the first element, in bytes
@@ -108,8 +141,7 @@ struct DensePlan {
   double seconds;
   DenseArgs args;
   DensePack pack;
-  DenseMap in;
-  std::vector<DenseMap> out;
+  std::vector<DenseMap> in, out;
 };
 
 // A tile: 0 means that the cost model chooses.

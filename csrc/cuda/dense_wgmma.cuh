@@ -13,8 +13,8 @@ namespace jaxconv::cuda {
 
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
 
-// d += a * b over a step of 32 bytes of channels, both in shared memory: `a` 64 pixels, `b` NT
-// tiles of eight columns.
+// d = a * b (+ d, if `add`) over a step of 32 bytes of channels, both in shared memory: `a` 64
+// pixels, `b` NT tiles of eight columns.
 template <class T, int NT>
 struct DenseMma;
 
@@ -24,34 +24,40 @@ struct DenseMma;
 #define JAXCONV_ACC16(d, i) JAXCONV_ACC8(d, i), JAXCONV_ACC8(d, i + 8)
 #define JAXCONV_ACC32(d, i) JAXCONV_ACC16(d, i), JAXCONV_ACC16(d, i + 16)
 #define JAXCONV_OPERANDS_4 \
-  "{%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15}, %16, %17, 1, 1, 1"
+  "{%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15}, %16, %17, add, 1, 1"
+#define JAXCONV_ADD_4 "%18"
 #define JAXCONV_SUMS_4(d) JAXCONV_ACC16(d, 0)
 #define JAXCONV_OPERANDS_6                                                                     \
   "{%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15,%16,%17,%18,%19,%20,%21,%22,%23}, %" \
-  "24, %25, 1, 1, 1"
+  "24, %25, add, 1, 1"
+#define JAXCONV_ADD_6 "%26"
 #define JAXCONV_SUMS_6(d) JAXCONV_ACC16(d, 0), JAXCONV_ACC8(d, 16)
 #define JAXCONV_OPERANDS_8                                                                     \
   "{%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15,%16,%17,%18,%19,%20,%21,%22,%23,%24" \
-  ",%25,%26,%27,%28,%29,%30,%31}, %32, %33, 1, 1, 1"
+  ",%25,%26,%27,%28,%29,%30,%31}, %32, %33, add, 1, 1"
+#define JAXCONV_ADD_8 "%34"
 #define JAXCONV_SUMS_8(d) JAXCONV_ACC32(d, 0)
 #define JAXCONV_OPERANDS_12                                                                    \
   "{%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15,%16,%17,%18,%19,%20,%21,%22,%23,%24" \
   ",%25,%26,%27,%28,%29,%30,%31,%32,%33,%34,%35,%36,%37,%38,%39,%40,%41,%42,%43,%44,%45,%46,%" \
-  "47}, %48, %49, 1, 1, 1"
+  "47}, %48, %49, add, 1, 1"
+#define JAXCONV_ADD_12 "%50"
 #define JAXCONV_SUMS_12(d) JAXCONV_ACC32(d, 0), JAXCONV_ACC16(d, 32)
 #define JAXCONV_OPERANDS_16                                                                    \
   "{%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15,%16,%17,%18,%19,%20,%21,%22,%23,%24" \
   ",%25,%26,%27,%28,%29,%30,%31,%32,%33,%34,%35,%36,%37,%38,%39,%40,%41,%42,%43,%44,%45,%46,%" \
-  "47,%48,%49,%50,%51,%52,%53,%54,%55,%56,%57,%58,%59,%60,%61,%62,%63}, %64, %65, 1, 1, 1"
+  "47,%48,%49,%50,%51,%52,%53,%54,%55,%56,%57,%58,%59,%60,%61,%62,%63}, %64, %65, add, 1, 1"
+#define JAXCONV_ADD_16 "%66"
 #define JAXCONV_SUMS_16(d) JAXCONV_ACC32(d, 0), JAXCONV_ACC32(d, 32)
 
 #define JAXCONV_DENSE_MMA(T, nt, shape, types, transpose)                                          \
   template <>                                                                                      \
   struct DenseMma<T, nt> {                                                                         \
-    static __device__ void Run(float (&d)[4 * nt], uint64_t a, uint64_t b) {                       \
-      asm volatile("wgmma.mma_async.sync.aligned." shape types JAXCONV_OPERANDS_##nt transpose ";" \
+    static __device__ void Run(float (&d)[4 * nt], uint64_t a, uint64_t b, int add) {              \
+      asm volatile("{.reg .pred add; setp.ne.b32 add, " JAXCONV_ADD_##nt ", 0;"                    \
+                   "wgmma.mma_async.sync.aligned." shape types JAXCONV_OPERANDS_##nt transpose ";}" \
                    : JAXCONV_SUMS_##nt(d)                                                          \
-                   : "l"(a), "l"(b));                                                              \
+                   : "l"(a), "l"(b), "r"(add));                                                    \
     }                                                                                              \
   };
 #define JAXCONV_DENSE_MMAS(nt, n)                                                    \
@@ -66,14 +72,19 @@ JAXCONV_DENSE_MMAS(16, 128)
 #undef JAXCONV_DENSE_MMAS
 #undef JAXCONV_DENSE_MMA
 #undef JAXCONV_SUMS_4
+#undef JAXCONV_ADD_4
 #undef JAXCONV_OPERANDS_4
 #undef JAXCONV_SUMS_6
+#undef JAXCONV_ADD_6
 #undef JAXCONV_OPERANDS_6
 #undef JAXCONV_SUMS_8
+#undef JAXCONV_ADD_8
 #undef JAXCONV_OPERANDS_8
 #undef JAXCONV_SUMS_12
+#undef JAXCONV_ADD_12
 #undef JAXCONV_OPERANDS_12
 #undef JAXCONV_SUMS_16
+#undef JAXCONV_ADD_16
 #undef JAXCONV_OPERANDS_16
 #undef JAXCONV_ACC32
 #undef JAXCONV_ACC16
@@ -141,6 +152,42 @@ __device__ inline void StoreBox(const CUtensorMap* map, uint32_t from, int c, in
       "r"(c), "r"(w), "r"(h), "r"(d), "r"(n), "r"(from)
       : "memory");
 }
+// The same of planes of pixels: `length` pixels from `at` on, of channels from `c` on.
+__device__ inline void CopyPlanes(uint32_t to, const CUtensorMap* map, int at, int c,
+                                  uint32_t barrier) {
+  asm volatile(
+      "cp.async.bulk.tensor.2d.shared::cluster.global.tile.mbarrier::complete_tx::bytes [%0], [%1, "
+      "{%2, %3}], [%4];" ::"r"(to),
+      "l"(map), "r"(at), "r"(c), "r"(barrier)
+      : "memory");
+}
+__device__ inline void StorePlanes(const CUtensorMap* map, uint32_t from, int at, int c) {
+  asm volatile(
+      "cp.async.bulk.tensor.2d.global.shared::cta.tile.bulk_group [%0, {%1, %2}], [%3];"
+      "cp.async.bulk.commit_group;" ::"l"(map),
+      "r"(at), "r"(c), "r"(from)
+      : "memory");
+}
+
+// Four matrices of 8 x 8 values of 16 bits, transposed on the way from rows of 16 bytes, one a lane,
+// into registers; from registers as they are, and transposed.
+__device__ inline void LoadTransposed(uint32_t (&v)[4], uint32_t row) {
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
+               : "=r"(v[0]), "=r"(v[1]), "=r"(v[2]), "=r"(v[3])
+               : "r"(row)
+               : "memory");
+}
+__device__ inline void StoreMatrices(uint32_t row, const uint32_t (&v)[4]) {
+  asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(row),
+               "r"(v[0]), "r"(v[1]), "r"(v[2]), "r"(v[3])
+               : "memory");
+}
+__device__ inline void StoreTransposed(uint32_t row, uint32_t v0, uint32_t v1) {
+  asm volatile("stmatrix.sync.aligned.m8n8.x2.trans.shared.b16 [%0], {%1, %2};" ::"r"(row),
+               "r"(v0), "r"(v1)
+               : "memory");
+}
+
 // Until all boxes have been read from shared memory.
 __device__ inline void WaitForReads() {
   asm volatile("cp.async.bulk.wait_group.read 0;" ::: "memory");
