@@ -111,6 +111,13 @@ std::vector<AxisGroup> GroupsOf(const Problem& p, int axis, bool forward) {
   return groups;
 }
 
+// See DensePlanes::turns.
+int TurnBits(const Sizes& size, int element) {
+  int bits = 0;
+  while ((Product(size) * element << bits) % 16 != 0) ++bits;
+  return bits;
+}
+
 Shape ShapeOf(const Problem& p, int row_bytes) {
   Shape s;
   s.forward = p.pass == Pass::kForward;
@@ -123,7 +130,11 @@ Shape ShapeOf(const Problem& p, int row_bytes) {
   s.chunk_channels = row_bytes / s.element;
   s.terms = Terms(p);
   s.full_steps = s.terms * row_bytes / 32;
-  s.last_steps = s.terms * static_cast<int>(CeilDiv(bytes - (s.chunks - 1) * row_bytes, 32));
+  // Whole chunks where the channels of a slice are staged in another order.
+  const bool whole = !p.channels_last && TurnBits(s.forward ? p.isize : p.osize, s.element) > 0;
+  s.last_steps =
+      whole ? s.full_steps
+            : s.terms * static_cast<int>(CeilDiv(bytes - (s.chunks - 1) * row_bytes, 32));
   s.in_size = s.forward ? p.isize : p.osize;
   s.out_size = s.forward ? p.osize : p.isize;
   s.phases = 1;
@@ -256,7 +267,7 @@ constexpr double kPackBandwidth = 0.8e12;  // at which the weights are packed
 
 struct Candidate {
   TileShape shape;
-  int buffers, store_bytes, split;  // split: the axis of `part` along which there are two
+  int buffers, bands, store_bytes, split;  // split: the axis of `part` along which there are two
   int patch_w, patch_axis;
   std::array<int, 4> part;  // n, d, h, w
 };
@@ -266,11 +277,13 @@ DensePlanes PlanesOf(const Sizes& size, int64_t channels, int element, int copie
                      int row_bytes) {
   const int64_t plane = Product(size);
   DensePlanes planes{};
-  while ((plane * element << planes.turn_bits) % 16 != 0) ++planes.turn_bits;
+  planes.turn_bits = TurnBits(size, element);
   planes.turns = 1 << planes.turn_bits;
+  planes.unit = 16 / element;
   planes.plane = static_cast<int>(plane);
   planes.channels = static_cast<int>(channels);
   planes.copied = copied / planes.turns;
+  while (1 << planes.copied_bits < planes.copied) ++planes.copied_bits;
   planes.length = static_cast<int>(length);
   planes.row_bytes = row_bytes;
   return planes;
@@ -334,27 +347,40 @@ bool Fill(const Problem& p, const Device& device, const Shape& s, const Candidat
   a.store_bytes = c.store_bytes;
   a.store_pitch = static_cast<int>(RoundUp(int64_t{c.shape.mt} * 64 * c.store_bytes, 1024));
   int64_t copies = 0;  // of a stage, channels first
+  const double stage_bytes = static_cast<double>(pixels) * s.row_bytes;
+  double brought = stage_bytes;
   if (a.rows) {
     const DenseAxis& w = a.axis[2];
-    // In 16 bits rows are an odd number of times 16 bytes, against bank conflicts of ldmatrix.
-    const int64_t length = int64_t{w.length - 1} * w.si + 1, rows = pixels / w.length;
-    const int64_t staged = s.element == 4 ? RoundUp(length, 4) : (CeilDiv(length, 8) | 1) * 8;
-    if (staged > kMaxBox) return false;
-    const auto bytes = static_cast<int>(staged * s.element);
-    a.raw = PlanesOf(s.in_size, p.groups * s.cg, s.element, s.chunk_channels, staged, bytes);
-    a.raw.turn_pitch = static_cast<int>(RoundUp(a.raw.copied * bytes, 128));
+    // From a unit's first pixel on.
+    const int unit = 16 / s.element;
+    const int64_t length = int64_t{w.length - 1} * w.si + unit, rows = pixels / w.length;
+    int64_t staged = RoundUp(length, unit);
+    // An odd number of times 16 bytes, against bank conflicts of ldmatrix.
+    if (s.element == 2 && staged > 16 && staged % 16 == 0) staged += 8;
+    const int longest = staged > kMaxBox ? 128 : static_cast<int>(staged);  // of a copy
+    if (staged > 512 || (s.chunk_channels >> TurnBits(s.in_size, s.element)) < unit) return false;
+    a.raws = DenseArgs::kMaxRaw;
+    a.raw_pieces = static_cast<int>(CeilDiv(staged, longest));
+    a.piece_bits = a.raw_pieces > 1 ? 7 : 15;
+    a.raw = PlanesOf(s.in_size, p.groups * s.cg, s.element, s.chunk_channels, longest,
+                     longest * s.element);
+    a.raw.turn_pitch = static_cast<int>(RoundUp(a.raw.copied * a.raw.row_bytes, 128));
     a.raw.pitch = a.raw.turns * a.raw.turn_pitch;
-    copies = rows * a.raw.turns;
-    if (rows * a.raw.pitch > kSharedMemory) return false;
-    a.raw_bytes = static_cast<int>(rows * a.raw.pitch);
-    a.raw_units = static_cast<int>(s.element == 4 ? pixels : rows * CeilDiv(length, 8));
+    a.raw_pitch = a.raw_pieces * a.raw.pitch;
+    a.raw_rows = static_cast<int>(rows);
+    a.band_rows = static_cast<int>(CeilDiv(rows, c.bands));
+    a.bands = static_cast<int>(CeilDiv(rows, a.band_rows));
+    if (int64_t{a.band_rows} * a.raw_pitch > kSharedMemory) return false;
+    a.raw_bytes = a.band_rows * a.raw_pitch;
+    a.row_units = static_cast<int>(s.element == 4 ? w.length : CeilDiv(length, 8));
+    copies = rows * a.raw.turns * a.raw_pieces;
+    brought = static_cast<double>(rows * s.chunk_channels) *
+              static_cast<double>(a.raw_pieces * a.raw.row_bytes + 32);
     // Results leave in runs of up to 128 bytes of neighbours, swizzled.
     const int run = std::min(w.part, 128 / out_element);
     a.store_bytes = run * out_element;
-    a.result = PlanesOf(s.out_size, p.groups * s.jg, out_element, a.store_columns, run,
-                        a.store_bytes);
-    a.result.turn_pitch = static_cast<int>(RoundUp(a.result.copied, 8)) * a.store_bytes;
-    a.result.pitch = a.result.turns * a.result.turn_pitch;
+    a.result = {run, a.store_bytes, a.store_columns * a.store_bytes,
+                s.so[2] == 1 && TurnBits(s.out_size, out_element) == 0};
     a.store_pitch = static_cast<int>(RoundUp(c.shape.mt * 64 / run * a.result.pitch, 1024));
   }
   a.store_swizzle = a.store_bytes > 16 ? a.store_bytes - 16 : 0;
@@ -364,7 +390,7 @@ bool Fill(const Problem& p, const Device& device, const Shape& s, const Candidat
   for (int i = 0; i < kAxes; ++i) segments *= static_cast<int64_t>(s.groups[i].size());
   entries = 16 * (Product(p.k) * (s.full_steps + s.last_steps) + 2 * kQuad * segments) / 4;
   int64_t smem =
-      8 * (3 * DenseArgs::kMaxBuffers + 2 * DenseArgs::kMaxRing + 2 * DenseArgs::kRaw);
+      8 * (3 * DenseArgs::kMaxBuffers + 2 * DenseArgs::kMaxRing + 2 * DenseArgs::kMaxRaw);
   const auto place = [&](int& at, int64_t bytes, int64_t alignment) {
     smem = RoundUp(smem, alignment);
     at = static_cast<int>(smem);
@@ -372,9 +398,9 @@ bool Fill(const Problem& p, const Device& device, const Shape& s, const Candidat
     return smem <= kSharedMemory;
   };
   if (pixels > 65535 || !place(a.smem_pixels, a.rows ? int64_t{c.shape.mt} * 128 * 4 : 0, 16) ||
-      !place(a.smem_units, a.rows ? a.raw_units * 4 : 0, 16) ||
+      !place(a.smem_units, a.rows ? int64_t{a.raw_rows} * a.row_units * 4 : 0, 16) ||
       !place(a.smem_entries, entries + 16, 16) || !place(a.smem_trash, a.rows ? 128 : 0, 16) ||
-      !place(a.smem_raw, a.rows ? int64_t{DenseArgs::kRaw} * a.raw_bytes : 0, 128) ||
+      !place(a.smem_raw, a.rows ? int64_t{a.raws} * a.raw_bytes : 0, 128) ||
       !place(a.smem_in, int64_t{a.buffers} * a.stage_bytes, 1024) ||
       !place(a.smem_out, int64_t{4} * a.store_pitch, 1024) ||
       !place(a.smem_ring, 2 * quad_bytes, 128)) {
@@ -383,14 +409,10 @@ bool Fill(const Problem& p, const Device& device, const Shape& s, const Candidat
   a.ring = static_cast<int>(
       std::min<int64_t>((kSharedMemory - a.smem_ring) / quad_bytes, DenseArgs::kMaxRing));
   a.resident = false;
-  const int64_t items = tiles * p.groups * (s.fused ? 1 : s.phases) * a.column_tiles;
-  if (items > kIntMax / 2) return false;  // a block's next item is counted in 32 bits, too
-  a.items = static_cast<int>(items);
   a.groups = static_cast<int>(p.groups);
   a.n = static_cast<int>(p.n);
   plan.mt = c.shape.mt;
   plan.columns = c.shape.columns;
-  plan.grid = static_cast<int>(std::min<int64_t>(items, device.multiprocessors));
 
   // The model counts cycles of a tile: of the tensor cores, of shared memory, of stages that arrive
   // late, of stores, and of copies from the L2 cache; against the bytes of device memory. Its
@@ -415,7 +437,10 @@ bool Fill(const Problem& p, const Device& device, const Shape& s, const Candidat
   a.resident = programs * static_cast<double>(p.groups) * a.column_tiles == 1 &&
                weights <= static_cast<double>(a.ring) * quad_bytes;
   if (a.ring < 4 && !a.resident) return false;  // copies would not hide their latency
-  const double stage_bytes = static_cast<double>(pixels) * s.row_bytes;
+  const int64_t items = tiles * p.groups * (s.fused ? 1 : s.phases) * a.column_tiles;
+  if (items > kIntMax / 2) return false;  // a block's next item is counted in 32 bits, too
+  a.items = static_cast<int>(items);
+  plan.grid = static_cast<int>(std::min<int64_t>(items, device.multiprocessors));
   const double copied = stages * stage_bytes + (a.resident ? 0 : weights);
   const double tensor = steps * groups_m * c.shape.columns / 2;
   const double shared = steps * groups_m * (16 + c.shape.columns / 4.0) + copied / 128;
@@ -426,19 +451,21 @@ bool Fill(const Problem& p, const Device& device, const Shape& s, const Candidat
                                      : a.rows       ? 60
                                                     : 0);
   const double asking = 40.0 * static_cast<double>(copies);
-  const double late = 2000 + stage_bytes / 20 + asking + (a.rows ? 0 : preparing);
+  const double late = a.rows ? 2000.0 * a.bands + brought / 20 + asking
+                             : 2000 + stage_bytes / 20 + preparing;
   const double each = stages > 0 ? multiply / stages : 0;  // of a stage
   const double staged =
       stages * std::max({each, preparing, asking,
                          a.rows ? (preparing + each) / c.buffers : (late + each) / c.buffers,
-                         a.rows ? (late + preparing) / DenseArgs::kRaw : 0});
+                         a.rows ? (late + preparing) / a.raws : 0});
   const double results = groups_m * 64.0 * c.shape.columns;
   const double chunks_out = c.shape.columns / a.store_columns;
-  const double stores = !a.rows ? results / 10 + 700.0 * chunks_out
-                        : s.so[2] == 1
-                            ? results / (out_element == 4 ? 8 : 16) + 700.0 * chunks_out
-                            : results / 32 * 12 + 700.0 * chunks_out;
-  const double l2 = copied / (kL2Bandwidth / kClock / device.multiprocessors);
+  const bool whole_runs = a.result.copied && s.out_size[2] * out_element % 16 == 0;
+  const double stores = !a.rows      ? results / 10 + 700.0 * chunks_out
+                        : whole_runs ? results / (out_element == 4 ? 8 : 16) + 700.0 * chunks_out
+                                     : results / 32 * 12 + 700.0 * chunks_out;
+  const double fetched = stages * brought + (a.resident ? 0 : weights);
+  const double l2 = fetched / (kL2Bandwidth / kClock / device.multiprocessors);
   const double mean = std::max((staged + programs * (stores + 1500)), l2) / programs;
   const double turns = std::ceil(static_cast<double>(items) / plan.grid);
   const double compute = turns * mean / kClock;
@@ -479,7 +506,7 @@ std::vector<DenseMap> MapsOf(const DensePlanes& planes, int64_t images, int elem
     m.rank = 2;
     m.row_bytes = swizzled;
     m.offset = int64_t{turn} * planes.plane * element / 16 * 16;
-    m.size[0] = static_cast<uint64_t>(planes.plane) + planes.Lead(turn, element);
+    m.size[0] = static_cast<uint64_t>(planes.plane) + planes.Lead(turn);
     m.size[1] = static_cast<uint64_t>(CeilDiv(images * planes.channels - turn, planes.turns));
     m.stride[0] = static_cast<uint64_t>(planes.plane) * planes.turns * element;
     m.box[0] = static_cast<uint32_t>(planes.length);
@@ -525,13 +552,18 @@ void Complete(const Problem& p, const Shape& s, DensePlan& plan) {
   k.full_steps = s.full_steps;
   k.last_steps = s.last_steps;
   k.total_steps = a.total_steps;
-  k.phases = s.phases;
   k.terms = s.terms;
-  k.fused = s.fused;
+  k.turn_bits = a.rows ? a.raw.turn_bits : 0;
+  k.copied_bits = 0;
+  while (1 << (k.copied_bits + k.turn_bits) < s.chunk_channels) ++k.copied_bits;
   const int out_element = static_cast<int>(SizeOf(p.out_dtype));
   if (a.rows) {
     plan.in = MapsOf(a.raw, p.n, s.element, 0);
-    if (s.so[2] == 1) plan.out = MapsOf(a.result, p.n, out_element, a.store_bytes);
+    if (a.result.copied) {
+      const DensePlanes planes = PlanesOf(s.out_size, p.groups * s.jg, out_element, a.store_columns,
+                                          a.result.length, a.store_bytes);
+      plan.out = MapsOf(planes, p.n, out_element, a.store_bytes);
+    }
   } else {
     DenseMap m = MapOf(p, in, s.in_size, s.row_bytes, s.element);
     for (int i = 0; i < kAxes; ++i) {
@@ -593,14 +625,17 @@ void SearchTiles(const Problem& p, const Device& device, const Shape& s, const D
         }
         for (int buffers = 2; buffers <= DenseArgs::kMaxBuffers; ++buffers) {
           if (!allowed(forced.buffers, buffers)) continue;
-          for (int store_bytes : {128, 64, 32, 16}) {
-            const Candidate c{shape, buffers, store_bytes, split, axis == 3 ? 64 : 8, axis, part};
-            if (!Fill(p, device, s, c, plan)) continue;
-            if (plan.seconds < best.seconds) {
-              best = plan;
-              better = true;
+          for (int bands = 1; bands <= (p.channels_last ? 1 : 16); bands *= 2) {
+            for (int store_bytes : {128, 64, 32, 16}) {
+              const Candidate c{shape, buffers, bands, store_bytes,
+                                split, axis == 3 ? 64 : 8, axis, part};
+              if (!Fill(p, device, s, c, plan)) continue;
+              if (plan.seconds < best.seconds) {
+                best = plan;
+                better = true;
+              }
+              break;
             }
-            break;
           }
         }
       }

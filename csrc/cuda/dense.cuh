@@ -90,33 +90,38 @@ __global__ void __launch_bounds__(kPackThreads) PackDense(const __grid_constant_
   constexpr int kC = 32 / sizeof(T);
   __shared__ T tile[kC * 8][kPackTaps + 1];
   const int ranges = (p.taps + kPackTaps - 1) / kPackTaps;
-  const int tile_j = blockIdx.x, step = blockIdx.y, group = blockIdx.z / ranges;
+  const int step = blockIdx.y, group = blockIdx.z / ranges, j0 = blockIdx.x * 8;
   const int tap0 = blockIdx.z % ranges * kPackTaps, taps = min(kPackTaps, p.taps - tap0);
-  const int channel_tiles = p.jg / 8;
-  const int phase = p.fused ? tile_j / channel_tiles : 0;
-  const int j0 = (tile_j - phase * channel_tiles) * 8;
   const int chunk = min(step / max(p.full_steps, 1), p.chunks - 1);
   const int steps = chunk == p.chunks - 1 ? p.last_steps : p.full_steps;
   const int k = step - chunk * p.full_steps;
-  const int c0 = chunk * p.chunk_channels + k / p.terms * kC;
+  // The channel at a place of the order in which they are staged; see DenseArgs::bands.
+  const auto channel_at = [&](int place) {
+    const int at = k / p.terms * kC + place;
+    return chunk * p.chunk_channels + ((at & ((1 << p.copied_bits) - 1)) << p.turn_bits) +
+           (at >> p.copied_bits);
+  };
   [[maybe_unused]] const bool low = k % p.terms == 2;
   const T* w = static_cast<const T*>(p.w) + group * p.w_g_step + tap0;
+  const bool by_channel = p.w_c_step < p.w_j_step;
 #pragma unroll 8
   for (int i = threadIdx.x; i < kC * 8 * taps; i += kPackThreads) {
-    const int t = i % taps, pair = i / taps, j = j0 + pair % 8, c = c0 + pair / 8;
+    const int t = i % taps, pair = i / taps;
+    const int j = by_channel ? pair / kC : pair % 8, place = by_channel ? pair % kC : pair / 8;
+    const int c = channel_at(place);
     T v{};
-    if (j < p.jg && c < p.cg) v = __ldg(w + c * p.w_c_step + j * p.w_j_step + t);
-    tile[pair / 8 * 8 + pair % 8][t] = v;
+    if (c < p.cg) v = __ldg(w + c * p.w_c_step + (j0 + j) * p.w_j_step + t);
+    tile[place * 8 + j][t] = v;
   }
   __syncthreads();
-  const int column_tile = tile_j / p.tiles, column = tile_j % p.tiles;
   const int half = threadIdx.x / 32 % 2, lane = threadIdx.x % 32, n = lane / 4;
   for (int t = threadIdx.x / 64; t < taps; t += kPackThreads / 64) {
     const int tap = tap0 + t, segment = p.tap_segment[tap];
     if (segment == DensePack::kUnused) continue;
     const int of_segment = p.segment_taps[segment];
     // Columns beyond the last one hold what is at hand: nothing is stored of them.
-    if (p.fused && p.tap_phase[tap] != phase % p.phases) continue;
+    const int tile_j = p.tap_phase[tap] * (p.jg / 8) + static_cast<int>(blockIdx.x);
+    const int column_tile = tile_j / p.tiles, column = tile_j % p.tiles;
     uint32_t word;
     if constexpr (sizeof(T) == 4) {
       const SplitTF32 v(tile[(half * 4 + lane % 4) * 8 + n][t]);
@@ -156,7 +161,7 @@ struct DenseBarriers {
   __device__ uint32_t RingFull(int i) const { return base + 3 * kIn + i * 8; }
   __device__ uint32_t RingEmpty(int i) const { return base + 3 * kIn + kRing + i * 8; }
   __device__ uint32_t RawFull(int i) const { return base + 3 * kIn + 2 * kRing + i * 8; }
-  __device__ uint32_t RawEmpty(int i) const { return RawFull(i + DenseArgs::kRaw); }
+  __device__ uint32_t RawEmpty(int i) const { return RawFull(i + DenseArgs::kMaxRaw); }
 };
 
 // A place in a ring: which one, and which time round.
@@ -251,46 +256,45 @@ __device__ inline void RoundBoxes(const DenseArgs& a, const DenseBarriers& barri
 // Channels first: asks for rows of pixels, as they lie in memory, that a stage needs. What a copy
 // brings from beyond its row is put to zero when it is transposed; rows outside are not copied.
 __device__ inline void FetchPlanes(const DenseArgs& a, const CUtensorMap* maps,
-                                   const DenseBarriers& barriers, uint32_t raw, int element) {
+                                   const DenseBarriers& barriers, uint32_t raw, const int* units) {
   DenseCursor buffer;
   const DensePlanes& planes = a.raw;
   for (int index = blockIdx.x; index < a.items; index += gridDim.x) {
     const DenseItem item(a, index);
     const DenseProgram& program = a.program[item.program];
-    const int images = min(a.box_n, a.n - item.n);
+    const int images = a.n - item.n;
     for (int s = 0; s < program.segments; ++s) {
       const DenseSegment& segment = a.segment[program.first_segment + s];
-      int first[kAxes], begin[kAxes], end[kAxes];  // of the sources: those inside
+      int first[kAxes];
 #pragma unroll
-      for (int i = 0; i < kAxes; ++i) {
-        const DenseAxis& x = a.axis[i];
-        first[i] = item.q[i] * x.si + segment.first[i];
-        begin[i] = first[i] < 0 ? (x.si - 1 - first[i]) / x.si : 0;
-        end[i] = max(begin[i], min(x.length, (x.in_size - first[i] + x.si - 1) / x.si));
-      }
-      const int rows = images * (end[0] - begin[0]) * (end[1] - begin[1]);
-      for (int chunk = 0; chunk < a.chunks; ++chunk) {
+      for (int i = 0; i < kAxes; ++i) first[i] = item.q[i] * a.axis[i].si + segment.first[i];
+      for (int stage = 0; stage < a.chunks * a.bands; ++stage) {
         const uint32_t full = barriers.RawFull(buffer.at);
         WaitForPhase(barriers.RawEmpty(buffer.at), buffer.parity ^ 1);
-        ArriveAndExpect(full, rows * planes.copied * planes.row_bytes * planes.turns);
+        const int chunk = stage / a.bands, row0 = (stage - chunk * a.bands) * a.band_rows;
         const int channel = item.group * a.cg + chunk * a.chunk_channels;
-        for (int n = 0; n < images; ++n) {
-          for (int d = begin[0]; d < end[0]; ++d) {
-            for (int h = begin[1]; h < end[1]; ++h) {
-              const int row = (n * a.axis[0].length + d) * a.axis[1].length + h;
-              const int y = (first[0] + d * a.axis[0].si) * a.axis[1].in_size + first[1] +
-                            h * a.axis[1].si;
-              uint32_t to = raw + buffer.at * a.raw_bytes + row * planes.pitch;
-              int c = (item.n + n) * planes.channels + channel;
-              for (int turn = 0; turn < planes.turns; ++turn, ++c, to += planes.turn_pitch) {
-                CopyPlanes(to, maps + planes.Map(c),
-                           y * a.axis[2].in_size + first[2] + planes.Lead(c, element),
-                           c >> planes.turn_bits, full);
-              }
+        for (int r = 0; r < min(a.band_rows, a.raw_rows - row0); ++r) {
+          const DenseCoordinates at(units[(row0 + r) * a.row_units]);
+          const int y[2] = {first[0] + at.at[0] * a.axis[0].si, first[1] + at.at[1] * a.axis[1].si};
+          if (at.n >= images ||
+              static_cast<unsigned>(y[0]) >= static_cast<unsigned>(a.axis[0].in_size) ||
+              static_cast<unsigned>(y[1]) >= static_cast<unsigned>(a.axis[1].in_size)) {
+            continue;
+          }
+          ExpectMore(full, a.raw_pieces * planes.turns * planes.copied * planes.row_bytes);
+          const int pixel = (y[0] * a.axis[1].in_size + y[1]) * a.axis[2].in_size + first[2];
+          uint32_t to = raw + buffer.at * a.raw_bytes + r * a.raw_pitch;
+          for (int piece = 0; piece < a.raw_pieces; ++piece) {
+            int c = (item.n + at.n) * planes.channels + channel;
+            for (int turn = 0; turn < planes.turns; ++turn, ++c, to += planes.turn_pitch) {
+              CopyPlanes(to, maps + planes.Map(c),
+                         ((pixel + planes.Lead(c)) & -planes.unit) + (piece << a.piece_bits),
+                         c >> planes.turn_bits, full);
             }
           }
         }
-        buffer.Next(DenseArgs::kRaw);
+        Arrive(full);
+        buffer.Next(a.raws);
       }
     }
   }
@@ -327,73 +331,103 @@ __device__ inline void TransposePlanes(const DenseArgs& a, const DenseBarriers& 
       const auto pixel_inside = [&](int w) {
         return static_cast<unsigned>(first[2] + w) < static_cast<unsigned>(a.axis[2].in_size);
       };
-      for (int chunk = 0; chunk < a.chunks; ++chunk) {
+      for (int part = 0; part < a.chunks * a.bands; ++part) {
+        const int chunk = part / a.bands, band = part - chunk * a.bands;
+        const int channel = item.group * a.cg + chunk * a.chunk_channels;
         const int channels = a.cg - chunk * a.chunk_channels;  // of the group, from here on
-        const int steps = (chunk + 1 < a.chunks ? a.full_steps : a.last_steps) / a.terms;
-        WaitForPhase(barriers.InEmpty(to.at), to.parity ^ 1);
+        const int row0 = band * a.band_rows, unit0 = row0 * a.row_units;
+        const int unit_end = min(unit0 + a.band_rows * a.row_units, a.raw_rows * a.row_units);
+        if (band == 0) WaitForPhase(barriers.InEmpty(to.at), to.parity ^ 1);
         WaitForPhase(barriers.RawFull(from.at), from.parity);
         const char* rows = raw + from.at * a.raw_bytes;
         char* stage = in + to.at * a.stage_bytes;
+        // A row's pixels begin behind the first that a copy of that turn brought.
+        const auto behind = [&](const DenseCoordinates& at, int turn) {
+          const int y = (first[0] + at.at[0] * a.axis[0].si) * a.axis[1].in_size + first[1] +
+                        at.at[1] * a.axis[1].si;
+          const int c = (item.n + at.n) * planes.channels + channel + turn;
+          return (y * a.axis[2].in_size + first[2] + planes.Lead(c)) & (planes.unit - 1);
+        };
+        const auto place = [&](int row, int pixel, int turn) {
+          return (row - row0) * a.raw_pitch + (pixel >> a.piece_bits) * planes.pitch +
+                 (pixel & ((1 << a.piece_bits) - 1)) * static_cast<int>(sizeof(T)) +
+                 turn * planes.turn_pitch;
+        };
         if constexpr (sizeof(T) == 4) {
-          // A thread takes a pixel; its four channels of a block are `next` bytes apart.
-          const int block = planes.Place(4);
-          const int next[4] = {0, planes.Place(1), planes.Place(2), planes.Place(3)};
-          for (int u = thread; u < a.raw_units; u += kDensePreparers) {
+          // A thread takes a pixel.
+          const int pitch = planes.row_bytes;
+          for (int u = unit0 + thread; u < unit_end; u += kDensePreparers) {
             const DenseCoordinates at(units[u]);
             const int w = at.at[2] * a.axis[2].si;
-            const int mine = row_inside(at) && pixel_inside(w) ? channels : 0;
-            const char* pixel = rows + row_of(at) * planes.pitch + w * 4;
+            const bool inside = row_inside(at) && pixel_inside(w);
             char* row = stage + u * a.row_bytes;
             const int swizzled = u * a.row_bytes >> 3 & a.swizzle;
+            int block = 0;
+            for (int turn = 0; turn < planes.turns; ++turn) {
+              const int left = (channels - turn + planes.turns - 1) >> planes.turn_bits;
+              const int mine = inside ? left : 0;
+              const char* pixel = rows + place(row_of(at), w + behind(at, turn), turn);
 #pragma unroll 4
-            for (int b = 0; b < 2 * steps; ++b, pixel += block) {
-              float v[4];
+              for (int c = 0; c < planes.copied; c += 4, block += 16, pixel += 4 * pitch) {
+                float v[4];
 #pragma unroll
-              for (int i = 0; i < 4; ++i) {
-                v[i] = b * 4 + i < mine ? *reinterpret_cast<const float*>(pixel + next[i]) : 0;
+                for (int i = 0; i < 4; ++i) {
+                  v[i] = c + i < mine ? *reinterpret_cast<const float*>(pixel + i * pitch) : 0;
+                }
+                const SplitTF32 split[4] = {SplitTF32(v[0]), SplitTF32(v[1]), SplitTF32(v[2]),
+                                            SplitTF32(v[3])};
+                StoreBlock(a, row + (block ^ swizzled), split);
               }
-              const SplitTF32 c[4] = {SplitTF32(v[0]), SplitTF32(v[1]), SplitTF32(v[2]),
-                                      SplitTF32(v[3])};
-              StoreBlock(a, row + (b * 16 ^ swizzled), c);
             }
           }
         } else {
           // A warp takes eight pixels by 32 channels at a time. Lanes name rows: of eight pixels of
           // a channel to be loaded, and of eight channels of a pixel to be stored, which goes where
           // nobody looks unless it is one of the sources. What a lane holds in between is two
-          // channels of its pixel.
-          const int lane = thread % 32, matrix = lane / 8;
+          // channels of another pixel.
+          const int lane = thread % 32, matrix = lane / 8, si = a.axis[2].si;
           const uint32_t rows_at = SharedAddress(rows), stage_at = SharedAddress(stage);
-          const int inverse = 65536 / a.axis[2].si + 1;  // exact for what fits into a copy
-          for (int u = thread / 32; u < a.raw_units; u += kDensePreparers / 32) {
+          const int inverse = 65536 / si + 1;  // exact for what fits into a copy
+          const uint32_t nowhere = trash + lane % 8 * 16;
+          for (int u = unit0 + thread / 32; u < unit_end; u += kDensePreparers / 32) {
             const DenseCoordinates at(units[u]);
-            const int row = row_of(at), mine = at.at[2] + lane % 8;
-            const int w = mine * inverse >> 16, pixel = (row * a.axis[2].length + w) * a.row_bytes;
-            const bool source = w * a.axis[2].si == mine && w < a.axis[2].length;
-            const bool inside = row_inside(at) && pixel_inside(at.at[2] + lane / 4);
-            for (int c = 0; c < steps * 16; c += 32) {
+            const int row = row_of(at);
+            const bool here = row_inside(at);
+            for (int c = 0; c < a.chunk_channels; c += 32) {
+              const int position = c + lane, turn = position >> planes.copied_bits;
               uint32_t v[4];
-              LoadTransposed(v, rows_at + row * planes.pitch + planes.Place(c + lane) +
-                                    at.at[2] * static_cast<int>(sizeof(T)));
-#pragma unroll
-              for (int i = 0; i < 4; ++i) v[i] = inside ? v[i] : 0;
-              if (channels < c + 32) {
+              LoadTransposed(v, rows_at + place(row, at.at[2], turn) +
+                                    (position & (planes.copied - 1)) * planes.row_bytes);
+              if (channels < a.chunk_channels) {
 #pragma unroll
                 for (int i = 0; i < 4; ++i) {
-                  const int left = channels - (c + i * 8 + lane % 4 * 2);
-                  v[i] &= left <= 0 ? 0 : left == 1 ? 0xffff : ~0u;
+                  const int p = c + i * 8 + lane % 4 * 2, t = p >> planes.copied_bits;
+                  const int channel = ((p & (planes.copied - 1)) << planes.turn_bits) + t;
+                  if (channel >= channels) v[i] = 0;
+                  if (channel + planes.turns >= channels) v[i] &= 0xffff;
                 }
               }
+              const int mine = at.at[2] + lane % 8 - behind(at, turn), w = mine * inverse >> 16;
+              const bool source = mine >= 0 && w * si == mine && w < a.axis[2].length;
+              const bool inside = here && pixel_inside(mine);
+              const int pixel = (row * a.axis[2].length + w) * a.row_bytes;
               const uint32_t block = (c / 8 + matrix) * 16 ^ (pixel >> 3 & a.swizzle);
-              StoreMatrices(source ? stage_at + pixel + block : trash + lane % 8 * 16, v);
+              const uint32_t there = stage_at + pixel + block;
+              StoreMatrices(source && inside ? there : nowhere, v);
+              if (__any_sync(~0u, source && !inside)) {
+                const uint32_t zeros[4] = {0, 0, 0, 0};
+                StoreMatrices(source && !inside ? there : nowhere, zeros);
+              }
             }
           }
         }
-        ProxyFence();
-        Arrive(barriers.InReady(to.at));
         Arrive(barriers.RawEmpty(from.at));
-        to.Next(a.buffers);
-        from.Next(DenseArgs::kRaw);
+        from.Next(a.raws);
+        if (band + 1 == a.bands) {
+          ProxyFence();
+          Arrive(barriers.InReady(to.at));
+          to.Next(a.buffers);
+        }
       }
     }
   }
@@ -425,41 +459,39 @@ struct DensePitch {
 };
 
 // A run of neighbouring pixels leaves for an output, channels first: by bulk copies where they are
-// neighbours there, too, else and at the border one by one.
+// neighbours there, too, and begin at a multiple of 16 bytes, else and at the border one by one.
 template <class Out>
 __device__ inline void StoreRun(const DenseArgs& a, const DenseMaps& maps, const DenseItem& item,
                                 int first_pixel, const char* from, int phase, int channel,
                                 int lane) {
-  const DensePlanes& planes = a.result;
+  const DenseRuns& runs = a.result;
   const int up = phase / a.axis[2].so;
   const int r[kAxes] = {up / a.axis[1].so, up % a.axis[1].so, phase % a.axis[2].so};
-  const DenseCoordinates at(first_pixel);
-  const int n = item.n + at.n;
+  const DenseCoordinates first(first_pixel);
+  const int n = item.n + first.n;
   bool inside = n < a.n;
   int o[kAxes];
 #pragma unroll
   for (int i = 0; i < kAxes; ++i) {
-    o[i] = (item.q[i] + at.at[i]) * a.axis[i].so + r[i];
+    o[i] = (item.q[i] + first.at[i]) * a.axis[i].so + r[i];
     inside = inside && o[i] < a.axis[i].out_size;
   }
   if (!inside) return;
   const int pixel = (o[0] * a.axis[1].out_size + o[1]) * a.axis[2].out_size + o[2];
   const int so = a.axis[2].so, left = (a.axis[2].out_size - o[2] + so - 1) / so;
-  if (so == 1 && left >= planes.length) {
-    if (lane < planes.turns) {
-      const int c = n * planes.channels + channel + lane;
-      StorePlanes(&maps.out[planes.Map(c)], SharedAddress(from) + lane * planes.turn_pitch,
-                  pixel + planes.Lead(c, sizeof(Out)), c >> planes.turn_bits);
+  if (runs.copied && left >= runs.length && pixel % (16 / static_cast<int>(sizeof(Out))) == 0) {
+    if (lane == 0) {
+      StorePlanes(&maps.out[0], SharedAddress(from), pixel, n * a.groups * a.jg + channel);
     }
     return;
   }
-  const int across = min(planes.length, 32), mine = lane & (across - 1);
+  const int across = min(runs.length, 32);
   const int64_t image = n * a.out_n_step + channel * a.out_c_step + pixel;
-  for (int w = mine; w < min(left, planes.length); w += across) {
+  for (int w = lane % across; w < min(left, runs.length); w += across) {
     Out* out = static_cast<Out*>(a.out) + image + w * so;
-    for (int c = lane / across; c < a.store_columns; c += 32 / across) {
-      const int place = planes.Place(c), swizzled = place >> 3 & a.store_swizzle;
-      out[c * a.out_c_step] = *reinterpret_cast<const Out*>(
+    for (int j = lane / across; j < a.store_columns; j += 32 / across) {
+      const int place = j * runs.row_bytes, swizzled = place >> 3 & a.store_swizzle;
+      out[j * a.out_c_step] = *reinterpret_cast<const Out*>(
           from + place + (w * static_cast<int>(sizeof(Out)) ^ swizzled));
     }
   }
@@ -506,7 +538,7 @@ __device__ inline void StoreDense(const DenseArgs& a, const DenseMaps& maps, con
       }
       if constexpr (kRows && sizeof(Out) == 2) {
         // Lanes name rows of eight pixels: of channels, of one half and the other.
-        const int row = a.result.Place(at + lane % 8);
+        const int row = (at + lane % 8) * a.result.row_bytes;
         const int pixel = lane / 8 % 2 == 0 ? place[mt][0] : place[mt][1];
         uint32_t v[2];
         memcpy(v, pair, sizeof(v));
@@ -519,7 +551,7 @@ __device__ inline void StoreDense(const DenseArgs& a, const DenseMaps& maps, con
           if constexpr (kRows) {
 #pragma unroll
             for (int i = 0; i < 2; ++i) {
-              const int row = a.result.Place(c + i);
+              const int row = (c + i) * a.result.row_bytes;
               *reinterpret_cast<Out*>(to + row + (place[mt][h] ^ (row >> 3 & a.store_swizzle))) =
                   pair[h].v[i];
             }
@@ -723,8 +755,8 @@ __device__ inline void MultiplyDense(const DenseArgs& a, const DenseMaps& maps,
 // first of eight pixels of a row as it lies in memory (16 bits).
 template <class T>
 __device__ inline void ListUnits(const DenseArgs& a, int* units, int thread) {
-  const int d = a.axis[0].length, h = a.axis[1].length, w = a.raw_units / (a.box_n * d * h);
-  for (int u = thread; u < a.raw_units; u += kDenseThreads) {
+  const int d = a.axis[0].length, h = a.axis[1].length, w = a.row_units;
+  for (int u = thread; u < a.raw_rows * w; u += kDenseThreads) {
     units[u] = PackCoordinates(u / w / h / d, u / w / h % d, u / w % h,
                                u % w * (sizeof(T) == 4 ? 1 : 8));
   }
@@ -751,7 +783,7 @@ __global__ void __launch_bounds__(kDenseThreads, 1)
       InitBarrier(barriers.RingFull(i), 1);
       InitBarrier(barriers.RingEmpty(i), kDenseWarps);
     }
-    for (int i = 0; i < DenseArgs::kRaw; ++i) {
+    for (int i = 0; i < a.raws; ++i) {
       InitBarrier(barriers.RawFull(i), 1);
       InitBarrier(barriers.RawEmpty(i), kDensePreparers);
     }
@@ -799,7 +831,7 @@ __global__ void __launch_bounds__(kDenseThreads, 1)
     } else if (warp == 1) {
       if (lane != 0) {
       } else if (a.rows) {
-        FetchPlanes(a, maps.in, barriers, SharedAddress(shared) + a.smem_raw, sizeof(T));
+        FetchPlanes(a, maps.in, barriers, SharedAddress(shared) + a.smem_raw, units);
       } else {
         FetchBoxes(a, maps.in, barriers, in);
       }
@@ -835,7 +867,7 @@ cudaError_t EnqueueDense(const DensePlan& plan, const DensePack& pack, const Den
                          const DenseMaps& maps, cudaStream_t stream) {
   const int steps = (pack.chunks - 1) * pack.full_steps + pack.last_steps;
   const int ranges = (pack.taps + kPackTaps - 1) / kPackTaps;
-  const dim3 grid(pack.column_tiles * pack.tiles, steps, pack.groups * ranges);
+  const dim3 grid(pack.jg / 8, steps, pack.groups * ranges);
   PackDense<T><<<grid, kPackThreads, 0, stream>>>(pack);
   if (const cudaError_t status = cudaGetLastError(); status != cudaSuccess) return status;
   // Split operands have two sets of sums, which leaves no registers for large tiles.

@@ -25,28 +25,29 @@ struct DenseSegment {
   int entries;                // where its lists of steps begin: of a full chunk, and of the last
 };
 
-// Channels first: planes of pixels begin at any multiple of an element, maps of bulk tensor copies at
-// multiples of 16 bytes. So the channels of all images, counted through, are dealt out: channel i is
-// in map i % turns, and all planes of one map begin equally far behind a multiple of 16 bytes. A copy
-// brings (or takes) `length` neighbouring pixels of every turns-th channel.
+// Channels first: planes of pixels begin at any multiple of an element, bulk tensor copies at
+// multiples of 16 bytes, a `unit` of pixels. So the channels of all images, counted through, are dealt
+// out: channel c is in map c % turns, and all planes of a map begin equally far behind a unit. A copy
+// brings (or takes) `length` pixels, from a unit's first one on, of `copied` channels, every
+// turns-th one; copies of all turns lie one after another in shared memory.
 struct DensePlanes {
   static constexpr int kMaxTurns = 8;
-  int turns, turn_bits;  // turns = 1 << turn_bits
-  int plane;             // pixels of a channel
-  int channels;          // of an image
-  int copied, length;    // channels and pixels of a copy
+  int turns, turn_bits, copied_bits;  // turns = 1 << turn_bits
+  int unit, plane, channels;          // plane: pixels of a channel; channels: of an image
+  int copied, length;
   int row_bytes, turn_pitch, pitch;  // of a channel, of a copy, of the copies of all turns
 
-  // Of channel c, counted through: its map, and how many elements its plane begins behind what the
-  // map takes for the beginning.
+  // Of channel c, counted through: its map, and how many pixels its plane begins behind a unit.
   constexpr int Map(int c) const { return c & (turns - 1); }
-  constexpr int Lead(int c, int element) const {
-    return static_cast<int>(Map(c) * static_cast<unsigned>(plane) & (16 / element - 1));
+  constexpr int Lead(int c) const {
+    return static_cast<int>(Map(c) * static_cast<unsigned>(plane) & (unit - 1));
   }
-  // Where a copy leaves channel c of a run of pixels.
-  constexpr int Place(int c) const {
-    return (c & (turns - 1)) * turn_pitch + (c >> turn_bits) * row_bytes;
-  }
+};
+
+// Channels first: results leave in runs of neighbouring pixels, row_bytes of a channel.
+struct DenseRuns {
+  int length, row_bytes, pitch;
+  bool copied;  // by bulk tensor copies, where they begin at a multiple of 16 bytes
 };
 
 // What one output phase needs (or all of them, where they share their sources).
@@ -67,7 +68,7 @@ struct DenseAxis {
 // is four steps, a stage is one box and one chunk of channels.
 struct DenseArgs {
   static constexpr int kMaxTaps = 256, kMaxSegments = 64, kMaxPhases = 32;
-  static constexpr int kMaxBuffers = 4, kMaxRing = 32, kRaw = 2;
+  static constexpr int kMaxBuffers = 4, kMaxRing = 32, kMaxRaw = 2;
   const char* weights;  // [groups][column_tiles][steps][N / 8][2][8 rows of 16 bytes]
   void* out;
   const void* in;
@@ -90,8 +91,13 @@ struct DenseArgs {
   int part_bytes;   // of a stage: of the high parts of its operands, or all
   // Channels first: rows of pixels on their way into a stage, in units that a thread (float32) or a
   // warp (16 bits: eight pixels) transposes; and results on their way out, in runs of neighbours.
-  DensePlanes raw, result;
-  int raw_bytes, raw_units;
+  DensePlanes raw;
+  DenseRuns result;
+  // A band of rows is on its way at a time; a long row is made of pieces of 1 << piece_bits pixels.
+  // Channels are staged in the order in which copies of all turns bring them, and the weights are
+  // packed in this order.
+  int bands, raws;  // of a stage; buffers for bands
+  int band_rows, row_units, raw_rows, raw_bytes, raw_pieces, piece_bits, raw_pitch;
   int store_columns, store_bytes, store_swizzle, store_pitch;  // of results on their way out
   int smem_pixels, smem_units, smem_entries, smem_trash, smem_raw, smem_in, smem_out, smem_ring;
   bool fused, resident, rows, out_f32;
@@ -107,9 +113,8 @@ struct DensePack {
   char* weights;
   int64_t w_g_step, w_c_step, w_j_step;
   int taps, groups, cg, jg, column_tiles, tiles;  // tiles of eight columns in a column tile
-  int chunks, chunk_channels, full_steps, last_steps, total_steps, phases;
-  int terms;
-  bool fused;
+  int chunks, chunk_channels, full_steps, last_steps, total_steps;
+  int terms, copied_bits, turn_bits;
   int steps[DenseArgs::kMaxSegments];
   int16_t segment_taps[DenseArgs::kMaxSegments];
   uint8_t tap_segment[DenseArgs::kMaxTaps];  // or kUnused: of a phase without outputs
