@@ -253,12 +253,15 @@ __device__ inline void RoundBoxes(const DenseArgs& a, const DenseBarriers& barri
   }
 }
 
-// Channels first: asks for rows of pixels, as they lie in memory, that a stage needs. What a copy
+// Channels first: a warp asks for rows of pixels, as they lie in memory, that a stage needs; each lane
+// finds a row, since a lone thread would take hundreds of cycles for it. What a copy
 // brings from beyond its row is put to zero when it is transposed; rows outside are not copied.
 __device__ inline void FetchPlanes(const DenseArgs& a, const CUtensorMap* maps,
-                                   const DenseBarriers& barriers, uint32_t raw, const int* units) {
+                                   const DenseBarriers& barriers, uint32_t raw, const int* units,
+                                   int lane) {
   DenseCursor buffer;
   const DensePlanes& planes = a.raw;
+  const int row_bytes = a.raw_pieces * planes.turns * planes.copied * planes.row_bytes;
   for (int index = blockIdx.x; index < a.items; index += gridDim.x) {
     const DenseItem item(a, index);
     const DenseProgram& program = a.program[item.program];
@@ -273,15 +276,18 @@ __device__ inline void FetchPlanes(const DenseArgs& a, const CUtensorMap* maps,
         WaitForPhase(barriers.RawEmpty(buffer.at), buffer.parity ^ 1);
         const int chunk = stage / a.bands, row0 = (stage - chunk * a.bands) * a.band_rows;
         const int channel = item.group * a.cg + chunk * a.chunk_channels;
-        for (int r = 0; r < min(a.band_rows, a.raw_rows - row0); ++r) {
-          const DenseCoordinates at(units[(row0 + r) * a.row_units]);
+        const int rows = min(a.band_rows, a.raw_rows - row0);
+        for (int r = lane; r - lane < rows; r += 32) {
+          const DenseCoordinates at(units[(row0 + min(r, rows - 1)) * a.row_units]);
           const int y[2] = {first[0] + at.at[0] * a.axis[0].si, first[1] + at.at[1] * a.axis[1].si};
-          if (at.n >= images ||
-              static_cast<unsigned>(y[0]) >= static_cast<unsigned>(a.axis[0].in_size) ||
-              static_cast<unsigned>(y[1]) >= static_cast<unsigned>(a.axis[1].in_size)) {
-            continue;
-          }
-          ExpectMore(full, a.raw_pieces * planes.turns * planes.copied * planes.row_bytes);
+          const bool inside =
+              r < rows && at.n < images &&
+              static_cast<unsigned>(y[0]) < static_cast<unsigned>(a.axis[0].in_size) &&
+              static_cast<unsigned>(y[1]) < static_cast<unsigned>(a.axis[1].in_size);
+          const int copied = __popc(__ballot_sync(~0u, inside));
+          if (lane == 0) ExpectMore(full, copied * row_bytes);
+          __syncwarp();
+          if (!inside) continue;
           const int pixel = (y[0] * a.axis[1].in_size + y[1]) * a.axis[2].in_size + first[2];
           uint32_t to = raw + buffer.at * a.raw_bytes + r * a.raw_pitch;
           for (int piece = 0; piece < a.raw_pieces; ++piece) {
@@ -293,7 +299,8 @@ __device__ inline void FetchPlanes(const DenseArgs& a, const CUtensorMap* maps,
             }
           }
         }
-        Arrive(full);
+        __syncwarp();
+        if (lane == 0) Arrive(full);
         buffer.Next(a.raws);
       }
     }
@@ -829,10 +836,9 @@ __global__ void __launch_bounds__(kDenseThreads, 1)
     if (warp == 0) {
       if (lane == 0) FetchWeights(a, barriers, ring, NT * 256 * kDenseQuad);
     } else if (warp == 1) {
-      if (lane != 0) {
-      } else if (a.rows) {
-        FetchPlanes(a, maps.in, barriers, SharedAddress(shared) + a.smem_raw, units);
-      } else {
+      if (a.rows) {
+        FetchPlanes(a, maps.in, barriers, SharedAddress(shared) + a.smem_raw, units, lane);
+      } else if (lane == 0) {
         FetchBoxes(a, maps.in, barriers, in);
       }
     } else if (a.rows) {
