@@ -132,9 +132,9 @@ Shape ShapeOf(const Problem& p, int row_bytes) {
   s.full_steps = s.terms * row_bytes / 32;
   // Whole chunks where the channels of a slice are staged in another order.
   const bool whole = !p.channels_last && TurnBits(s.forward ? p.isize : p.osize, s.element) > 0;
-  s.last_steps =
-      whole ? s.full_steps
-            : s.terms * static_cast<int>(CeilDiv(bytes - (s.chunks - 1) * row_bytes, 32));
+  s.last_steps = whole
+                     ? s.full_steps
+                     : s.terms * static_cast<int>(CeilDiv(bytes - (s.chunks - 1) * row_bytes, 32));
   s.in_size = s.forward ? p.isize : p.osize;
   s.out_size = s.forward ? p.osize : p.isize;
   s.phases = 1;
@@ -451,8 +451,8 @@ bool Fill(const Problem& p, const Device& device, const Shape& s, const Candidat
                                      : a.rows       ? 60
                                                     : 0);
   const double asking = 40.0 * static_cast<double>(copies);
-  const double late = a.rows ? 2000.0 * a.bands + brought / 20 + asking
-                             : 2000 + stage_bytes / 20 + preparing;
+  const double late =
+      a.rows ? 2000.0 * a.bands + brought / 20 + asking : 2000 + stage_bytes / 20 + preparing;
   const double each = stages > 0 ? multiply / stages : 0;  // of a stage
   const double staged =
       stages * std::max({each, preparing, asking,
@@ -627,8 +627,8 @@ void SearchTiles(const Problem& p, const Device& device, const Shape& s, const D
           if (!allowed(forced.buffers, buffers)) continue;
           for (int bands = 1; bands <= (p.channels_last ? 1 : 16); bands *= 2) {
             for (int store_bytes : {128, 64, 32, 16}) {
-              const Candidate c{shape, buffers, bands, store_bytes,
-                                split, axis == 3 ? 64 : 8, axis, part};
+              const Candidate c{shape, buffers, bands, store_bytes, split, axis == 3 ? 64 : 8,
+                                axis,  part};
               if (!Fill(p, device, s, c, plan)) continue;
               if (plan.seconds < best.seconds) {
                 best = plan;
@@ -698,9 +698,9 @@ cudaError_t EncodeMap(DType dtype, const DenseMap& m, const void* data, CUtensor
                                      : m.row_bytes == 32 ? CU_TENSOR_MAP_SWIZZLE_32B
                                                          : CU_TENSOR_MAP_SWIZZLE_NONE;
   void* first = const_cast<char*>(static_cast<const char*>(data) + m.offset);
-  const CUresult result =
-      encode(&map, type, m.rank, first, m.size, m.stride, m.box, m.step,
-             CU_TENSOR_MAP_INTERLEAVE_NONE, swizzle, CU_TENSOR_MAP_L2_PROMOTION_L2_128B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+  const CUresult result = encode(
+      &map, type, m.rank, first, m.size, m.stride, m.box, m.step, CU_TENSOR_MAP_INTERLEAVE_NONE,
+      swizzle, CU_TENSOR_MAP_L2_PROMOTION_L2_128B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
   return result == CUDA_SUCCESS ? cudaSuccess : cudaErrorInvalidValue;
 }
 

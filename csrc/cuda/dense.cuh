@@ -70,8 +70,8 @@ __device__ inline uint32_t RoundToTF32(float v) {
   return bits;
 }
 
-// The high part of a float32 value and what is left of it. With split operands ("highest") each step
-// is three: high by high, low pixels by high weights, and high by low.
+// The high part of a float32 value and what is left of it. With split operands ("highest") each
+// step is three: high by high, low pixels by high weights, and high by low.
 struct SplitTF32 {
   uint32_t high;
   float value;
@@ -253,9 +253,9 @@ __device__ inline void RoundBoxes(const DenseArgs& a, const DenseBarriers& barri
   }
 }
 
-// Channels first: a warp asks for rows of pixels, as they lie in memory, that a stage needs; each lane
-// finds a row, since a lone thread would take hundreds of cycles for it. What a copy
-// brings from beyond its row is put to zero when it is transposed; rows outside are not copied.
+// Channels first: a warp asks for rows of pixels, as they lie in memory, that a stage needs; each
+// lane finds a row, since a lone thread would take hundreds of cycles for it. What a copy brings
+// from beyond its row is put to zero when it is transposed; rows outside are not copied.
 __device__ inline void FetchPlanes(const DenseArgs& a, const CUtensorMap* maps,
                                    const DenseBarriers& barriers, uint32_t raw, const int* units,
                                    int lane) {
@@ -391,35 +391,53 @@ __device__ inline void TransposePlanes(const DenseArgs& a, const DenseBarriers& 
           // A warp takes eight pixels by 32 channels at a time. Lanes name rows: of eight pixels of
           // a channel to be loaded, and of eight channels of a pixel to be stored, which goes where
           // nobody looks unless it is one of the sources. What a lane holds in between is two
-          // channels of another pixel.
-          const int lane = thread % 32, matrix = lane / 8, si = a.axis[2].si;
+          // channels of another pixel. A warp's units are neighbours: little changes from one to
+          // the next.
+          constexpr int kWarps = kDensePreparers / 32, kSets = 2;  // of up to 64 channels
+          const int lane = thread % 32, si = a.axis[2].si;
           const uint32_t rows_at = SharedAddress(rows), stage_at = SharedAddress(stage);
-          const int inverse = 65536 / si + 1;  // exact for what fits into a copy
           const uint32_t nowhere = trash + lane % 8 * 16;
-          for (int u = unit0 + thread / 32; u < unit_end; u += kDensePreparers / 32) {
+          const int inverse = 65536 / si + 1;  // exact for what fits into a copy
+          const int share = (unit_end - unit0 + kWarps - 1) / kWarps;
+          const int begin = unit0 + thread / 32 * share, end = min(begin + share, unit_end);
+          bool here = false;
+          int staged = 0, shift[kSets];  // of the lane's pixel against the unit's first
+          uint32_t from_row[kSets];
+          for (int u = begin; u < end; ++u) {
             const DenseCoordinates at(units[u]);
-            const int row = row_of(at);
-            const bool here = row_inside(at);
-            for (int c = 0; c < a.chunk_channels; c += 32) {
-              const int position = c + lane, turn = position >> planes.copied_bits;
+            if (u == begin || at.at[2] == 0) {
+              const int row = row_of(at);
+              here = row_inside(at);
+              staged = row * a.axis[2].length * a.row_bytes;
+#pragma unroll
+              for (int set = 0; set < kSets; ++set) {
+                const int position = set * 32 + lane, turn = position >> planes.copied_bits;
+                shift[set] = lane % 8 - behind(at, turn);
+                from_row[set] = rows_at + place(row, 0, turn) +
+                                (position & (planes.copied - 1)) * planes.row_bytes;
+              }
+            }
+            const uint32_t unit_at = place(row0, at.at[2], 0);
+#pragma unroll
+            for (int set = 0; set < kSets; ++set) {
+              if (set * 32 == a.chunk_channels) break;
               uint32_t v[4];
-              LoadTransposed(v, rows_at + place(row, at.at[2], turn) +
-                                    (position & (planes.copied - 1)) * planes.row_bytes);
+              LoadTransposed(v, from_row[set] + unit_at);
               if (channels < a.chunk_channels) {
 #pragma unroll
                 for (int i = 0; i < 4; ++i) {
-                  const int p = c + i * 8 + lane % 4 * 2, t = p >> planes.copied_bits;
-                  const int channel = ((p & (planes.copied - 1)) << planes.turn_bits) + t;
-                  if (channel >= channels) v[i] = 0;
-                  if (channel + planes.turns >= channels) v[i] &= 0xffff;
+                  const int p = set * 32 + i * 8 + lane % 4 * 2, turn = p >> planes.copied_bits;
+                  const int c = ((p & (planes.copied - 1)) << planes.turn_bits) + turn;
+                  if (c >= channels) v[i] = 0;
+                  if (c + planes.turns >= channels) v[i] &= 0xffff;
                 }
               }
-              const int mine = at.at[2] + lane % 8 - behind(at, turn), w = mine * inverse >> 16;
+              const int mine = at.at[2] + shift[set], w = mine * inverse >> 16;
               const bool source = mine >= 0 && w * si == mine && w < a.axis[2].length;
               const bool inside = here && pixel_inside(mine);
-              const int pixel = (row * a.axis[2].length + w) * a.row_bytes;
-              const uint32_t block = (c / 8 + matrix) * 16 ^ (pixel >> 3 & a.swizzle);
-              const uint32_t there = stage_at + pixel + block;
+              const int pixel = staged + w * a.row_bytes;
+              const uint32_t there =
+                  stage_at + pixel + ((set * 4 + lane / 8) * 16 ^ (pixel >> 3 & a.swizzle));
               StoreMatrices(source && inside ? there : nowhere, v);
               if (__any_sync(~0u, source && !inside)) {
                 const uint32_t zeros[4] = {0, 0, 0, 0};
@@ -576,8 +594,8 @@ __device__ inline void StoreDense(const DenseArgs& a, const DenseMaps& maps, con
     SyncGroup(group);
     if constexpr (kRows) {
       for (int run = warp; run < MT * 64 / a.result.length; run += 4) {
-        StoreRun<Out>(a, maps, item, pixels[run * a.result.length], to + run * a.result.pitch, phase,
-                      channel, lane);
+        StoreRun<Out>(a, maps, item, pixels[run * a.result.length], to + run * a.result.pitch,
+                      phase, channel, lane);
       }
     } else if (thread == 0) {
       int q[kAxes];
@@ -758,14 +776,14 @@ __device__ inline void MultiplyDense(const DenseArgs& a, const DenseMaps& maps,
 
 #endif
 
-// What a thread or a warp transposes: packed coordinates of a pixel of the stage (float32), or of the
-// first of eight pixels of a row as it lies in memory (16 bits).
+// What a thread or a warp transposes: packed coordinates of a pixel of the stage (float32), or of
+// the first of eight pixels of a row as it lies in memory (16 bits).
 template <class T>
 __device__ inline void ListUnits(const DenseArgs& a, int* units, int thread) {
   const int d = a.axis[0].length, h = a.axis[1].length, w = a.row_units;
   for (int u = thread; u < a.raw_rows * w; u += kDenseThreads) {
-    units[u] = PackCoordinates(u / w / h / d, u / w / h % d, u / w % h,
-                               u % w * (sizeof(T) == 4 ? 1 : 8));
+    units[u] =
+        PackCoordinates(u / w / h / d, u / w / h % d, u / w % h, u % w * (sizeof(T) == 4 ? 1 : 8));
   }
 }
 
@@ -822,9 +840,11 @@ __global__ void __launch_bounds__(kDenseThreads, 1)
       for (int i = thread; i < padded; i += kDenseThreads) {
         const int tap = i / steps;
         const int step = i - tap * steps, low = step % a.terms == 1 ? a.part_bytes : 0;
-        to[i] = i < all ? (a.shift[segment.first_shift + tap] * a.row_bytes + step / a.terms * 32 +
-                           low) / 16
-                        : 0;
+        to[i] =
+            i < all
+                ? (a.shift[segment.first_shift + tap] * a.row_bytes + step / a.terms * 32 + low) /
+                      16
+                : 0;
       }
       to += padded;
     }
@@ -851,8 +871,9 @@ __global__ void __launch_bounds__(kDenseThreads, 1)
     TakeRegisters<184>();
     const int group = warp / 4 - 2;
     MultiplyDense<T, MT, NT, kExact>(a, maps, barriers, in, ring, pixels + group * kPixels,
-                             reinterpret_cast<const int4*>(entries),
-                             shared + a.smem_out + group * 2 * a.store_pitch, group, thread % 128);
+                                     reinterpret_cast<const int4*>(entries),
+                                     shared + a.smem_out + group * 2 * a.store_pitch, group,
+                                     thread % 128);
   }
 #endif
 }

@@ -26,10 +26,10 @@ struct DenseSegment {
 };
 
 // Channels first: planes of pixels begin at any multiple of an element, bulk tensor copies at
-// multiples of 16 bytes, a `unit` of pixels. So the channels of all images, counted through, are dealt
-// out: channel c is in map c % turns, and all planes of a map begin equally far behind a unit. A copy
-// brings (or takes) `length` pixels, from a unit's first one on, of `copied` channels, every
-// turns-th one; copies of all turns lie one after another in shared memory.
+// multiples of 16 bytes, a `unit` of pixels. So the channels of all images, counted through, are
+// dealt out: channel c is in map c % turns, and all planes of a map begin equally far behind a
+// unit. A copy brings (or takes) `length` pixels, from a unit's first one on, of `copied` channels,
+// every turns-th one; copies of all turns lie one after another in shared memory.
 struct DensePlanes {
   static constexpr int kMaxTurns = 8;
   int turns, turn_bits, copied_bits;  // turns = 1 << turn_bits
@@ -87,8 +87,8 @@ struct DenseArgs {
   int pixels, stage_bytes;     // of a stage
   int buffers, ring;           // stages and quads of weights in flight
   int segments;
-  int terms;        // products of a step: three of split float32 operands ("highest"), or one
-  int part_bytes;   // of a stage: of the high parts of its operands, or all
+  int terms;       // products of a step: three of split float32 operands ("highest"), or one
+  int part_bytes;  // of a stage: of the high parts of its operands, or all
   // Channels first: rows of pixels on their way into a stage, in units that a thread (float32) or a
   // warp (16 bits: eight pixels) transposes; and results on their way out, in runs of neighbours.
   DensePlanes raw;

@@ -50,15 +50,17 @@ struct DenseMma;
 #define JAXCONV_ADD_16 "%66"
 #define JAXCONV_SUMS_16(d) JAXCONV_ACC32(d, 0), JAXCONV_ACC32(d, 32)
 
-#define JAXCONV_DENSE_MMA(T, nt, shape, types, transpose)                                          \
-  template <>                                                                                      \
-  struct DenseMma<T, nt> {                                                                         \
-    static __device__ void Run(float (&d)[4 * nt], uint64_t a, uint64_t b, int add) {              \
-      asm volatile("{.reg .pred add; setp.ne.b32 add, " JAXCONV_ADD_##nt ", 0;"                    \
-                   "wgmma.mma_async.sync.aligned." shape types JAXCONV_OPERANDS_##nt transpose ";}" \
-                   : JAXCONV_SUMS_##nt(d)                                                          \
-                   : "l"(a), "l"(b), "r"(add));                                                    \
-    }                                                                                              \
+#define JAXCONV_DENSE_MMA(T, nt, shape, types, transpose)                                      \
+  template <>                                                                                  \
+  struct DenseMma<T, nt> {                                                                     \
+    static __device__ void Run(float (&d)[4 * nt], uint64_t a, uint64_t b, int add) {          \
+      asm volatile("{.reg .pred add; setp.ne.b32 add, " JAXCONV_ADD_##nt                       \
+                   ", 0;"                                                                      \
+                   "wgmma.mma_async.sync.aligned." shape types JAXCONV_OPERANDS_##nt transpose \
+                   ";}"                                                                        \
+                   : JAXCONV_SUMS_##nt(d)                                                      \
+                   : "l"(a), "l"(b), "r"(add));                                                \
+    }                                                                                          \
   };
 #define JAXCONV_DENSE_MMAS(nt, n)                                                    \
   JAXCONV_DENSE_MMA(float, nt, "m64n" #n "k8", ".f32.tf32.tf32 ", "")                \
@@ -173,8 +175,8 @@ __device__ inline void StorePlanes(const CUtensorMap* map, uint32_t from, int at
       : "memory");
 }
 
-// Four matrices of 8 x 8 values of 16 bits, transposed on the way from rows of 16 bytes, one a lane,
-// into registers; from registers as they are, and transposed.
+// Four matrices of 8 x 8 values of 16 bits, transposed on the way from rows of 16 bytes, one a
+// lane, into registers; from registers as they are, and transposed.
 __device__ inline void LoadTransposed(uint32_t (&v)[4], uint32_t row) {
   asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
                : "=r"(v[0]), "=r"(v[1]), "=r"(v[2]), "=r"(v[3])
@@ -187,8 +189,8 @@ __device__ inline void StoreMatrices(uint32_t row, const uint32_t (&v)[4]) {
                : "memory");
 }
 __device__ inline void StoreTransposed(uint32_t row, uint32_t v0, uint32_t v1) {
-  asm volatile("stmatrix.sync.aligned.m8n8.x2.trans.shared.b16 [%0], {%1, %2};" ::"r"(row),
-               "r"(v0), "r"(v1)
+  asm volatile("stmatrix.sync.aligned.m8n8.x2.trans.shared.b16 [%0], {%1, %2};" ::"r"(row), "r"(v0),
+               "r"(v1)
                : "memory");
 }
 
