@@ -267,7 +267,8 @@ constexpr double kPackBandwidth = 0.8e12;  // at which the weights are packed
 
 struct Candidate {
   TileShape shape;
-  int buffers, bands, store_bytes, split;  // split: the axis of `part` along which there are two
+  int buffers, bands, raws, store_bytes,
+      split;  // split: the axis of `part` along which there are two
   int patch_w, patch_axis;
   std::array<int, 4> part;  // n, d, h, w
 };
@@ -359,7 +360,7 @@ bool Fill(const Problem& p, const Device& device, const Shape& s, const Candidat
     if (s.element == 2 && staged > 16 && staged % 16 == 0) staged += 8;
     const int longest = staged > kMaxBox ? 128 : static_cast<int>(staged);  // of a copy
     if (staged > 512 || (s.chunk_channels >> TurnBits(s.in_size, s.element)) < unit) return false;
-    a.raws = DenseArgs::kMaxRaw;
+    a.raws = c.raws;
     a.raw_pieces = static_cast<int>(CeilDiv(staged, longest));
     a.piece_bits = a.raw_pieces > 1 ? 7 : 15;
     a.raw = PlanesOf(s.in_size, p.groups * s.cg, s.element, s.chunk_channels, longest,
@@ -447,23 +448,24 @@ bool Fill(const Problem& p, const Device& device, const Shape& s, const Candidat
   const double multiply = 1.1 * std::max(tensor, shared);
   // Stages are rounded, split or transposed; channels first, each copy of a row takes time, too.
   const double blocks = stage_bytes / 16 / 192;  // a thread
-  const double preparing = blocks * (s.element == 4 ? 12.0 + (a.rows ? 18 : 0) + 5 * (s.terms - 1)
-                                     : a.rows       ? 60
-                                                    : 0);
-  const double asking = 40.0 * static_cast<double>(copies);
-  const double late =
-      a.rows ? 2000.0 * a.bands + brought / 20 + asking : 2000 + stage_bytes / 20 + preparing;
+  double preparing = s.element == 4 ? blocks * (12.0 + 5 * (s.terms - 1)) : 0;
+  double arriving = 2000 + stage_bytes / 20 + preparing, asking = 0;
+  if (a.rows) {
+    preparing = 600.0 * a.bands + blocks * (s.element == 4 ? 60 + 5 * (s.terms - 1) : 70);
+    asking = 500.0 * a.bands + 70.0 * static_cast<double>(copies);
+    arriving = (2000.0 * a.bands + brought / 20 + asking + preparing) / a.raws;
+  }
   const double each = stages > 0 ? multiply / stages : 0;  // of a stage
   const double staged =
-      stages * std::max({each, preparing, asking,
-                         a.rows ? (preparing + each) / c.buffers : (late + each) / c.buffers,
-                         a.rows ? (late + preparing) / a.raws : 0});
+      stages * (a.rows
+                    ? std::max({each, preparing, asking, arriving, (preparing + each) / c.buffers})
+                    : std::max({each, preparing, (arriving + each) / c.buffers}));
   const double results = groups_m * 64.0 * c.shape.columns;
   const double chunks_out = c.shape.columns / a.store_columns;
   const bool whole_runs = a.result.copied && s.out_size[2] * out_element % 16 == 0;
   const double stores = !a.rows      ? results / 10 + 700.0 * chunks_out
                         : whole_runs ? results / (out_element == 4 ? 8 : 16) + 700.0 * chunks_out
-                                     : results / 32 * 12 + 700.0 * chunks_out;
+                                     : results / 32 * 10 + 700.0 * chunks_out;
   const double fetched = stages * brought + (a.resident ? 0 : weights);
   const double l2 = fetched / (kL2Bandwidth / kClock / device.multiprocessors);
   const double mean = std::max((staged + programs * (stores + 1500)), l2) / programs;
@@ -625,9 +627,11 @@ void SearchTiles(const Problem& p, const Device& device, const Shape& s, const D
         }
         for (int buffers = 2; buffers <= DenseArgs::kMaxBuffers; ++buffers) {
           if (!allowed(forced.buffers, buffers)) continue;
-          for (int bands = 1; bands <= (p.channels_last ? 1 : 16); bands *= 2) {
+          // Channels first: a stage comes in up to 16 bands, by two or four buffers.
+          for (int way = 0; way < (p.channels_last ? 1 : 10); ++way) {
+            const int bands = 1 << way / 2, raws = 2 + way % 2 * 2;
             for (int store_bytes : {128, 64, 32, 16}) {
-              const Candidate c{shape, buffers, bands, store_bytes, split, axis == 3 ? 64 : 8,
+              const Candidate c{shape, buffers, bands, raws, store_bytes, split, axis == 3 ? 64 : 8,
                                 axis,  part};
               if (!Fill(p, device, s, c, plan)) continue;
               if (plan.seconds < best.seconds) {

@@ -510,14 +510,26 @@ __device__ inline void StoreRun(const DenseArgs& a, const DenseMaps& maps, const
     }
     return;
   }
-  const int across = min(runs.length, 32);
+  // Loads go ahead of stores, which the compiler could not know to be elsewhere.
+  constexpr int kBatch = 8;
+  const int across = min(runs.length, 32), step = 32 / across;
   const int64_t image = n * a.out_n_step + channel * a.out_c_step + pixel;
-  for (int w = lane % across; w < min(left, runs.length); w += across) {
+  for (int w = lane & (across - 1); w < min(left, runs.length); w += across) {
     Out* out = static_cast<Out*>(a.out) + image + w * so;
-    for (int j = lane / across; j < a.store_columns; j += 32 / across) {
-      const int place = j * runs.row_bytes, swizzled = place >> 3 & a.store_swizzle;
-      out[j * a.out_c_step] = *reinterpret_cast<const Out*>(
-          from + place + (w * static_cast<int>(sizeof(Out)) ^ swizzled));
+    for (int j0 = lane / across; j0 < a.store_columns; j0 += kBatch * step) {
+      Out v[kBatch];
+#pragma unroll
+      for (int i = 0; i < kBatch; ++i) {
+        const int row = (j0 + i * step) * runs.row_bytes, swizzled = row >> 3 & a.store_swizzle;
+        if (j0 + i * step >= a.store_columns) break;
+        v[i] = *reinterpret_cast<const Out*>(from + row +
+                                             (w * static_cast<int>(sizeof(Out)) ^ swizzled));
+      }
+#pragma unroll
+      for (int i = 0; i < kBatch; ++i) {
+        if (j0 + i * step >= a.store_columns) break;
+        out[(j0 + i * step) * a.out_c_step] = v[i];
+      }
     }
   }
 }

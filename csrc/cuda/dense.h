@@ -68,7 +68,7 @@ struct DenseAxis {
 // is four steps, a stage is one box and one chunk of channels.
 struct DenseArgs {
   static constexpr int kMaxTaps = 256, kMaxSegments = 64, kMaxPhases = 32;
-  static constexpr int kMaxBuffers = 4, kMaxRing = 32, kMaxRaw = 2;
+  static constexpr int kMaxBuffers = 4, kMaxRing = 32, kMaxRaw = 4;
   const char* weights;  // [groups][column_tiles][steps][N / 8][2][8 rows of 16 bytes]
   void* out;
   const void* in;
