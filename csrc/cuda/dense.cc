@@ -294,8 +294,6 @@ DensePlanes PlanesOf(const Sizes& size, int64_t channels, int element, int copie
 bool Fill(const Problem& p, const Device& device, const Shape& s, const Candidate& c,
           DensePlan& plan) {
   DenseArgs& a = plan.args;
-  const Strides in = s.forward ? p.XStrides() : p.YStrides();
-  const Strides out = s.forward ? p.YStrides() : p.XStrides();
   a.patch_w = c.patch_w;
   a.patch_axis = c.patch_axis;
   a.part_n = c.part[0];
@@ -311,8 +309,6 @@ bool Fill(const Problem& p, const Device& device, const Shape& s, const Candidat
     x.so = s.so[i];
     x.in_size = static_cast<int>(s.in_size[i]);
     x.out_size = static_cast<int>(s.out_size[i]);
-    x.in_step = in.s[i];
-    x.out_step = out.s[i];
     if (i == 0 && x.length > 63) return false;  // what the kernel packs into words
     if (p.channels_last && i == 2) {
       // A row too long for one copy is made of several, if the box is but a row.
@@ -359,7 +355,8 @@ bool Fill(const Problem& p, const Device& device, const Shape& s, const Candidat
     // An odd number of times 16 bytes, against bank conflicts of ldmatrix.
     if (s.element == 2 && staged > 16 && staged % 16 == 0) staged += 8;
     const int longest = staged > kMaxBox ? 128 : static_cast<int>(staged);  // of a copy
-    if (staged > 512 || (s.chunk_channels >> TurnBits(s.in_size, s.element)) < unit) return false;
+    const bool fits = staged <= 512 && s.chunk_channels >> TurnBits(s.in_size, s.element) >= unit;
+    if (c.bands > 0 && !fits) return false;
     a.raws = c.raws;
     a.raw_pieces = static_cast<int>(CeilDiv(staged, longest));
     a.piece_bits = a.raw_pieces > 1 ? 7 : 15;
@@ -369,14 +366,17 @@ bool Fill(const Problem& p, const Device& device, const Shape& s, const Candidat
     a.raw.pitch = a.raw.turns * a.raw.turn_pitch;
     a.raw_pitch = a.raw_pieces * a.raw.pitch;
     a.raw_rows = static_cast<int>(rows);
-    a.band_rows = static_cast<int>(CeilDiv(rows, c.bands));
-    a.bands = static_cast<int>(CeilDiv(rows, a.band_rows));
+    a.bands = a.band_rows = 0;
+    if (c.bands > 0) {
+      a.band_rows = static_cast<int>(CeilDiv(rows, c.bands));
+      a.bands = static_cast<int>(CeilDiv(rows, a.band_rows));
+      copies = rows * a.raw.turns * a.raw_pieces;
+      brought = static_cast<double>(rows * s.chunk_channels) *
+                static_cast<double>(a.raw_pieces * a.raw.row_bytes + 32);
+    }
     if (int64_t{a.band_rows} * a.raw_pitch > kSharedMemory) return false;
     a.raw_bytes = a.band_rows * a.raw_pitch;
-    a.row_units = static_cast<int>(s.element == 4 ? w.length : CeilDiv(length, 8));
-    copies = rows * a.raw.turns * a.raw_pieces;
-    brought = static_cast<double>(rows * s.chunk_channels) *
-              static_cast<double>(a.raw_pieces * a.raw.row_bytes + 32);
+    a.row_units = static_cast<int>(s.element == 4 || a.bands == 0 ? w.length : CeilDiv(length, 8));
     // Results leave in runs of up to 128 bytes of neighbours, swizzled.
     const int run = std::min(w.part, 128 / out_element);
     a.store_bytes = run * out_element;
@@ -451,13 +451,24 @@ bool Fill(const Problem& p, const Device& device, const Shape& s, const Candidat
   double preparing = s.element == 4 ? blocks * (12.0 + 5 * (s.terms - 1)) : 0;
   double arriving = 2000 + stage_bytes / 20 + preparing, asking = 0;
   if (a.rows) {
-    preparing = 600.0 * a.bands + blocks * (s.element == 4 ? 60 + 5 * (s.terms - 1) : 70);
+    // Units of eight pixels and 32 channels, of which the stride and a row's ends waste a part.
+    const double units = static_cast<double>(a.raw_rows) * a.row_units * s.chunk_channels / 32 / 6;
+    preparing =
+        600.0 * a.bands + (s.element == 4 ? blocks * (100 + 10 * (s.terms - 1)) : units * 450);
     asking = 500.0 * a.bands + 70.0 * static_cast<double>(copies);
     arriving = (2000.0 * a.bands + brought / 20 + asking + preparing) / a.raws;
   }
+  if (a.rows && a.bands == 0) {
+    // So many lines of 128 bytes a warp.
+    const double run = std::min(32.0, static_cast<double>(a.axis[2].length));
+    const double lines = std::min(32.0, 32 / run * s.si[2] + 1);
+    preparing = stage_bytes / s.element / 32 * (5 + 5 * lines);
+    arriving = 2000 + preparing;
+    asking = 0;
+  }
   const double each = stages > 0 ? multiply / stages : 0;  // of a stage
   const double staged =
-      stages * (a.rows
+      stages * (a.bands > 0
                     ? std::max({each, preparing, asking, arriving, (preparing + each) / c.buffers})
                     : std::max({each, preparing, (arriving + each) / c.buffers}));
   const double results = groups_m * 64.0 * c.shape.columns;
@@ -526,9 +537,7 @@ void Complete(const Problem& p, const Shape& s, DensePlan& plan) {
   ListPrograms(s, p, a, k);
   const Strides in = s.forward ? p.XStrides() : p.YStrides();
   const Strides out = s.forward ? p.YStrides() : p.XStrides();
-  a.in_n_step = in.n;
   a.out_n_step = out.n;
-  a.in_c_step = in.c;
   a.out_c_step = out.c;
   a.cg = s.cg;
   a.jg = s.jg;
@@ -555,12 +564,12 @@ void Complete(const Problem& p, const Shape& s, DensePlan& plan) {
   k.last_steps = s.last_steps;
   k.total_steps = a.total_steps;
   k.terms = s.terms;
-  k.turn_bits = a.rows ? a.raw.turn_bits : 0;
+  k.turn_bits = a.bands > 0 ? a.raw.turn_bits : 0;
   k.copied_bits = 0;
   while (1 << (k.copied_bits + k.turn_bits) < s.chunk_channels) ++k.copied_bits;
   const int out_element = static_cast<int>(SizeOf(p.out_dtype));
   if (a.rows) {
-    plan.in = MapsOf(a.raw, p.n, s.element, 0);
+    if (a.bands > 0) plan.in = MapsOf(a.raw, p.n, s.element, 0);
     if (a.result.copied) {
       const DensePlanes planes = PlanesOf(s.out_size, p.groups * s.jg, out_element, a.store_columns,
                                           a.result.length, a.store_bytes);
@@ -627,9 +636,10 @@ void SearchTiles(const Problem& p, const Device& device, const Shape& s, const D
         }
         for (int buffers = 2; buffers <= DenseArgs::kMaxBuffers; ++buffers) {
           if (!allowed(forced.buffers, buffers)) continue;
-          // Channels first: a stage comes in up to 16 bands, by two or four buffers.
-          for (int way = 0; way < (p.channels_last ? 1 : 10); ++way) {
-            const int bands = 1 << way / 2, raws = 2 + way % 2 * 2;
+          // Channels first: loads, or up to 16 bands by two or four buffers.
+          for (int way = 0; way < (p.channels_last ? 1 : 11); ++way) {
+            const int bands = way == 0 ? 0 : 1 << (way - 1) / 2, raws = way % 2 == 1 ? 2 : 4;
+            if (forced.bands < 0 ? bands > 0 : forced.bands > 0 && bands == 0) continue;
             for (int store_bytes : {128, 64, 32, 16}) {
               const Candidate c{shape, buffers, bands, raws, store_bytes, split, axis == 3 ? 64 : 8,
                                 axis,  part};

@@ -313,7 +313,8 @@ template <class T>
 __device__ inline void TransposePlanes(const DenseArgs& a, const DenseBarriers& barriers,
                                        const char* raw, char* in, const int* units, uint32_t trash,
                                        int thread) {
-  const DensePlanes& planes = a.raw;
+  const DensePlanes planes = a.raw;
+  const int chunk_channels = a.chunk_channels;
   DenseCursor from, to;
   for (int index = blockIdx.x; index < a.items; index += gridDim.x) {
     const DenseItem item(a, index);
@@ -372,18 +373,28 @@ __device__ inline void TransposePlanes(const DenseArgs& a, const DenseBarriers& 
             int block = 0;
             for (int turn = 0; turn < planes.turns; ++turn) {
               const int left = (channels - turn + planes.turns - 1) >> planes.turn_bits;
-              const int mine = inside ? left : 0;
+              const int mine = inside ? min(left, planes.copied) : 0;
               const char* pixel = rows + place(row_of(at), w + behind(at, turn), turn);
-#pragma unroll 4
-              for (int c = 0; c < planes.copied; c += 4, block += 16, pixel += 4 * pitch) {
-                float v[4];
+              // Loads go ahead of stores, which the compiler could not know to be elsewhere.
+              constexpr int kBatch = 4;
+              for (int c0 = 0; c0 < planes.copied; c0 += 4 * kBatch) {
+                float v[kBatch][4];
 #pragma unroll
-                for (int i = 0; i < 4; ++i) {
-                  v[i] = c + i < mine ? *reinterpret_cast<const float*>(pixel + i * pitch) : 0;
+                for (int b = 0; b < kBatch; ++b) {
+#pragma unroll
+                  for (int i = 0; i < 4; ++i) {
+                    const int c = c0 + b * 4 + i;
+                    v[b][i] = c < mine ? *reinterpret_cast<const float*>(pixel + c * pitch) : 0;
+                  }
                 }
-                const SplitTF32 split[4] = {SplitTF32(v[0]), SplitTF32(v[1]), SplitTF32(v[2]),
-                                            SplitTF32(v[3])};
-                StoreBlock(a, row + (block ^ swizzled), split);
+#pragma unroll
+                for (int b = 0; b < kBatch; ++b) {
+                  if (c0 + b * 4 >= planes.copied) break;
+                  const SplitTF32 split[4] = {SplitTF32(v[b][0]), SplitTF32(v[b][1]),
+                                              SplitTF32(v[b][2]), SplitTF32(v[b][3])};
+                  StoreBlock(a, row + (block ^ swizzled), split);
+                  block += 16;
+                }
               }
             }
           }
@@ -394,7 +405,8 @@ __device__ inline void TransposePlanes(const DenseArgs& a, const DenseBarriers& 
           // channels of another pixel. A warp's units are neighbours: little changes from one to
           // the next.
           constexpr int kWarps = kDensePreparers / 32, kSets = 2;  // of up to 64 channels
-          const int lane = thread % 32, si = a.axis[2].si;
+          const int lane = thread % 32, si = a.axis[2].si, length = a.axis[2].length;
+          const int row_bytes = a.row_bytes, swizzle = a.swizzle, sets = chunk_channels / 32;
           const uint32_t rows_at = SharedAddress(rows), stage_at = SharedAddress(stage);
           const uint32_t nowhere = trash + lane % 8 * 16;
           const int inverse = 65536 / si + 1;  // exact for what fits into a copy
@@ -408,7 +420,7 @@ __device__ inline void TransposePlanes(const DenseArgs& a, const DenseBarriers& 
             if (u == begin || at.at[2] == 0) {
               const int row = row_of(at);
               here = row_inside(at);
-              staged = row * a.axis[2].length * a.row_bytes;
+              staged = row * length * row_bytes;
 #pragma unroll
               for (int set = 0; set < kSets; ++set) {
                 const int position = set * 32 + lane, turn = position >> planes.copied_bits;
@@ -418,27 +430,30 @@ __device__ inline void TransposePlanes(const DenseArgs& a, const DenseBarriers& 
               }
             }
             const uint32_t unit_at = place(row0, at.at[2], 0);
+            uint32_t v[kSets][4];
 #pragma unroll
             for (int set = 0; set < kSets; ++set) {
-              if (set * 32 == a.chunk_channels) break;
-              uint32_t v[4];
-              LoadTransposed(v, from_row[set] + unit_at);
-              if (channels < a.chunk_channels) {
+              if (set < sets) LoadTransposed(v[set], from_row[set] + unit_at);
+            }
+#pragma unroll
+            for (int set = 0; set < kSets; ++set) {
+              if (set == sets) break;
+              if (channels < chunk_channels) {
 #pragma unroll
                 for (int i = 0; i < 4; ++i) {
                   const int p = set * 32 + i * 8 + lane % 4 * 2, turn = p >> planes.copied_bits;
                   const int c = ((p & (planes.copied - 1)) << planes.turn_bits) + turn;
-                  if (c >= channels) v[i] = 0;
-                  if (c + planes.turns >= channels) v[i] &= 0xffff;
+                  if (c >= channels) v[set][i] = 0;
+                  if (c + planes.turns >= channels) v[set][i] &= 0xffff;
                 }
               }
               const int mine = at.at[2] + shift[set], w = mine * inverse >> 16;
-              const bool source = mine >= 0 && w * si == mine && w < a.axis[2].length;
+              const bool source = mine >= 0 && w * si == mine && w < length;
               const bool inside = here && pixel_inside(mine);
-              const int pixel = staged + w * a.row_bytes;
+              const int pixel = staged + w * row_bytes;
               const uint32_t there =
-                  stage_at + pixel + ((set * 4 + lane / 8) * 16 ^ (pixel >> 3 & a.swizzle));
-              StoreMatrices(source && inside ? there : nowhere, v);
+                  stage_at + pixel + ((set * 4 + lane / 8) * 16 ^ (pixel >> 3 & swizzle));
+              StoreMatrices(source && inside ? there : nowhere, v[set]);
               if (__any_sync(~0u, source && !inside)) {
                 const uint32_t zeros[4] = {0, 0, 0, 0};
                 StoreMatrices(source && !inside ? there : nowhere, zeros);
@@ -453,6 +468,79 @@ __device__ inline void TransposePlanes(const DenseArgs& a, const DenseBarriers& 
           Arrive(barriers.InReady(to.at));
           to.Next(a.buffers);
         }
+      }
+    }
+  }
+}
+
+// The same without a copy in between, pixel by pixel: of rows that are short, or torn apart by the
+// stride.
+template <class T>
+__device__ inline void LoadPlanes(const DenseArgs& a, const DenseBarriers& barriers, char* in,
+                                  const int* pixels, int thread) {
+  constexpr int kC = kBlockChannels<T>, kBatch = sizeof(T) == 4 ? 8 : 4;
+  using Bits = std::conditional_t<sizeof(T) == 4, float, uint16_t>;
+  DenseCursor buffer;
+  for (int index = blockIdx.x; index < a.items; index += gridDim.x) {
+    const DenseItem item(a, index);
+    const DenseProgram& program = a.program[item.program];
+    for (int s = 0; s < program.segments; ++s) {
+      const DenseSegment& segment = a.segment[program.first_segment + s];
+      for (int chunk = 0; chunk < a.chunks; ++chunk) {
+        const int c0 = chunk * a.chunk_channels;
+        const int blocks = 2 * (chunk + 1 < a.chunks ? a.full_steps : a.last_steps) / a.terms;
+        WaitForPhase(barriers.InEmpty(buffer.at), buffer.parity ^ 1);
+        for (int p = thread; p < a.pixels; p += kDensePreparers) {
+          const DenseCoordinates at(pixels[p]);
+          bool inside = item.n + at.n < a.n;
+          int pixel = 0;
+#pragma unroll
+          for (int i = 0; i < kAxes; ++i) {
+            const int source = (item.q[i] + at.at[i]) * a.axis[i].si + segment.first[i];
+            inside =
+                inside && static_cast<unsigned>(source) < static_cast<unsigned>(a.axis[i].in_size);
+            pixel = pixel * a.axis[i].in_size + source;
+          }
+          const int64_t plane = a.raw.plane;
+          const int64_t channel = int64_t{item.n + at.n} * a.raw.channels + item.group * a.cg + c0;
+          const Bits* from =
+              static_cast<const Bits*>(a.in) + (inside ? channel * plane + pixel : 0);
+          const int place = p * a.row_bytes, swizzled = place >> 3 & a.swizzle;
+          char* to = in + buffer.at * a.stage_bytes + place;
+          const int channels = inside ? a.cg - c0 : 0;
+          for (int b0 = 0; b0 < blocks; b0 += kBatch) {
+            uint32_t v[kBatch * kC];
+#pragma unroll
+            for (int c = 0; c < kBatch * kC; ++c) {
+              const int of_chunk = b0 * kC + c;
+              Bits bits{};
+              if (of_chunk < channels) bits = __ldg(from + of_chunk * plane);
+              if constexpr (sizeof(T) == 4) {
+                v[c] = __float_as_uint(bits);
+              } else {
+                v[c] = bits;
+              }
+            }
+#pragma unroll
+            for (int b = 0; b < kBatch; ++b) {
+              if (b0 + b >= blocks) break;
+              const uint32_t* c = v + b * kC;
+              char* block = to + ((b0 + b) * 16 ^ swizzled);
+              if constexpr (sizeof(T) == 4) {
+                const SplitTF32 split[4] = {
+                    SplitTF32(__uint_as_float(c[0])), SplitTF32(__uint_as_float(c[1])),
+                    SplitTF32(__uint_as_float(c[2])), SplitTF32(__uint_as_float(c[3]))};
+                StoreBlock(a, block, split);
+              } else {
+                *reinterpret_cast<uint4*>(block) = make_uint4(c[0] | c[1] << 16, c[2] | c[3] << 16,
+                                                              c[4] | c[5] << 16, c[6] | c[7] << 16);
+              }
+            }
+          }
+        }
+        ProxyFence();
+        Arrive(barriers.InReady(buffer.at));
+        buffer.Next(a.buffers);
       }
     }
   }
@@ -793,9 +881,9 @@ __device__ inline void MultiplyDense(const DenseArgs& a, const DenseMaps& maps,
 template <class T>
 __device__ inline void ListUnits(const DenseArgs& a, int* units, int thread) {
   const int d = a.axis[0].length, h = a.axis[1].length, w = a.row_units;
+  const int pixels = sizeof(T) == 4 || a.bands == 0 ? 1 : 8;
   for (int u = thread; u < a.raw_rows * w; u += kDenseThreads) {
-    units[u] =
-        PackCoordinates(u / w / h / d, u / w / h % d, u / w % h, u % w * (sizeof(T) == 4 ? 1 : 8));
+    units[u] = PackCoordinates(u / w / h / d, u / w / h % d, u / w % h, u % w * pixels);
   }
 }
 
@@ -868,11 +956,13 @@ __global__ void __launch_bounds__(kDenseThreads, 1)
     if (warp == 0) {
       if (lane == 0) FetchWeights(a, barriers, ring, NT * 256 * kDenseQuad);
     } else if (warp == 1) {
-      if (a.rows) {
+      if (a.bands > 0) {
         FetchPlanes(a, maps.in, barriers, SharedAddress(shared) + a.smem_raw, units, lane);
-      } else if (lane == 0) {
+      } else if (!a.rows && lane == 0) {
         FetchBoxes(a, maps.in, barriers, in);
       }
+    } else if (a.rows && a.bands == 0) {
+      LoadPlanes<T>(a, barriers, shared + a.smem_in, units, thread - 64);
     } else if (a.rows) {
       TransposePlanes<T>(a, barriers, shared + a.smem_raw, shared + a.smem_in, units,
                          SharedAddress(shared) + a.smem_trash, thread - 64);

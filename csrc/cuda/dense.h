@@ -61,7 +61,6 @@ struct DenseAxis {
   int part;                  // outputs of one of the two groups of warps
   int si, so;
   int in_size, out_size;
-  int64_t in_step, out_step;  // elements between neighbours
 };
 
 // What the main kernel needs to know. A step is 32 bytes of contracted channels of one tap, a quad
@@ -74,7 +73,7 @@ struct DenseArgs {
   const void* in;
   const void* bias;  // [groups * jg], or null
   DenseAxis axis[kAxes];
-  int64_t in_n_step, out_n_step, in_c_step, out_c_step;
+  int64_t out_n_step, out_c_step;  // elements between neighbours
   int n, box_n, part_n;
   int patch_w, patch_axis;   // see DensePatch
   int pieces, piece_length;  // copies of a box, side by side along the last axis
@@ -96,7 +95,7 @@ struct DenseArgs {
   // A band of rows is on its way at a time; a long row is made of pieces of 1 << piece_bits pixels.
   // Channels are staged in the order in which copies of all turns bring them, and the weights are
   // packed in this order.
-  int bands, raws;  // of a stage; buffers for bands
+  int bands, raws;  // of a stage, none where pixels are loaded one by one; buffers for bands
   int band_rows, row_units, raw_rows, raw_bytes, raw_pieces, piece_bits, raw_pitch;
   int store_columns, store_bytes, store_swizzle, store_pitch;  // of results on their way out
   int smem_pixels, smem_units, smem_entries, smem_trash, smem_raw, smem_in, smem_out, smem_ring;
@@ -149,9 +148,9 @@ struct DensePlan {
   std::vector<DenseMap> in, out;
 };
 
-// A tile: 0 means that the cost model chooses.
+// A tile: 0 means that the cost model chooses; negative bands: loads.
 struct DenseTile {
-  int mt = 0, columns = 0, buffers = 0;
+  int mt = 0, columns = 0, buffers = 0, bands = 0;
   int box[kAxes] = {0, 0, 0};
 };
 DensePlan PlanDense(const Problem&, const Device&, const DenseTile& = {});
