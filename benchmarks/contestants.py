@@ -501,7 +501,7 @@ def reference(case: Case, role: Role, torch: Any) -> Any:
     """One result for the first set, from the same numbers by torch or, where that is absent, lax.
 
     It is computed in float32 with no TF32, and by torch in float64 where the case itself is in
-    full float32.
+    full float32. A weight gradient's images are added in float64.
     """
     (pass_,) = (p for p, roles in RESULTS.items() if roles == (role,))
     first = [case.data.first(r) for r in ("x", "w", "y")]
@@ -511,9 +511,14 @@ def reference(case: Case, role: Role, torch: Any) -> Any:
         _set_torch(torch, tf32=False, benchmark=False)
         same = case.dtype == "float32" and not _rounds_to_tf32(case)
         wide = torch.float64 if same else torch.float32
+        operation = functools.partial(_torch_operation, exact, torch, "channels_first", False)
         with torch.no_grad():
             x, w, y = (a.to(wide) for a in first)
-            return _torch_operation(exact, torch, "channels_first", False, x, w, y)[0]
+            if role != "w":
+                return operation(x, w, y)[0]
+            # Millions of terms: image by image, so that float32 sums are short ones.
+            images = (operation(x[i : i + 1], w, y[i : i + 1])[0] for i in range(len(x)))
+            return sum(image.double() for image in images)
     first[1] = _lax_weight(case, "channels_first", first[1])
     x, w, y = (case.arrays.to_jax(a).astype(jnp.float32) for a in first)
     out = jax.jit(_lax_operation(exact, "channels_first", "dilate"))(x, w, y)

@@ -96,6 +96,20 @@ def test_cases(platform, c, channels_last):
     check(platform, c, "float32", channels_last)
 
 
+# More than "repack" takes at once: some images at a time, the last ones fewer, or bands of rows.
+@pytest.mark.parametrize(
+    "c",
+    [
+        cases.case("images_in_chunks", 5, 8, 8, 1, (400, 420), 2),
+        cases.case("bands_2d", 1, 8, 8, 1, (600, 900), (3, 2), (2, 1), (1, 0)),
+        cases.case("bands_3d", 1, 8, 8, 1, (30, 60, 64), (3, 2, 2), 2, (1, 0, 0), 1, (2, 1, 1)),
+    ],
+    ids=case_id,
+)
+def test_chunks(platform, c):
+    check(platform, c, "float32", False)
+
+
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float64"])
 @pytest.mark.parametrize("c", CASES, ids=case_id)
 def test_dtypes(platform, c, dtype):

@@ -9,6 +9,7 @@
 #include <limits>
 #include <map>
 
+#include "cuda/block_diagonal.h"
 #include "cuda/device_limits.h"
 #include "cuda/plan_memo.h"
 
@@ -402,8 +403,9 @@ bool Fill(const Problem& p, const Device& device, const Shape& s, const Candidat
   plan.weights_bytes = p.groups * int64_t{a.column_tiles} * a.total_steps * c.shape.columns * 32;
   const auto packed = static_cast<double>(plan.weights_bytes);
   const double memory = (in_bytes + out_bytes + packed) / kBandwidth;
+  plan.pack_seconds = 3e-6 + packed / kPackBandwidth;
   plan.seconds =
-      8e-6 + packed / kPackBandwidth + std::max(compute, memory) + 0.2 * std::min(compute, memory);
+      5e-6 + plan.pack_seconds + std::max(compute, memory) + 0.2 * std::min(compute, memory);
   return true;
 }
 
@@ -537,7 +539,7 @@ void SearchTiles(const Problem& p, const Device& device, const Shape& s, const D
   if (better) Complete(p, s, best);
 }
 
-DensePlan MakePlan(const Problem& p, const Device& device, const DenseTile& forced) {
+DensePlan PlanMerged(const Problem& p, const Device& device, const DenseTile& forced) {
   DensePlan best{};
   best.refusal = Refuse(p, device);
   if (!best.refusal.empty()) return best;
@@ -554,18 +556,45 @@ DensePlan MakePlan(const Problem& p, const Device& device, const DenseTile& forc
   }
   return best;
 }
+
+// A tile has 32 columns, and a copy of less than 32 bytes a pixel is not to be had. So small groups
+// run as one, where that wastes no more: the zeros between them take the room of idle columns.
+constexpr int64_t kMergedColumns = 64, kMergedBytes = 128;
+
+DensePlan MakePlan(const Problem& p, const Device& device, const DenseTile& forced) {
+  DensePlan best = PlanMerged(p, device, forced);
+  best.merged = 1;
+  best.expanded_bytes = 0;
+  const bool forward = p.pass == Pass::kForward;
+  const int64_t cg = forward ? p.cig() : p.cog(), jg = forward ? p.cog() : p.cig();
+  for (int merged = 2; merged <= p.groups; ++merged) {
+    if (p.groups % merged != 0) continue;
+    if (merged * jg > kMergedColumns || merged * cg * SizeOf(p.in_dtype) > kMergedBytes) break;
+    DensePlan plan = PlanMerged(MergeGroups(p, merged), device, forced);
+    if (!plan.refusal.empty()) continue;
+    plan.merged = merged;
+    plan.expanded_bytes = merged * p.WElements() * SizeOf(p.in_dtype);
+    plan.pack_seconds += 2e-6;
+    plan.seconds += 2e-6;
+    if (!best.refusal.empty() || plan.seconds < best.seconds) best = plan;
+  }
+  return best;
+}
 const DensePlan& PlanOf(const Problem& p, const Device& d) {
   return Remember<DensePlan>(p, d, [&] { return MakePlan(p, d, {}); });
 }
 
 std::string RefuseRow(const Problem& p, const Device& d) { return PlanOf(p, d).refusal; }
 
-int64_t Workspace(const Problem& p, const Device& d) { return PlanOf(p, d).weights_bytes; }
+int64_t Workspace(const Problem& p, const Device& d) { return PlanOf(p, d).Workspace(); }
 
 double Seconds(const Problem& p, const Device& d) { return PlanOf(p, d).seconds; }
 
 cudaError_t LaunchRow(const Problem& p, const Operands& ops, const Device& d, cudaStream_t stream) {
-  return LaunchDense(p, ops, PlanOf(p, d), stream);
+  const DensePlan& plan = PlanOf(p, d);
+  DenseLaunch launch;
+  const cudaError_t status = PrepareDense(p, ops, plan, launch);
+  return status == cudaSuccess ? RunDense(p, plan, launch, true, stream) : status;
 }
 
 }  // namespace
@@ -600,31 +629,41 @@ DensePlan PlanDense(const Problem& p, const Device& device, const DenseTile& til
   return MakePlan(p, device, tile);
 }
 
-cudaError_t LaunchDense(const Problem& p, const Operands& ops, const DensePlan& plan,
-                        cudaStream_t stream) {
+cudaError_t PrepareDense(const Problem& p, const Operands& ops, const DensePlan& plan,
+                         DenseLaunch& launch) {
   const bool forward = p.pass == Pass::kForward;
-  DenseArgs args = plan.args;
-  DensePack pack = plan.pack;
+  DenseArgs& args = launch.args = plan.args;
+  DensePack& pack = launch.pack = plan.pack;
   args.in = forward ? ops.x : ops.y;
   args.out = ops.out;
   args.bias = forward ? ops.bias : nullptr;
   args.weights = static_cast<const char*>(ops.workspace);
-  pack.w = ops.w;
+  launch.w = ops.w;
+  launch.expanded = static_cast<char*>(ops.workspace) + plan.weights_bytes;
+  pack.w = plan.merged > 1 ? launch.expanded : ops.w;
   pack.weights = static_cast<char*>(ops.workspace);
-  DenseMaps maps{};
+  launch.maps = {};
   cudaError_t status = cudaSuccess;
-  if (!args.rows) status = EncodeMap(p.in_dtype, plan.in, args.in, maps.in);
+  if (!args.rows) status = EncodeMap(p.in_dtype, plan.in, args.in, launch.maps.in);
   for (size_t i = 0; i < plan.out.size() && status == cudaSuccess; ++i) {
-    status = EncodeMap(p.out_dtype, plan.out[i], args.out, maps.out[i]);
+    status = EncodeMap(p.out_dtype, plan.out[i], args.out, launch.maps.out[i]);
   }
-  if (status != cudaSuccess) return status;
+  return status;
+}
+
+cudaError_t RunDense(const Problem& p, const DensePlan& plan, const DenseLaunch& launch, bool packs,
+                     cudaStream_t stream) {
+  if (packs && plan.merged > 1) {
+    const cudaError_t status = ExpandWeights(p, plan.merged, launch.w, launch.expanded, stream);
+    if (status != cudaSuccess) return status;
+  }
   switch (p.in_dtype) {
     case DType::kF32:
-      return EnqueueDense<float>(plan, pack, args, maps, stream);
+      return EnqueueDense<float>(plan, launch, packs, stream);
     case DType::kBF16:
-      return EnqueueDense<__nv_bfloat16>(plan, pack, args, maps, stream);
+      return EnqueueDense<__nv_bfloat16>(plan, launch, packs, stream);
     case DType::kF16:
-      return EnqueueDense<__half>(plan, pack, args, maps, stream);
+      return EnqueueDense<__half>(plan, launch, packs, stream);
     case DType::kF64:
       break;
   }

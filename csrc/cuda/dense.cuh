@@ -676,49 +676,52 @@ __global__ void __launch_bounds__(kDenseThreads, 1)
 }
 
 template <class T, int MT, int NT, bool kExact>
-cudaError_t EnqueueDenseTile(const DensePlan& plan, const DenseArgs& args, const DenseMaps& maps,
+cudaError_t EnqueueDenseTile(const DensePlan& plan, const DenseLaunch& launch,
                              cudaStream_t stream) {
   const auto kernel = Dense<T, MT, NT, kExact>;
   const cudaError_t status =
       cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, plan.smem);
   if (status != cudaSuccess) return status;
-  kernel<<<plan.grid, kDenseThreads, plan.smem, stream>>>(maps, args);
+  kernel<<<plan.grid, kDenseThreads, plan.smem, stream>>>(launch.maps, launch.args);
   return cudaGetLastError();
 }
 
 template <class T>
-cudaError_t EnqueueDense(const DensePlan& plan, const DensePack& pack, const DenseArgs& args,
-                         const DenseMaps& maps, cudaStream_t stream) {
-  const int steps = (pack.chunks - 1) * pack.full_steps + pack.last_steps;
-  const int ranges = (pack.taps + kPackTaps - 1) / kPackTaps;
-  const int unused = pack.column_tiles * pack.tiles - pack.used_tiles;
-  const dim3 grid(pack.jg / 8 + unused, steps, pack.groups * ranges);
-  PackDense<T><<<grid, kPackThreads, 0, stream>>>(pack);
-  if (const cudaError_t status = cudaGetLastError(); status != cudaSuccess) return status;
+cudaError_t EnqueueDense(const DensePlan& plan, const DenseLaunch& launch, bool packs,
+                         cudaStream_t stream) {
+  if (packs) {
+    const DensePack& pack = launch.pack;
+    const int steps = (pack.chunks - 1) * pack.full_steps + pack.last_steps;
+    const int ranges = (pack.taps + kPackTaps - 1) / kPackTaps;
+    const int unused = pack.column_tiles * pack.tiles - pack.used_tiles;
+    const dim3 grid(pack.jg / 8 + unused, steps, pack.groups * ranges);
+    PackDense<T><<<grid, kPackThreads, 0, stream>>>(pack);
+    if (const cudaError_t status = cudaGetLastError(); status != cudaSuccess) return status;
+  }
   // Split operands have two sets of sums, which leaves no registers for large tiles.
   const auto enqueue = [&](auto exact) {
     switch (plan.mt * 1000 + plan.columns) {
       case 2032:
-        return EnqueueDenseTile<T, 2, 4, exact>(plan, args, maps, stream);
+        return EnqueueDenseTile<T, 2, 4, exact>(plan, launch, stream);
       case 2048:
-        return EnqueueDenseTile<T, 2, 6, exact>(plan, args, maps, stream);
+        return EnqueueDenseTile<T, 2, 6, exact>(plan, launch, stream);
       case 2064:
-        return EnqueueDenseTile<T, 2, 8, exact>(plan, args, maps, stream);
+        return EnqueueDenseTile<T, 2, 8, exact>(plan, launch, stream);
       case 1128:
-        return EnqueueDenseTile<T, 1, 16, exact>(plan, args, maps, stream);
+        return EnqueueDenseTile<T, 1, 16, exact>(plan, launch, stream);
       default:
         break;
     }
     if constexpr (!exact) {
       switch (plan.mt * 1000 + plan.columns) {
         case 2096:
-          return EnqueueDenseTile<T, 2, 12, false>(plan, args, maps, stream);
+          return EnqueueDenseTile<T, 2, 12, false>(plan, launch, stream);
         case 2128:
-          return EnqueueDenseTile<T, 2, 16, false>(plan, args, maps, stream);
+          return EnqueueDenseTile<T, 2, 16, false>(plan, launch, stream);
         case 4032:
-          return EnqueueDenseTile<T, 4, 4, false>(plan, args, maps, stream);
+          return EnqueueDenseTile<T, 4, 4, false>(plan, launch, stream);
         case 4064:
-          return EnqueueDenseTile<T, 4, 8, false>(plan, args, maps, stream);
+          return EnqueueDenseTile<T, 4, 8, false>(plan, launch, stream);
         default:
           break;
       }
@@ -726,7 +729,7 @@ cudaError_t EnqueueDense(const DensePlan& plan, const DensePack& pack, const Den
     return cudaErrorInvalidConfiguration;
   };
   if constexpr (sizeof(T) == 4) {
-    if (args.terms > 1) return enqueue(std::true_type{});
+    if (launch.args.terms > 1) return enqueue(std::true_type{});
   }
   return enqueue(std::false_type{});
 }

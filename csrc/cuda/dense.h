@@ -107,12 +107,15 @@ struct DensePlan {
   std::string refusal;  // the sentence's end; empty: the rest is meant
   int mt, columns;      // a group of warps multiplies mt * 64 pixels by this many columns
   int grid, smem;
-  int64_t weights_bytes;
-  double seconds;
+  int merged;  // groups that run as one, with zeros between them
+  int64_t weights_bytes, expanded_bytes;
+  double seconds, pack_seconds;  // in all; of packing the weights
   DenseArgs args;
   DensePack pack;
   DenseMap in;
   std::vector<DenseMap> out;
+
+  int64_t Workspace() const { return weights_bytes + expanded_bytes; }
 };
 
 // A tile: 0 means that the cost model chooses.
@@ -122,12 +125,23 @@ struct DenseTile {
 };
 DensePlan PlanDense(const Problem&, const Device&, const DenseTile& = {});
 
-cudaError_t LaunchDense(const Problem&, const Operands&, const DensePlan&, cudaStream_t);
+// A plan with its pointers, for any number of launches.
+struct DenseLaunch {
+  const void* w;
+  void* expanded;  // the weights of merged groups
+  DensePack pack;
+  DenseArgs args;
+  DenseMaps maps;
+};
+cudaError_t PrepareDense(const Problem&, const Operands&, const DensePlan&, DenseLaunch&);
+
+// `packs`: whether the workspace does not hold the packed weights yet.
+cudaError_t RunDense(const Problem&, const DensePlan&, const DenseLaunch&, bool packs,
+                     cudaStream_t);
 
 // Defined in one small file a dtype, so that they compile in parallel.
 template <class T>
-cudaError_t EnqueueDense(const DensePlan&, const DensePack&, const DenseArgs&, const DenseMaps&,
-                         cudaStream_t);
+cudaError_t EnqueueDense(const DensePlan&, const DenseLaunch&, bool packs, cudaStream_t);
 
 }  // namespace jaxconv::cuda
 

@@ -2,7 +2,7 @@
 
 namespace jaxconv::cuda {
 
-template cudaError_t EnqueueDense<__nv_bfloat16>(const DensePlan&, const DensePack&,
-                                                 const DenseArgs&, const DenseMaps&, cudaStream_t);
+template cudaError_t EnqueueDense<__nv_bfloat16>(const DensePlan&, const DenseLaunch&, bool,
+                                                 cudaStream_t);
 
 }  // namespace jaxconv::cuda

@@ -2,7 +2,6 @@
 
 namespace jaxconv::cuda {
 
-template cudaError_t EnqueueDense<__half>(const DensePlan&, const DensePack&, const DenseArgs&,
-                                          const DenseMaps&, cudaStream_t);
+template cudaError_t EnqueueDense<__half>(const DensePlan&, const DenseLaunch&, bool, cudaStream_t);
 
 }  // namespace jaxconv::cuda

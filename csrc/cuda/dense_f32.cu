@@ -2,7 +2,6 @@
 
 namespace jaxconv::cuda {
 
-template cudaError_t EnqueueDense<float>(const DensePlan&, const DensePack&, const DenseArgs&,
-                                         const DenseMaps&, cudaStream_t);
+template cudaError_t EnqueueDense<float>(const DensePlan&, const DenseLaunch&, bool, cudaStream_t);
 
 }  // namespace jaxconv::cuda

@@ -469,47 +469,52 @@ cudaError_t Enqueue(const DenseGradPlan& plan, const DenseGradArgs& args, const 
   return cudaErrorInvalidValue;
 }
 
-cudaError_t LaunchPlan(const Problem& p, const Operands& ops, const DenseGradPlan& plan,
-                       cudaStream_t stream) {
-  DenseGradArgs args = plan.args;
+cudaError_t LaunchDenseGrad(const Problem& p, const Operands& ops, const Device& d,
+                            cudaStream_t stream) {
+  const DenseGradPlan& plan = PlanOf(p, d);
+  DenseGradLaunch launch;
+  cudaError_t status = PrepareDenseGrad(p, ops, plan, launch);
+  if (status == cudaSuccess) status = RunDenseGrad(p, plan, launch, stream);
+  if (status != cudaSuccess || plan.args.parts == 1) return status;
+  return SumParts(static_cast<const float*>(ops.workspace), plan.args.parts, plan.args.w_elements,
+                  p.out_dtype, ops.out, stream);
+}
+
+}  // namespace
+
+const DenseGradPlan& PlanDenseGrad(const Problem& p, const Device& device) {
+  return PlanOf(p, device);
+}
+
+cudaError_t PrepareDenseGrad(const Problem& p, const Operands& ops, const DenseGradPlan& plan,
+                             DenseGradLaunch& launch) {
+  DenseGradArgs& args = launch.args = plan.args;
   args.x.from = ops.x;
   args.y.from = ops.y;
   args.out = args.parts > 1 ? ops.workspace : ops.out;
   args.kept = reinterpret_cast<float*>(static_cast<char*>(ops.workspace) + plan.kept_offset);
   args.out_dtype = static_cast<int32_t>(args.parts > 1 ? DType::kF32 : p.out_dtype);
-  DenseGradMaps maps{};
-  cudaError_t status = cudaSuccess;
-  if (plan.from == DenseGradFrom::kCopies) {
-    status = EncodeMap(p.in_dtype, plan.x, ops.x, maps.x);
-    if (status == cudaSuccess) status = EncodeMap(p.in_dtype, plan.y, ops.y, maps.y);
-    if (status != cudaSuccess) return status;
-  }
+  launch.maps = {};
+  if (plan.from != DenseGradFrom::kCopies) return cudaSuccess;
+  const cudaError_t status = EncodeMap(p.in_dtype, plan.x, ops.x, launch.maps.x);
+  if (status != cudaSuccess) return status;
+  return EncodeMap(p.in_dtype, plan.y, ops.y, launch.maps.y);
+}
+
+cudaError_t RunDenseGrad(const Problem& p, const DenseGradPlan& plan, const DenseGradLaunch& launch,
+                         cudaStream_t stream) {
   switch (p.in_dtype) {
     case DType::kF32:
-      status = Enqueue<float>(plan, args, maps, stream);
-      break;
+      return Enqueue<float>(plan, launch.args, launch.maps, stream);
     case DType::kBF16:
-      status = Enqueue<__nv_bfloat16>(plan, args, maps, stream);
-      break;
+      return Enqueue<__nv_bfloat16>(plan, launch.args, launch.maps, stream);
     case DType::kF16:
-      status = Enqueue<__half>(plan, args, maps, stream);
-      break;
+      return Enqueue<__half>(plan, launch.args, launch.maps, stream);
     case DType::kF64:
-      return cudaErrorInvalidValue;
+      break;
   }
-  if (status != cudaSuccess || args.parts == 1) return status;
-  return SumParts(static_cast<const float*>(ops.workspace), args.parts, args.w_elements,
-                  p.out_dtype, ops.out, stream);
+  return cudaErrorInvalidValue;
 }
-
-cudaError_t LaunchDenseGrad(const Problem& p, const Operands& ops, const Device& d,
-                            cudaStream_t stream) {
-  return LaunchPlan(p, ops, PlanOf(p, d), stream);
-}
-
-}  // namespace
-
-DenseGradPlan PlanDenseGrad(const Problem& p, const Device& device) { return PlanOf(p, device); }
 
 void AddDenseGrad(std::vector<Row>& rows) {
   rows.push_back({"dense", Pass::kWeightGrad,

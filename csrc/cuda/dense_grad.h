@@ -99,10 +99,21 @@ struct DenseGradMaps {
   CUtensorMap x, y;
 };
 
+// A plan with its pointers, for any number of launches.
+struct DenseGradLaunch {
+  DenseGradArgs args;
+  DenseGradMaps maps;
+};
+cudaError_t PrepareDenseGrad(const Problem&, const Operands&, const DenseGradPlan&,
+                             DenseGradLaunch&);
+// Without the sum of the parts: what `launch.args.out` points to gets `launch.args.parts` of them.
+cudaError_t RunDenseGrad(const Problem&, const DenseGradPlan&, const DenseGradLaunch&,
+                         cudaStream_t);
+
 // Describes a tensor to the copy units (dense.cc).
 cudaError_t EncodeMap(DType, const DenseMap&, const void* data, CUtensorMap&);
 
-DenseGradPlan PlanDenseGrad(const Problem&, const Device&);
+const DenseGradPlan& PlanDenseGrad(const Problem&, const Device&);
 
 // Defined in one small file each, so that they compile in parallel.
 template <class T, DenseGradFrom>

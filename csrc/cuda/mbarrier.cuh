@@ -1,5 +1,5 @@
-// Barriers in shared memory, which count arrivals and bytes of bulk copies, the copies themselves,
-// and what orders them with other accesses: from 9.0 on.
+// Barriers in shared memory, which count arrivals and, from 9.0 on, bytes of bulk copies; the
+// copies themselves, and what orders them with other accesses.
 #ifndef JAXCONV_CUDA_MBARRIER_CUH_
 #define JAXCONV_CUDA_MBARRIER_CUH_
 
@@ -43,12 +43,24 @@ __device__ inline void FenceForCopies() {
   asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
 }
 #else
-inline constexpr bool kHasBulkCopies = false;  // never launched there
-__device__ inline void InitBarrier(uint32_t, int) {}
+__device__ inline void InitBarrier(uint32_t barrier, int arrivals) {
+  asm volatile("mbarrier.init.shared.b64 [%0], %1;" ::"r"(barrier), "r"(arrivals) : "memory");
+}
+__device__ inline void Arrive(uint32_t barrier) {
+  asm volatile("{\n.reg .b64 state;\nmbarrier.arrive.shared.b64 state, [%0];\n}" ::"r"(barrier)
+               : "memory");
+}
+__device__ inline void WaitFor(uint32_t barrier, int parity) {
+  asm volatile(
+      "{\n.reg .pred done;\nagain:\n"
+      "mbarrier.test_wait.parity.shared.b64 done, [%0], %1;\n"
+      "@!done bra again;\n}" ::"r"(barrier),
+      "r"(parity)
+      : "memory");
+}
+inline constexpr bool kHasBulkCopies = false;  // what needs them is never launched there
 __device__ inline void FenceBarriers() {}
-__device__ inline void Arrive(uint32_t) {}
 __device__ inline void ArriveAndExpect(uint32_t, int) {}
-__device__ inline void WaitFor(uint32_t, int) {}
 __device__ inline void CopyBulk(uint32_t, const void*, int, uint32_t) {}
 __device__ inline void FenceForCopies() {}
 #endif

@@ -6,6 +6,7 @@
 #include "cuda/depthwise.h"
 #include "cuda/direct.h"
 #include "cuda/planes.h"
+#include "cuda/repack.h"
 #include "cuda/rows.h"
 #include "cuda/thin.h"
 #include "cuda/weight_grad.h"
@@ -24,6 +25,7 @@ const std::vector<Row>& Table() {
     AddRows(rows);
     AddThin(rows);
     AddPlanes(rows);
+    AddRepack(rows);
     return rows;
   }();
   return table;

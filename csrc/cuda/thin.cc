@@ -260,6 +260,7 @@ bool FillForward(const Problem& p, const Device& device, const Shape& shape, con
   place(a.smem_stage, kThinGatherers * 32 * p.stride[2] * (last ? p.co : 1) * 4);
   place(a.smem_spots, int64_t{a.spots} * 4);
   place(a.smem_bias, p.co * 4);
+  place(a.smem_barrier, 8);
   place(a.smem_rows, cut.rows * (last ? cut.width : p.ci) * 8);
   place(a.smem_x, int64_t{cut.ahead + 1} * a.x.stage);
   if (smem > SharedMemoryOfBlock(device.compute_capability)) return false;

@@ -8,6 +8,7 @@
 #include <type_traits>
 
 #include "cuda/dtypes.cuh"
+#include "cuda/mbarrier.cuh"
 #include "cuda/mma_sync.cuh"
 #include "cuda/thin.h"
 
@@ -298,8 +299,12 @@ __device__ inline int ThinLanePlace(int lane, int pitch) {
   return sizeof(T) == 4 ? lane % 4 * pitch + lane / 4 * 4 : lane * pitch;
 }
 
-__device__ inline void ThinMeet() {
-  asm volatile("bar.sync 1, %0;" ::"n"(kThinForwardThreads) : "memory");
+// All warps of the block, from two places in the code, for the `count`-th time.
+__device__ inline void ThinMeet(uint32_t barrier, int lane, int& count) {
+  __syncwarp();
+  if (lane == 0) Arrive(barrier);
+  WaitFor(barrier, count++ & 1);
+  __syncwarp();
 }
 
 template <class T>
@@ -534,6 +539,7 @@ __global__ void __launch_bounds__(kThinForwardThreads, 1)
   float* biases = reinterpret_cast<float*>(smem + a.smem_bias);
   uint32_t* spots = reinterpret_cast<uint32_t*>(smem + a.smem_spots);
   const uint32_t sources = SharedAddress(smem + a.smem_x);
+  const uint32_t barrier = SharedAddress(smem + a.smem_barrier);
 
   // Channels that are not there and P's margins stay zero.
   for (int i = 16 * tid; i < a.smem; i += 16 * kThinForwardThreads) {
@@ -542,8 +548,9 @@ __global__ void __launch_bounds__(kThinForwardThreads, 1)
   __syncthreads();
 
   int stage = 0, base = 0;  // of the step that is multiplied
+  int meetings = 0;
   const auto next = [&] {
-    ThinMeet();
+    ThinMeet(barrier, lane, meetings);
     if (stage++ == a.ahead) stage = 0;
     base += a.x.rows;
     if (base >= a.p_rows) base -= a.p_rows;
@@ -556,6 +563,7 @@ __global__ void __launch_bounds__(kThinForwardThreads, 1)
     spots[i] = rd | rh << 8 | (rows - chunk * a.x.rows) << 16 | chunk << 24;
   }
   if (tid < a.co) biases[tid] = ThinBias<T>(a, tid);
+  if (tid == 0) InitBarrier(barrier, kThinForwardThreads / 32);
   const ThinRows rows = ThinListRows<T, kLast>(a.x, reinterpret_cast<int2*>(smem + a.smem_rows),
                                                tid, 32 * kThinMultipliers);
   __syncthreads();
@@ -585,7 +593,7 @@ __global__ void __launch_bounds__(kThinForwardThreads, 1)
     ThinCursor c;
     c.item = blockIdx.x;
     bool more = ThinEnter(a, c);
-    ThinMeet();
+    ThinMeet(barrier, lane, meetings);
     next();  // the first step has nothing before it
     while (more) {
       const int before = base - a.x.rows + (base < a.x.rows ? a.p_rows : 0);
@@ -641,7 +649,7 @@ __global__ void __launch_bounds__(kThinForwardThreads, 1)
   const uint32_t to = SharedAddress(smem + a.smem_p) +
                       4 * ((set * MT * 16 + lane / 4) * a.p_column + a.p_margin + lane % 4 * 2);
   ThinWait(a.ahead);
-  ThinMeet();
+  ThinMeet(barrier, lane, meetings);
   for (int s = 0; s <= asked; ++s) {
     copy(stage == 0 ? a.ahead : stage - 1);
     const uint32_t from = sources + stage * a.x.stage + lane_place;

@@ -92,7 +92,7 @@ struct ThinForwardArgs {
   int run_chunks, spots;               // of 32 runs; rows of outputs a step
   // Shared memory: P is a ring of rows for each column (in floats), the rest are bytes.
   int p_column, p_row, p_margin, p_rows;
-  int smem_p, smem_sums, smem_stage, smem_spots, smem_bias, smem_rows, smem_x, smem;
+  int smem_p, smem_sums, smem_stage, smem_spots, smem_bias, smem_barrier, smem_rows, smem_x, smem;
 };
 
 // The two gradients walk over tiles: `rows` rows of `width` pixels of a plane.
