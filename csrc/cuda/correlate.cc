@@ -366,8 +366,12 @@ bool Fill(const Problem& p, const Device& device, const Shape& s, const Columns&
   // Rows of a box begin and end within sectors of 32 bytes.
   const double row_bytes = static_cast<double>(a.axis[2].length) * a.axis[2].si * s.element;
   const double torn = s.rows ? 1 + 32 / row_bytes : 1;
-  // Without the stage, every phase of a row writes all of its sectors, and in part.
-  const double partial = s.rows && !through_stage && s.so[2] > 1 ? 3.0 * s.so[2] : 1;
+  // Without the stage, every phase of a row writes all of its sectors, and in part. Channels last,
+  // a group's pixel may be a sector or less: fitted to three layers of 16 bits.
+  const bool small_pixels = !s.rows && s.so[2] > 1 && SizeOf(p.out_dtype) == 2 && s.jg <= 16;
+  const double partial = s.rows && !through_stage && s.so[2] > 1 ? 3.0 * s.so[2]
+                         : small_pixels                          ? 8.0
+                                                                 : 1.0;
   const double l2 =
       (blocks * staged * 16 * torn + weight_traffic + out_bytes * partial) / kL2Bandwidth;
   const double memory =

@@ -65,6 +65,15 @@ __device__ inline void CopyBulk(uint32_t, const void*, int, uint32_t) {}
 __device__ inline void FenceForCopies() {}
 #endif
 
+// All warps that share the barrier, one arrival each, from several places in the code, for the
+// `count`-th time. (Barriers of the whole block are for one place.)
+__device__ inline void Meet(uint32_t barrier, int lane, int& count) {
+  __syncwarp();
+  if (lane == 0) Arrive(barrier);
+  WaitFor(barrier, count++ & 1);
+  __syncwarp();
+}
+
 }  // namespace jaxconv::cuda
 
 #endif  // JAXCONV_CUDA_MBARRIER_CUH_

@@ -299,14 +299,6 @@ __device__ inline int ThinLanePlace(int lane, int pitch) {
   return sizeof(T) == 4 ? lane % 4 * pitch + lane / 4 * 4 : lane * pitch;
 }
 
-// All warps of the block, from two places in the code, for the `count`-th time.
-__device__ inline void ThinMeet(uint32_t barrier, int lane, int& count) {
-  __syncwarp();
-  if (lane == 0) Arrive(barrier);
-  WaitFor(barrier, count++ & 1);
-  __syncwarp();
-}
-
 template <class T>
 __device__ inline float ThinBias(const ThinForwardArgs& a, int co) {
   if (a.bias == nullptr) return 0;
@@ -550,7 +542,7 @@ __global__ void __launch_bounds__(kThinForwardThreads, 1)
   int stage = 0, base = 0;  // of the step that is multiplied
   int meetings = 0;
   const auto next = [&] {
-    ThinMeet(barrier, lane, meetings);
+    Meet(barrier, lane, meetings);
     if (stage++ == a.ahead) stage = 0;
     base += a.x.rows;
     if (base >= a.p_rows) base -= a.p_rows;
@@ -593,7 +585,7 @@ __global__ void __launch_bounds__(kThinForwardThreads, 1)
     ThinCursor c;
     c.item = blockIdx.x;
     bool more = ThinEnter(a, c);
-    ThinMeet(barrier, lane, meetings);
+    Meet(barrier, lane, meetings);
     next();  // the first step has nothing before it
     while (more) {
       const int before = base - a.x.rows + (base < a.x.rows ? a.p_rows : 0);
@@ -649,7 +641,7 @@ __global__ void __launch_bounds__(kThinForwardThreads, 1)
   const uint32_t to = SharedAddress(smem + a.smem_p) +
                       4 * ((set * MT * 16 + lane / 4) * a.p_column + a.p_margin + lane % 4 * 2);
   ThinWait(a.ahead);
-  ThinMeet(barrier, lane, meetings);
+  Meet(barrier, lane, meetings);
   for (int s = 0; s <= asked; ++s) {
     copy(stage == 0 ? a.ahead : stage - 1);
     const uint32_t from = sources + stage * a.x.stage + lane_place;

@@ -221,6 +221,8 @@ bool Complete(const Problem& p, const Device& device, const WeightGradVariant& v
     const int sums = 4 * pairs_of_warp * v.taps * v.octets;
     shared = std::max(shared, int64_t{kWeightGradWarps / a.pixel_slots} * sums * 128);
   }
+  a.barrier = static_cast<int>(shared);
+  shared += 16;
   if (shared > SharedMemoryOfBlock(device.compute_capability)) return false;
   if (int64_t{c.images} * c.depth * c.runs >= 1 << 15) return false;
   a.x_row = static_cast<int>(x_row);

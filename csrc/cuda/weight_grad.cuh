@@ -14,6 +14,7 @@
 #include <type_traits>
 
 #include "cuda/dtypes.cuh"
+#include "cuda/mbarrier.cuh"
 #include "cuda/weight_grad.h"
 #include "cuda/weight_grad_wgmma.cuh"
 
@@ -72,10 +73,6 @@ __device__ inline void CopyAsyncWords(uint32_t to, const void* from, bool wanted
 }
 __device__ inline void SyncMultipliers() {
   asm volatile("bar.sync 1, %0;" ::"n"(32 * kWeightGradWarps) : "memory");
-}
-// The whole block, from two places in the code: __syncthreads wants all threads at one.
-__device__ inline void SyncCopiersAndMultipliers() {
-  asm volatile("bar.sync 2, %0;" ::"n"(32 * (kWeightGradWarps + kWeightGradCopyWarps)) : "memory");
 }
 __device__ inline void CommitCopies() { asm volatile("cp.async.commit_group;" ::: "memory"); }
 template <int kPending>
@@ -512,6 +509,10 @@ __global__ void __launch_bounds__(kThreads, 1)
     *reinterpret_cast<uint4*>(shared + i) = uint4{0, 0, 0, 0};
   }
   __syncthreads();
+  const uint32_t barrier = shared_address + a.barrier;
+  if (threadIdx.x == 0) InitBarrier(barrier, kThreads / 32);
+  __syncthreads();
+  int meetings = 0;  // of those who copy and those who multiply
 
   if (warp >= kWeightGradWarps) {
     if constexpr (kGroup) MoveRegisters<false>();
@@ -598,7 +599,7 @@ __global__ void __launch_bounds__(kThreads, 1)
       } else {
         WaitCopies<2>();
       }
-      SyncCopiersAndMultipliers();  // and the step before is multiplied
+      Meet(barrier, lane, meetings);  // and the step before is multiplied
       issue_next();
     }
     return;
@@ -944,7 +945,7 @@ __global__ void __launch_bounds__(kThreads, 1)
   const int count = static_cast<int>(step_end - step_begin);
   int stage = 0;
   for (int i = 1, flush = a.flush; i <= count; ++i) {
-    SyncCopiersAndMultipliers();  // the step's copies are there
+    Meet(barrier, lane, meetings);  // the step's copies are there
     compute(now, stage);
     now.Advance(a);
     stage = stage == a.ahead ? 0 : stage + 1;

@@ -117,7 +117,7 @@ struct WeightGradArgs {
   // Bytes between neighbours in shared memory.
   int x_channel, x_pixel, x_run_pad, x_row, x_stage;
   int y_channel, y_pixel, y_run_pad, y_row, y_slot;
-  int x_base, b_base, shared;  // b: x as the group's second operand
+  int x_base, b_base, barrier, shared;  // b: x as the group's second operand
 };
 
 struct WeightGradPlan {
