@@ -97,12 +97,13 @@ def test_cases(platform, c, channels_last):
 
 
 # More than "repack" takes at once: some images at a time, the last ones fewer, or bands of rows.
+@pytest.mark.parametrize("platform", ["cuda"], indirect=True)
 @pytest.mark.parametrize(
     "c",
     [
-        cases.case("images_in_chunks", 5, 8, 8, 1, (400, 420), 2),
-        cases.case("bands_2d", 1, 8, 8, 1, (600, 900), (3, 2), (2, 1), (1, 0)),
-        cases.case("bands_3d", 1, 8, 8, 1, (30, 60, 64), (3, 2, 2), 2, (1, 0, 0), 1, (2, 1, 1)),
+        cases.case("images_in_chunks", 13, 8, 8, 1, (400, 420), (2, 1)),
+        cases.case("bands_2d", 1, 8, 8, 1, (1200, 900), (3, 1), (2, 1), (1, 0)),
+        cases.case("bands_3d", 1, 8, 8, 1, (60, 60, 64), (3, 2, 2), 2, (1, 0, 0), 1, (2, 1, 1)),
     ],
     ids=case_id,
 )

@@ -93,8 +93,10 @@ Shape ShapeOf(const Problem& p) {
   }
   s.segment = CeilDiv(s.isize[0], s.cuts);
   s.from = p.channels_last ? DenseGradFrom::kRuns : DenseGradFrom::kRows;
-  // Copies need whole images as streams, aligned pixels, and steps of up to eight elements.
-  if (p.channels_last && s.cuts == 1 && p.ci * s.element % 16 == 0 && p.co * s.element % 16 == 0 &&
+  // Copies need whole images as streams, aligned pixels and groups, and steps of up to eight
+  // elements.
+  const auto aligned = [&](int64_t channels) { return channels * s.element % 16 == 0; };
+  if (p.channels_last && s.cuts == 1 && aligned(p.cig()) && aligned(p.cog()) &&
       *std::max_element(s.stride.begin(), s.stride.end()) <= 8) {
     s.from = DenseGradFrom::kCopies;
   }

@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <numeric>
 #include <string>
 
 #include "cuda/dense.h"
@@ -35,7 +36,8 @@ struct RepackPlan {
   std::string refusal;
   Problem chunk;       // the same for all chunks
   Tensor from, other;  // a source; and the result, or the other source of a weight gradient
-  int64_t images, image_chunks, bands;
+  int64_t images, bands, chunk_bands;  // of a chunk; of an image; of that in a chunk
+  int64_t chunks;
   int64_t parts_offset, inner_offset, workspace;
   double seconds;
   DensePlan dense;
@@ -86,10 +88,14 @@ void CutRows(const Problem& p, int axis, int64_t rows, RepackPlan& plan) {
   }
 }
 
-int64_t ImageBytes(const RepackPlan& plan) {
-  return plan.from.PixelBytes(plan.from.chunk_rows * plan.from.row) +
-         plan.other.PixelBytes(plan.other.chunk_rows * plan.other.row);
+// Of a chunk.
+int64_t PixelBytes(const RepackPlan& plan) {
+  const auto bytes = [](const Tensor& t) { return t.PixelBytes(t.chunk_rows * t.row); };
+  return plan.images * plan.chunk_bands * (bytes(plan.from) + bytes(plan.other));
 }
+
+// The images that have a value in 16 bytes of "dense", weight gradient: then it takes bulk copies.
+int64_t Streams(const Problem& p) { return 16 / SizeOf(p.in_dtype); }
 
 // Cuts the problem into chunks; false where no band is small enough.
 bool Cut(const Problem& p, RepackPlan& plan) {
@@ -103,26 +109,29 @@ bool Cut(const Problem& p, RepackPlan& plan) {
   if (p.pass == Pass::kInputGrad) plan.other.dtype = p.out_dtype;
   plan.chunk = p;
   plan.chunk.channels_last = true;
-  plan.bands = 1;
-  const int64_t together = kMostPixels / ImageBytes(plan);
-  if (together > 0) {
-    plan.image_chunks = CeilDiv(p.n, together);
-    plan.images = CeilDiv(p.n, plan.image_chunks);
+  plan.images = plan.bands = plan.chunk_bands = 1;
+  if (p.pass == Pass::kWeightGrad) {
+    plan.images = std::min(p.n, Streams(p));
+    plan.chunk_bands = Streams(p) / std::gcd(plan.images, Streams(p));
+  }
+  if (const int64_t times = kMostPixels / PixelBytes(plan); plan.chunk_bands == 1 && times > 0) {
+    const int64_t chunks = CeilDiv(p.n, times * plan.images);
+    plan.images *= CeilDiv(CeilDiv(p.n, plan.images), chunks);
   } else {
-    plan.images = 1;
-    plan.image_chunks = p.n;
     const int64_t unit = forward ? p.stride[axis] : 1;
-    int64_t rows = RoundUp(plan.other.rows, unit);
-    for (CutRows(p, axis, rows, plan); ImageBytes(plan) > kMostPixels;) {
+    int64_t rows = RoundUp(CeilDiv(plan.other.rows, plan.chunk_bands), unit);
+    for (CutRows(p, axis, rows, plan); PixelBytes(plan) > kMostPixels;) {
       // Bytes are linear in rows, so this ends after a few turns.
-      rows = std::min(rows - unit, rows * kMostPixels / ImageBytes(plan) / unit * unit);
+      rows = std::min(rows - unit, rows * kMostPixels / PixelBytes(plan) / unit * unit);
       if (rows < unit) return false;
       CutRows(p, axis, rows, plan);
     }
-    rows = RoundUp(CeilDiv(plan.other.rows, plan.bands), unit);  // of equal bands
-    CutRows(p, axis, rows, plan);
+    // Bands of equal size. Those of the last chunk that are not there are zeros.
+    const int64_t bands = RoundUp(plan.bands, plan.chunk_bands);
+    CutRows(p, axis, RoundUp(CeilDiv(plan.other.rows, bands), unit), plan);
   }
-  plan.chunk.n = plan.images;
+  plan.chunk.n = plan.images * plan.chunk_bands;
+  plan.chunks = CeilDiv(p.n, plan.images) * CeilDiv(plan.bands, plan.chunk_bands);
   return true;
 }
 
@@ -133,16 +142,17 @@ RepackPlan MakePlan(const Problem& p, const Device& device) {
     plan.refusal = std::move(why);
     return plan;
   };
-  if (p.channels_last) return refused("is for channels first");
+  if (p.channels_last && (p.pass != Pass::kWeightGrad || p.n % Streams(p) == 0)) {
+    return refused("is for channels first, and for weight gradients of few images");
+  }
   if (p.Empty()) return refused("has nothing to read or write");
   for (const auto& [channels, bytes] :
        {std::pair{p.ci, SizeOf(p.in_dtype)}, std::pair{p.co, SizeOf(p.in_dtype)}}) {
     if (channels * bytes % 16 != 0) return refused("needs pixels of a multiple of 16 bytes");
   }
   if (!Cut(p, plan)) return refused("finds a row of the image too large for a chunk");
-  const int64_t chunks = plan.image_chunks * plan.bands;
   const auto bytes = [&](const Tensor& t) {
-    return RoundUp(t.PixelBytes(plan.images * t.chunk_rows * t.row), 1024);
+    return RoundUp(t.PixelBytes(plan.chunk.n * t.chunk_rows * t.row), 1024);
   };
   plan.other.offset = bytes(plan.from);
   plan.parts_offset = plan.other.offset + bytes(plan.other);
@@ -151,23 +161,23 @@ RepackPlan MakePlan(const Problem& p, const Device& device) {
   if (p.pass == Pass::kWeightGrad) {
     plan.grad = &PlanDenseGrad(plan.chunk, device);
     if (!plan.grad->refusal.empty()) return refused(plan.grad->refusal);
-    const int64_t parts = chunks * plan.grad->args.parts;
+    const int64_t parts = plan.chunks * plan.grad->args.parts;
     if (parts > 1) {
       const int64_t all = 4 * parts * p.WElements();
       if (all > kMostParts) return refused("has no room for the weight gradients of its chunks");
       plan.inner_offset += RoundUp(all, 1024);
     }
     plan.workspace = plan.inner_offset + plan.grad->workspace;
-    inner = static_cast<double>(chunks) * plan.grad->seconds;
+    inner = static_cast<double>(plan.chunks) * plan.grad->seconds;
   } else {
     plan.dense = PlanDense(plan.chunk, device);
     if (!plan.dense.refusal.empty()) return refused(plan.dense.refusal);
     plan.workspace = plan.inner_offset + plan.dense.Workspace();
-    inner = static_cast<double>(chunks) * (plan.dense.seconds - plan.dense.pack_seconds) +
+    inner = static_cast<double>(plan.chunks) * (plan.dense.seconds - plan.dense.pack_seconds) +
             plan.dense.pack_seconds;
   }
-  const auto copied = static_cast<double>(plan.images * ImageBytes(plan));
-  plan.seconds = inner + static_cast<double>(chunks) * (2 * kLaunch + copied / kCopyBandwidth);
+  const auto copied = static_cast<double>(PixelBytes(plan));
+  plan.seconds = inner + static_cast<double>(plan.chunks) * (2 * kLaunch + copied / kCopyBandwidth);
   return plan;
 }
 
@@ -181,10 +191,13 @@ RepackCopy CopyOf(const Problem& p, const RepackPlan& plan, const Tensor& t, int
   c.channels = t.channels;
   c.plane = t.plane;
   c.first = (t.first + band * t.step) * t.row;
+  c.step = t.step * t.row;
   c.count = t.chunk_rows * t.row;
   c.images = static_cast<int>(plan.images);
+  c.bands = static_cast<int>(plan.chunk_bands);
   c.valid_images = static_cast<int>(std::min(plan.images, p.n - image));
   c.element = static_cast<int>(SizeOf(t.dtype));
+  c.last = p.channels_last;
   return c;
 }
 
@@ -209,13 +222,13 @@ cudaError_t LaunchRepack(const Problem& p, const Operands& ops, const Device& d,
   DenseGradLaunch dense_grad;
   cudaError_t status = grad ? PrepareDenseGrad(plan.chunk, chunk, *plan.grad, dense_grad)
                             : PrepareDense(plan.chunk, chunk, plan.dense, dense);
-  const int64_t parts = grad ? plan.grad->args.parts * plan.image_chunks * plan.bands : 0;
+  const int64_t parts = grad ? plan.grad->args.parts * plan.chunks : 0;
   float* part = reinterpret_cast<float*>(workspace + plan.parts_offset);
   if (parts > 1) dense_grad.args.out_dtype = static_cast<int32_t>(DType::kF32);
 
   bool first = true;
   for (int64_t image = 0; image < p.n; image += plan.images) {
-    for (int64_t band = 0; band < plan.bands && status == cudaSuccess; ++band) {
+    for (int64_t band = 0; band < plan.bands && status == cudaSuccess; band += plan.chunk_bands) {
       const auto of_image = [&](const Tensor& t, const void* data) {
         return const_cast<char*>(static_cast<const char*>(data)) + t.PixelBytes(image * t.plane);
       };

@@ -4,11 +4,12 @@ namespace jaxconv::cuda {
 namespace {
 
 constexpr int kWarps = 4;
+constexpr int kCopyThreads = 256, kCopyUnits = 4;
 
 // What a thread needs of a RepackCopy.
 struct Tiles {
-  int64_t channels, plane, first, count;
-  int valid_images;
+  int64_t channels, plane, first, step, count;
+  int bands, valid_images;
   int pixel_units;  // of 16 bytes in a pixel
 };
 
@@ -39,13 +40,13 @@ struct Tile {
 // Neighbouring warps have neighbouring pixels, and share sectors and pages of the planes.
 template <class E, int kUnits>
 __device__ inline Tile TileOf(const Tiles& t, int warp) {
-  const int group = blockIdx.y, image = blockIdx.z;
+  const int group = blockIdx.y, image = blockIdx.z / t.bands, band = blockIdx.z % t.bands;
   const int64_t pixel = (blockIdx.x * int64_t{kWarps} + warp) * 32;
   const int64_t channel = group * int64_t{kUnits * Unit<E>::kElements};
   Tile mine;
-  mine.place = t.first + pixel;
+  mine.place = t.first + band * t.step + pixel;
   mine.planes = (image * t.channels + channel) * t.plane + mine.place;
-  mine.pixels = (image * t.count + pixel) * t.pixel_units + group * kUnits;
+  mine.pixels = (blockIdx.z * t.count + pixel) * t.pixel_units + group * kUnits;
   mine.count = static_cast<int>(min(t.count - pixel, int64_t{32}));
   mine.units = min(t.pixel_units - group * kUnits, kUnits);
   mine.valid = image < t.valid_images;
@@ -123,21 +124,50 @@ __global__ void __launch_bounds__(32 * kWarps)
   }
 }
 
-// Calls body(E{}, units of a tile, tiles, grid) with as many units as a pixel can fill.
-template <class Body>
-cudaError_t WithTiles(const RepackCopy& c, Body body) {
+// Channels last: pixels stay pixels.
+__global__ void __launch_bounds__(kCopyThreads)
+    MovePixels(const __grid_constant__ Tiles t, const uint4* __restrict__ from,
+               uint4* __restrict__ to) {
+  const int image = blockIdx.z / t.bands, band = blockIdx.z % t.bands;
+  const int64_t size = t.count * t.pixel_units, plane = t.plane * t.pixel_units;
+  const int64_t start = (t.first + band * t.step) * t.pixel_units;
+  uint4 v[kCopyUnits];
+#pragma unroll
+  for (int i = 0; i < kCopyUnits; ++i) {
+    const int64_t e = (blockIdx.x * int64_t{kCopyUnits} + i) * kCopyThreads + threadIdx.x;
+    const int64_t at = start + e;
+    const bool there = image < t.valid_images && e < size && at >= 0 && at < plane;
+    v[i] = there ? __ldcs(from + image * plane + at) : uint4{};
+  }
+#pragma unroll
+  for (int i = 0; i < kCopyUnits; ++i) {
+    const int64_t e = (blockIdx.x * int64_t{kCopyUnits} + i) * kCopyThreads + threadIdx.x;
+    if (e < size) to[blockIdx.z * size + e] = v[i];
+  }
+}
+
+Tiles TilesOf(const RepackCopy& c) {
   Tiles t{};
   t.channels = c.channels;
   t.plane = c.plane;
   t.first = c.first;
+  t.step = c.step;
   t.count = c.count;
+  t.bands = c.bands;
   t.valid_images = c.valid_images;
   t.pixel_units = static_cast<int>(c.channels * c.element / 16);
+  return t;
+}
+
+// Calls body(E{}, units of a tile, tiles, grid) with as many units as a pixel can fill.
+template <class Body>
+cudaError_t WithTiles(const RepackCopy& c, Body body) {
+  const Tiles t = TilesOf(c);
   const int units = t.pixel_units > 4 ? 8 : t.pixel_units > 2 ? 4 : 2;
   constexpr int kPixels = 32 * kWarps;
   const dim3 grid(static_cast<unsigned>((c.count + kPixels - 1) / kPixels),
                   static_cast<unsigned>((t.pixel_units + units - 1) / units),
-                  static_cast<unsigned>(c.images));
+                  static_cast<unsigned>(c.images * c.bands));
   const auto run = [&](auto e) {
     switch (units) {
       case 8:
@@ -156,21 +186,30 @@ cudaError_t WithTiles(const RepackCopy& c, Body body) {
 
 }  // namespace
 
-cudaError_t CopyToPixels(const RepackCopy& c, const void* planes, void* pixels,
+cudaError_t CopyToPixels(const RepackCopy& c, const void* tensor, void* pixels,
                          cudaStream_t stream) {
+  if (c.last) {
+    const Tiles t = TilesOf(c);
+    constexpr int kUnits = kCopyThreads * kCopyUnits;
+    const dim3 grid(static_cast<unsigned>((t.count * t.pixel_units + kUnits - 1) / kUnits), 1,
+                    static_cast<unsigned>(c.images * c.bands));
+    MovePixels<<<grid, kCopyThreads, 0, stream>>>(t, static_cast<const uint4*>(tensor),
+                                                  static_cast<uint4*>(pixels));
+    return cudaGetLastError();
+  }
   return WithTiles(c, [&](auto e, auto units, const Tiles& t, dim3 grid) {
     using E = decltype(e);
     ToPixels<E, decltype(units)::value><<<grid, 32 * kWarps, 0, stream>>>(
-        t, static_cast<const E*>(planes), static_cast<uint4*>(pixels));
+        t, static_cast<const E*>(tensor), static_cast<uint4*>(pixels));
   });
 }
 
-cudaError_t CopyFromPixels(const RepackCopy& c, const void* pixels, void* planes,
+cudaError_t CopyFromPixels(const RepackCopy& c, const void* pixels, void* tensor,
                            cudaStream_t stream) {
   return WithTiles(c, [&](auto e, auto units, const Tiles& t, dim3 grid) {
     using E = decltype(e);
     FromPixels<E, decltype(units)::value><<<grid, 32 * kWarps, 0, stream>>>(
-        t, static_cast<const uint4*>(pixels), static_cast<E*>(planes));
+        t, static_cast<const uint4*>(pixels), static_cast<E*>(tensor));
   });
 }
 

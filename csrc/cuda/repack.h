@@ -1,7 +1,7 @@
-// "repack": channels first by way of the kernels for channels last. A chunk of the problem (some
-// images, or a band of rows of one) is copied to the workspace as pixels, computed there, and the
-// result is copied back. Chunks are so small that the copies stay in the L2 cache: device memory
-// sees each tensor once, as it would without them.
+// "repack": channels first by way of "dense" for channels last. A chunk of the problem (some
+// images, or a band of rows of them) is copied to the workspace as pixels and computed there, and
+// the result is copied back. A weight gradient of few images, in either layout, takes bands of rows
+// for images: "dense" wants as many as 16 bytes have values.
 #ifndef JAXCONV_CUDA_REPACK_H_
 #define JAXCONV_CUDA_REPACK_H_
 
@@ -16,20 +16,23 @@ namespace jaxconv::cuda {
 
 void AddRepack(std::vector<Row>& rows);
 
-// One tensor of a chunk: `count` pixels of each of `images` images, from pixel `first` on.
-// Pixels outside of the tensor are zeros as a source, and are dropped as a result.
+// One tensor of a chunk: of each of `images` images `bands` bands of `count` pixels, the b-th from
+// pixel first + b * step on. Pixels outside of the tensor are zeros as a source, and are dropped as
+// a result.
 struct RepackCopy {
   int64_t channels, plane;  // of the tensor: pixels of a channel
-  int64_t first, count;
-  int images;        // of the chunk
-  int valid_images;  // that the tensor has
-  int element;       // bytes
+  int64_t first, step, count;
+  int images, bands;  // of the chunk
+  int valid_images;   // that the tensor has
+  int element;        // bytes
+  bool last;          // the tensor's channels are last
 };
 
-// planes: [images][channels][plane] at the chunk's first image; pixels: [images][count][channels],
-// where a pixel is a multiple of 16 bytes.
-cudaError_t CopyToPixels(const RepackCopy&, const void* planes, void* pixels, cudaStream_t);
-cudaError_t CopyFromPixels(const RepackCopy&, const void* pixels, void* planes, cudaStream_t);
+// The tensor at the chunk's first image: [images][channels][plane], or [images][plane][channels];
+// pixels: [images][bands][count][channels], where a pixel is a multiple of 16 bytes.
+cudaError_t CopyToPixels(const RepackCopy&, const void* tensor, void* pixels, cudaStream_t);
+// To channels first.
+cudaError_t CopyFromPixels(const RepackCopy&, const void* pixels, void* tensor, cudaStream_t);
 
 }  // namespace jaxconv::cuda
 
