@@ -245,6 +245,12 @@ struct PixelTile {
     }
   }
 
+  // Asks for a pixel's channels, but into the second-level cache: all that a block hears for the
+  // first time, 512 lines of 64 channels with 4 x 4 x 4 taps, would fill the first-level one.
+  void AskToRead(const T* pixel) const {
+    for (int64_t k = near; k < near_end; k += kLine<T>) __builtin_prefetch(pixel + k, 0, 2);
+  }
+
   // Lists what a block hears; blocks come in order. The processor does not foresee where rows of
   // the source begin: rows and columns from `newest` on are heard for the first time, and their
   // channels are asked for now, as far as they are few.
@@ -262,6 +268,10 @@ struct PixelTile {
         const T* rows[kPositions];
         bool any = false;
         for (int i = 0; i < kPositions; ++i) {
+          if (in_row && i > 0) {
+            rows[i] = rows[0];
+            continue;
+          }
           const int64_t i0 = q[i][0] + taps[0][t0].e, i1 = q[i][1] + taps[1][t1].e;
           const bool in = i0 >= 0 && i0 < p.src_size[0] && i1 >= 0 && i1 < p.src_size[1];
           rows[i] = in ? src + i0 * p.src_s[0] + i1 * p.src_s[1] : nullptr;
@@ -282,9 +292,7 @@ struct PixelTile {
             h.from[1] = nullptr;
             ++entries;
             if (!ask || e < newest[2]) continue;
-            for (int i = 0; i < kPositions; ++i, from += pitch) {
-              for (int64_t k = near; k < near_end; k += kLine<T>) __builtin_prefetch(from + k);
-            }
+            for (int i = 0; i < kPositions; ++i, from += pitch) AskToRead(from);
             continue;
           }
           bool some = false;
@@ -297,9 +305,7 @@ struct PixelTile {
           if (!some) continue;
           ++entries;
           if (!ask || e < newest[2]) continue;
-          for (int i = 0; i < kPositions; ++i) {
-            for (int64_t k = near; k < near_end; k += kLine<T>) __builtin_prefetch(h.from[i] + k);
-          }
+          for (int i = 0; i < kPositions; ++i) AskToRead(h.from[i]);
         }
       }
     }
