@@ -241,14 +241,14 @@ struct PixelTile {
   // Asks for the channels that a block writes, which takes as long as to read them.
   void AskToWrite(int64_t block, const T* dst, int64_t m0, int64_t m1) const {
     for (int64_t i = block * kPositions; i < Min((block + 1) * kPositions, positions); ++i) {
-      for (int64_t m = m0; m < m1; m += kLine<T>) __builtin_prefetch(dst + to[i] + m, 1);
+      for (int64_t m = m0; m < m1; m += kLine<T>) AskFor(dst + to[i] + m);
     }
   }
 
-  // Asks for a pixel's channels, but into the second-level cache: all that a block hears for the
-  // first time, 512 lines of 64 channels with 4 x 4 x 4 taps, would fill the first-level one.
+  // Asks for a pixel's channels. What a block hears for the first time is up to 512 lines with 64
+  // channels and 4 x 4 x 4 taps, as many as the first-level cache has.
   void AskToRead(const T* pixel) const {
-    for (int64_t k = near; k < near_end; k += kLine<T>) __builtin_prefetch(pixel + k, 0, 2);
+    for (int64_t k = near; k < near_end; k += kLine<T>) AskFor(pixel + k);
   }
 
   // Lists what a block hears; blocks come in order. The processor does not foresee where rows of
