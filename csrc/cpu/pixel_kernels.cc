@@ -542,19 +542,22 @@ struct Operand {
   int64_t c, s[3], size[3];
 };
 
-// Channels last, whole pixels of a row: elements [begin, end) of `count`, zeros around them.
+// Channels last, whole pixels of a row: elements [begin, end) of `count`, zeros around them. The
+// row that comes next, `ahead` elements on, is asked for.
 template <class T>
-void CopyRow(const T* from, int64_t begin, int64_t end, int64_t count, T* to) {
+void CopyRow(const T* from, int64_t begin, int64_t end, int64_t count, T* to, int64_t ahead) {
   constexpr int lanes = kLanes<T>;
   for (int64_t i = 0; i < count; i += lanes) {
     const uint32_t mask = MaskOf<T>(begin - i, end - i);
+    AskFor(from + i + ahead);
     const Vec<T> v =
         i >= begin && i + lanes <= end ? Load<T>(from + i) : LoadMasked<T>(from + i, mask);
     StoreSome<T>(to + i, v, count - i);
   }
 }
 
-// Copies a box of pixels, channels last, zeros where the operand has no element.
+// Copies a box of pixels, channels last, zeros where the operand has no element. The row that comes
+// next is asked for.
 template <class T>
 void PackBox(const Operand& at, const T* from, const Panel& panel, T* to) {
   constexpr int lanes = kLanes<T>;
@@ -573,8 +576,9 @@ void PackBox(const Operand& at, const T* from, const Panel& panel, T* to) {
         continue;
       }
       const T* src = from + o0 * at.s[0] + o1 * at.s[1] + o2 * at.s[2];
+      const int64_t ahead = panel.step[1] * at.s[1];
       if (panel.phases == 1 && pitch == panel.channels && at.s[2] == pitch) {
-        CopyRow<T>(src, begin * pitch, end * pitch, columns * pitch, row);
+        CopyRow<T>(src, begin * pitch, end * pitch, columns * pitch, row, ahead);
         continue;
       }
       for (int64_t k = 0; k < panel.channels; k += lanes) {
@@ -586,6 +590,7 @@ void PackBox(const Operand& at, const T* from, const Panel& panel, T* to) {
         };
         if (at.c == 1) {
           for (int64_t c = 0; c < columns; ++c) {
+            AskFor(src + c * at.s[2] + k + ahead);
             store(c < begin || c >= end ? Vec<T>{} : LoadSome<T>(src + c * at.s[2] + k, some));
           }
           continue;
@@ -593,6 +598,10 @@ void PackBox(const Operand& at, const T* from, const Panel& panel, T* to) {
         for (int64_t c = 0; c < columns; c += lanes) {
           Vec<T> v[lanes];
           const T* square = src + k * at.c + c;
+          // Rows of channels; where there is one alone, the processor foresees what comes.
+          for (int64_t l = 0; l < (panel.count[1] > 1 ? some : 0); ++l) {
+            AskFor(square + l * at.c + ahead);
+          }
           if (some == lanes && c >= begin && c + lanes <= end) {
 #pragma GCC unroll 16
             for (int l = 0; l < lanes; ++l) v[l] = Load<T>(square + l * at.c);
