@@ -313,7 +313,7 @@ void PackPanel(const PhasePlan& p, const void* src, int64_t n, int64_t group, in
   const Source source{p.src, p.src_size, p.src_step, p.src_origin, p.n * p.src.n};
   WithElement<T>(p.in_type, [&](auto element) {
     using E = decltype(element);
-    PackPlanes<T>(source, p.channels_last != 0, static_cast<const E*>(src), n, group * p.k + k0,
+    PackPlanes<T>(source, p.src_last != 0, static_cast<const E*>(src), n, group * p.k + k0,
                   channels, p.slots, s0, s1, begin, count, p.box, p.tail, panel, p.plane);
   });
 }
@@ -594,7 +594,7 @@ void StoreSums(const PhasePlan& p, const Tile& tile, int64_t n, int64_t channel,
            ((tile.begin[1] + b) * p.dst_step[1] + r1) * at.s[1] + o2 * at.s[2];
   };
   const auto position = [&](int64_t a, int64_t b) { return (a * p.box[1] + b) * p.box[2]; };
-  if (p.channels_last != 0) {
+  if (p.dst_last != 0) {
     for (int64_t a = 0; a < v0.end; ++a) {
       for (int64_t b = 0; b < v1.end; ++b) {
         for (int64_t r2 = 0; r2 < Min(step, count); ++r2) {
@@ -842,7 +842,7 @@ void WeightGrad(const PhasePlan& p, const PhaseOperands& ops, int64_t task, void
     // x lies in the same boxes as y, with zeros where a box is not of the tile.
     WithElement<T>(p.in_type, [&](auto element) {
       using E = decltype(element);
-      PackPlanes<T>(x_source, p.channels_last != 0, static_cast<const E*>(ops.dst), n, group * p.m,
+      PackPlanes<T>(x_source, p.dst_last != 0, static_cast<const E*>(ops.dst), n, group * p.m,
                     groups * p.m, &whole, 0, 1, tile.begin, tile.size, p.box, 1, rows, p.row);
     });
     for (int64_t k0 = k_begin; k0 < k_end; k0 += p.k_chunk) {

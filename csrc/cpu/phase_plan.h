@@ -66,7 +66,7 @@ struct Distances {
 // shared between them could be linked in the variant that the machine does not have.
 struct PhasePlan {
   DType in_type, out_type;
-  int64_t channels_last;
+  int64_t channels_last, src_last, dst_last;  // an operand of one channel is both first and last
   int64_t n, groups, k, m;
   Distances src, dst;
   int64_t src_size[3], dst_size[3];

@@ -122,8 +122,6 @@ double Cycles(const Plan& plan, const PhaseKernels& kernels, Pass pass, int64_t 
   if (panel > kPanelBytes && pass == Pass::kForward) {
     pack *= real(p.dst_step[0] * p.dst_step[1]);
   }
-  // A row read for some of its phases is read again for the others.
-  if (panel / p.nslots * plan.row_slots > kPanelBytes) pack *= 2;
   const int64_t tasks = p.n * plan.GroupChunks() * plan.Tiles();
   if (pass != Pass::kWeightGrad) pack *= real(std::min(CeilDiv(kTasks, tasks), p.nblocks));
   cycles += pack;
@@ -264,11 +262,13 @@ Plan PlanOf(const Problem& problem, const PhaseKernels& kernels, bool with_taps)
   const int64_t lanes = kernels.vector_bytes / size;
   p.in_type = problem.in_dtype;
   p.out_type = problem.out_dtype;
-  p.channels_last = problem.channels_last;
   p.n = problem.n;
   p.groups = problem.groups;
   p.k = forward ? problem.cig() : problem.cog();
   p.m = forward ? problem.cog() : problem.cig();
+  p.channels_last = problem.channels_last;
+  p.src_last = problem.channels_last && p.groups * p.k > 1 ? 1 : 0;
+  p.dst_last = problem.channels_last && p.groups * p.m > 1 ? 1 : 0;
   p.src = DistancesOf(forward ? problem.XStrides() : problem.YStrides());
   p.dst = DistancesOf(forward ? problem.YStrides() : problem.XStrides());
   p.ntaps = taps;
@@ -333,7 +333,14 @@ Plan PlanOf(const Problem& problem, const PhaseKernels& kernels, bool with_taps)
   p.k_chunk = CeilDiv(std::max<int64_t>(p.k, 1), sums_w ? p.splits : 1);
   if (panel_bytes(p.slot_chunk, p.k_chunk) > kPanelBytes) {
     p.slot_chunk = std::max<int64_t>(kPanelBytes / panel_bytes(1, p.k_chunk), 1);
-    if (p.slot_chunk > plan.row_slots) p.slot_chunk -= p.slot_chunk % plan.row_slots;
+    if (p.slot_chunk >= plan.row_slots) {
+      p.slot_chunk -= p.slot_chunk % plan.row_slots;
+    } else if (p.group_chunk == 1) {
+      // Fewer channels, so that a row is read once, for all of its phases.
+      const int64_t most = std::max<int64_t>(kPanelBytes / panel_bytes(plan.row_slots, 1), 1);
+      p.slot_chunk = plan.row_slots;
+      p.k_chunk = CeilDiv(p.k_chunk, CeilDiv(p.k_chunk, most));
+    }
     if (panel_bytes(1, p.k_chunk) > kPanelBytes) {
       p.group_chunk = 1;
       p.k_chunk = std::clamp<int64_t>(kPanelBytes / panel_bytes(1, 1), 1, p.k_chunk);

@@ -407,10 +407,9 @@ double Seconds(const Problem& p, const Device& device) {
     if (q.depthwise != 0) {
       cycles = inputs * (vectors * 0.8 + 1.5) + dst * vectors * 3;
     } else {
-      const double product = q.mr > static_cast<int64_t>(lanes) ? 0.6 : 1.1;
+      const double product = q.mr > static_cast<int64_t>(lanes) ? 0.6 : 0.85;
       cycles = inputs * (vectors * (real(q.k) * product + 1) + 4);
-      // Forward, neighbours in a row are of several phases and leave one by one.
-      cycles += dst * vectors * (p.pass == Pass::kForward ? 6 : 4);
+      cycles += dst * vectors * 4;
     }
   }
   cycles += real(p.XElements() + p.YElements()) * real(SumSize(p)) / 8;
