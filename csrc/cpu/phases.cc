@@ -122,8 +122,9 @@ double Cycles(const Plan& plan, const PhaseKernels& kernels, Pass pass, int64_t 
   if (panel > kPanelBytes && pass == Pass::kForward) {
     pack *= real(p.dst_step[0] * p.dst_step[1]);
   }
-  // Where not even the phases of a row fit, the channels are read in pieces: slower, as measured.
-  if (panel / p.nslots * plan.row_slots > kPanelBytes) pack *= 2;
+  // Where not even the phases of a row fit, the channels are read in pieces, which was measured to
+  // be slower but in the input gradient.
+  if (pass != Pass::kInputGrad && panel / p.nslots * plan.row_slots > kPanelBytes) pack *= 2;
   const int64_t tasks = p.n * plan.GroupChunks() * plan.Tiles();
   if (pass != Pass::kWeightGrad) pack *= real(std::min(CeilDiv(kTasks, tasks), p.nblocks));
   cycles += pack;
