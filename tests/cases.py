@@ -164,6 +164,7 @@ CASES = [
     case("stride_only_along_rows", 2, 8, 8, 1, (3, 5, 33), (1, 1, 4), (1, 1, 2), (0, 0, 1)),
     case("big_kernel", 1, 8, 8, 1, (4, 6, 10), (3, 5, 7), 1, 0),
     case("big_stride_big_kernel", 1, 8, 4, 1, (8, 8), 32, 16),
+    case("big_stride_many_channels", 1, 8, 256, 1, (30,), 16, 16),
 ]
 # fmt: on
 

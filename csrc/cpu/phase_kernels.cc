@@ -61,40 +61,53 @@ JAXCONV_INLINE Vec<T> LoadOfRow(const E* from, uint32_t mask) {
   return inside ? Masked<T>(Load<T>(from), mask) : LoadMasked<T>(from, mask);
 }
 
-// to[slot][c] for `slots` consecutive phases from r2 on, of a step that is a power of two. Whole
-// vectors are written, so what comes after the row must be written later. The same row of the next
-// channel, `ahead` elements on, is asked for: it lies on another page, which the processor does not
-// foresee.
+// Rows of a plane: the distance between them in the operand, and in the panel, which they fill.
+struct Rows {
+  int64_t count, pitch, width;
+};
+
+// to[slot][row][c] for `slots` consecutive phases from r2 on, of a step that is a power of two.
+// Whole vectors are written, so what comes after a row must be written later. The same row of the
+// next channel, `ahead` elements on, is asked for: it lies on another page, which the processor
+// does not foresee.
 template <class T, int step, bool inside, class E>
-__attribute__((noinline)) void PackRow(const E* from, int64_t count, const uint32_t* masks,
-                                       int64_t r2, int64_t slots, T* to, int64_t slot_size,
-                                       int64_t ahead) {
+__attribute__((noinline)) void PackRows(const E* from, const Rows& rows, int64_t count,
+                                        const uint32_t* masks, int64_t r2, int64_t slots, T* to,
+                                        int64_t slot_size, int64_t ahead) {
   constexpr int lanes = kLanes<T>;
-  for (int64_t c = 0; c < count; c += lanes) {
+  for (int64_t b = 0; b < rows.count; ++b, from += rows.pitch, to += rows.width) {
+    const uint32_t* mask = masks;
+    int64_t c = 0;
+    for (; c < count; c += lanes) {
 #pragma GCC unroll 16
-    for (int i = 0; i < step; ++i) __builtin_prefetch(from + c * step + i * lanes + ahead);
-    Vec<T> in[step], out[step];
+      for (int i = 0; i < step; ++i) AskFor(from + c * step + i * lanes + ahead);
+      Vec<T> in[step], out[step];
 #pragma GCC unroll 16
-    for (int i = 0; i < step; ++i) {
-      in[i] = LoadOfRow<T, inside>(from + c * step + i * lanes, *masks++);
+      for (int i = 0; i < step; ++i) {
+        in[i] = LoadOfRow<T, inside>(from + c * step + i * lanes, *mask++);
+      }
+      Deinterleave<T, step>(in, out);
+#pragma GCC unroll 16
+      for (int r = 0; r < step; ++r) {
+        if (r >= r2 && r - r2 < slots) Store<T>(to + (r - r2) * slot_size + c, out[r]);
+      }
     }
-    Deinterleave<T, step>(in, out);
-#pragma GCC unroll 16
-    for (int r = 0; r < step; ++r) {
-      if (r >= r2 && r - r2 < slots) Store<T>(to + (r - r2) * slot_size + c, out[r]);
+    for (; c < rows.width; c += lanes) {
+      for (int64_t i = 0; i < slots; ++i) Store<T>(to + i * slot_size + c, Vec<T>{});
     }
   }
 }
 
-// The same for any step and `slots` consecutive phases from r2 on: phases are to a row what
-// channels are to pixels, and squares of positions x phases are transposed.
+// The same for any step and `slots` consecutive phases from r2 on, of one row: phases are to a row
+// what channels are to pixels, and squares of positions x phases are transposed.
 template <class T, bool inside, class E>
 __attribute__((noinline)) void PackRowN(const Row& row, const E* from, int64_t r2, int64_t slots,
-                                        T* to, int64_t slot_size) {
+                                        T* to, int64_t slot_size, int64_t width) {
   constexpr int lanes = kLanes<T>;
   for (int64_t s = 0; s < slots; s += lanes) {
     const int64_t some = Min(lanes, slots - s);
-    for (int64_t c = 0; c < row.count; c += lanes) {
+    int64_t c = 0;
+    for (; c < row.count; c += lanes) {
       Vec<T> v[lanes];
       for (int64_t l = 0; l < lanes; ++l) {
         const int64_t e = row.first + (c + l) * row.step + r2 + s;
@@ -103,6 +116,9 @@ __attribute__((noinline)) void PackRowN(const Row& row, const E* from, int64_t r
       }
       Transpose<T>(v);
       for (int64_t l = 0; l < some; ++l) Store<T>(to + (s + l) * slot_size + c, v[l]);
+    }
+    for (; c < width; c += lanes) {
+      for (int64_t l = 0; l < some; ++l) Store<T>(to + (s + l) * slot_size + c, Vec<T>{});
     }
   }
 }
@@ -126,7 +142,7 @@ __attribute__((noinline)) void PackPixels(const Row& row, const E* from, int64_t
           const E* at = from + e * pixel + k;
           v[l] = Vec<T>{};
           if (!decltype(is_inside)::value && (e < 0 || e >= row.size)) continue;
-          __builtin_prefetch(at + ahead);
+          AskFor(at + ahead);
           v[l] = Load<T>(at);
         }
       };
@@ -155,6 +171,7 @@ struct Source {
   const Distances& at;
   const int64_t* size;
   const int64_t* step;
+  const int64_t* origin;
   int64_t elements;
 };
 
@@ -169,8 +186,11 @@ void PackPlanes(const Source& source, bool channels_last, const E* from, int64_t
   const Distances& at = source.at;
   const int64_t slot_size = channels * plane;
   const E* base = from + n * at.n + channel * at.c;
-  const int64_t first = begin[2] * source.step[2], step = source.step[2];
-  const Row row{first, step, Min(source.size[2], first + count[2] * step), count[2]};
+  const int64_t step = source.step[2], first = begin[2] * step - source.origin[2];
+  // Columns that the next row begins with are its own, and past the operand there are zeros.
+  const int64_t columns =
+      Max(Min(Min(count[2], box[2]), (source.size[2] - first + step - 1) / step), 0);
+  const Row row{first, step, Min(source.size[2], first + columns * step), columns};
   // What is read of a row in whole vectors, or squares of them.
   const int64_t read = (row.count + lanes - 1) / lanes * lanes * step + lanes;
   uint32_t masks[kMaxMasks];
@@ -178,69 +198,94 @@ void PackPlanes(const Source& source, bool channels_last, const E* from, int64_t
   // Channels first, one channel after the other; channels last, all channels of a pixel at once.
   const int64_t outer = channels_last ? 1 : channels, inner = channels_last ? channels : 1;
 
-  const auto pack_row = [&](int64_t k, int64_t a, int64_t b, int64_t s, int64_t s_end) {
-    const int64_t* phase = slots[s].phase;
-    const int64_t e0 = (begin[0] + a) * source.step[0] + phase[0];
-    const int64_t e1 = (begin[1] + b) * source.step[1] + phase[1];
-    T* to_row = to + (s - s0) * slot_size + k * plane + (a * box[1] + b) * box[2];
-    const auto zero_from = [&](int64_t column) {
-      for (int64_t i = 0; i < s_end - s; ++i) {
+  // Rows [b0, b1) of one plane, of slots that interleave in a row.
+  const auto pack_rows = [&](int64_t k, int64_t a, int64_t b0, int64_t b1, int64_t s,
+                             int64_t s_end) {
+    const int64_t *phase = slots[s].phase, some = s_end - s;
+    T* to_plane = to + (s - s0) * slot_size + k * plane + a * box[1] * box[2];
+    const auto zero = [&](int64_t begin_at, int64_t end_at) {
+      for (int64_t i = 0; i < some; ++i) {
         for (int64_t j = 0; j < inner; ++j) {
-          T* zero = to_row + i * slot_size + j * plane;
-          for (int64_t c = column; c < box[2]; c += lanes) Store<T>(zero + c, Vec<T>{});
+          T* zeros = to_plane + i * slot_size + j * plane;
+          for (int64_t c = begin_at; c < end_at; c += lanes) Store<T>(zeros + c, Vec<T>{});
         }
       }
     };
-    if (e0 < 0 || e0 >= source.size[0] || e1 < 0 || e1 >= source.size[1] || b >= count[1]) {
-      zero_from(0);
-      return;
-    }
-    const E* from_row = base + k * at.c + e0 * at.s[0] + e1 * at.s[1];
+    const int64_t e0 = (begin[0] + a) * source.step[0] + phase[0] - source.origin[0];
+    const int64_t e1 = begin[1] * source.step[1] + phase[1] - source.origin[1];
+    const bool live = e0 >= 0 && e0 < source.size[0];
+    const Valid valid = ValidOf(e1, source.step[1], source.size[1], live ? count[1] : 0);
+    const int64_t v0 = Min(Max(valid.begin, b0), b1), v1 = Max(Min(valid.end, b1), v0);
+    const Rows rows{v1 - v0, source.step[1] * at.s[1], box[2]};
+    const E* from_row = base + k * at.c + e0 * at.s[0] + (e1 + v0 * source.step[1]) * at.s[1];
+    T* to_row = to_plane + v0 * box[2];
+    zero(b0 * box[2], v0 * box[2]);
     if (channels_last) {
-      for (int64_t i = 0; i < s_end - s; ++i) {
-        PackPixels(row, from_row, at.s[2], phase[2] + i, channels, to_row + i * slot_size, plane,
-                   source.step[1] * at.s[1]);
+      for (int64_t b = v0; b < v1; ++b, from_row += rows.pitch, to_row += box[2]) {
+        for (int64_t i = 0; i < some; ++i) {
+          PackPixels(row, from_row, at.s[2], phase[2] + i, channels, to_row + i * slot_size, plane,
+                     rows.pitch);
+        }
+        zero(b * box[2] + (columns + lanes - 1) / lanes * lanes, (b + 1) * box[2]);
       }
-    } else {
-      const int64_t r2 = phase[2], some = s_end - s;
+    } else if (rows.count > 0) {
+      const int64_t r2 = phase[2];
       const E* begins = from_row + first;
-      const bool inside = begins >= from && begins + read <= from + source.elements;
-      const auto pack = [&](auto is_inside) {
+      const auto pack = [&](auto is_inside, const Rows& some_rows) {
         constexpr bool kInside = decltype(is_inside)::value;
         const auto run = [&](auto kernel) {
-          kernel(begins, row.count, masks, r2, some, to_row, slot_size, at.c);
+          kernel(begins, some_rows, columns, masks, r2, some, to_row, slot_size, at.c);
         };
         switch (step) {
           case 1:
-            return run(PackRow<T, 1, kInside, E>);
+            return run(PackRows<T, 1, kInside, E>);
           case 2:
-            return run(PackRow<T, 2, kInside, E>);
+            return run(PackRows<T, 2, kInside, E>);
           case 4:
-            return run(PackRow<T, 4, kInside, E>);
+            return run(PackRows<T, 4, kInside, E>);
           case 8:
-            return run(PackRow<T, 8, kInside, E>);
+            return run(PackRows<T, 8, kInside, E>);
           case 16:
-            return run(PackRow<T, 16, kInside, E>);
+            return run(PackRows<T, 16, kInside, E>);
           default:
-            PackRowN<T, kInside>(row, from_row, r2, some, to_row, slot_size);
+            for (int64_t b = 0; b < some_rows.count; ++b) {
+              PackRowN<T, kInside>(row, from_row + b * rows.pitch, r2, some, to_row + b * box[2],
+                                   slot_size, box[2]);
+            }
         }
       };
-      if (inside) {
-        pack(std::true_type{});
+      const auto inside = [&](const E* last) {
+        return begins >= from && last + read <= from + source.elements;
+      };
+      if (inside(begins + (rows.count - 1) * rows.pitch)) {
+        pack(std::true_type{}, rows);
       } else {
-        pack(std::false_type{});
+        Rows one = rows;
+        one.count = 1;
+        for (int64_t b = v0; b < v1; ++b) {
+          if (inside(begins)) {
+            pack(std::true_type{}, one);
+          } else {
+            pack(std::false_type{}, one);
+          }
+          begins += rows.pitch;
+          from_row += rows.pitch;
+          to_row += box[2];
+        }
       }
     }
-    zero_from((count[2] + lanes - 1) / lanes * lanes);
+    zero(v1 * box[2], b1 * box[2]);
   };
+  // Channels first, all rows of a plane at once; channels last, in the order of memory.
+  const int64_t at_once = channels_last ? 1 : box[1];
   for (int64_t k = 0; k < outer; ++k) {
     for (int64_t a = 0; a < count[0]; ++a) {
       for (int64_t p0 = s0, p1; p0 < s1; p0 = p1) {
         p1 = Min(slots[p0].plane_end, s1);
-        for (int64_t b = 0; b < box[1]; ++b) {
+        for (int64_t b = 0; b < box[1]; b += at_once) {
           for (int64_t s = p0, s_end; s < p1; s = s_end) {
             s_end = Min(slots[s].row_end, s1);
-            pack_row(k, a, b, s, s_end);
+            pack_rows(k, a, b, b + at_once, s, s_end);
           }
         }
       }
@@ -265,10 +310,10 @@ void PackPanel(const PhasePlan& p, const void* src, int64_t n, int64_t group, in
   }
   // All channels of the groups are neighbours, as there is one group or all of their channels.
   const int64_t channels = groups * ks;
-  const Source source{p.src, p.src_size, p.src_step, p.n * p.src.n};
+  const Source source{p.src, p.src_size, p.src_step, p.src_origin, p.n * p.src.n};
   WithElement<T>(p.in_type, [&](auto element) {
     using E = decltype(element);
-    PackPlanes<T>(source, p.channels_last != 0, static_cast<const E*>(src), n, group * p.k + k0,
+    PackPlanes<T>(source, p.src_last != 0, static_cast<const E*>(src), n, group * p.k + k0,
                   channels, p.slots, s0, s1, begin, count, p.box, p.tail, panel, p.plane);
   });
 }
@@ -306,7 +351,7 @@ void PackWeight(const PhasePlan& p, const void* weight, void* packed, int64_t ta
             Vec<T> v[lanes];
             for (int64_t l = 0; l < lanes; ++l) {
               const E* from = w + (k + l / ms) * p.wk + (m + l % ms) * p.wm + t;
-              __builtin_prefetch(from + 2 * ks * p.wk);  // on other pages: see PackRow
+              __builtin_prefetch(from + 2 * ks * p.wk);  // on other pages: see PackRows
               v[l] = l >= ks * ms          ? Vec<T>{}
                      : from + lanes <= end ? Load<T>(from)
                                            : LoadMasked<T>(from, MaskOf<T>(0, some));
@@ -473,7 +518,7 @@ JAXCONV_INLINE void StorePixels(E* to, int64_t pixel, const T* sums, int64_t row
         for (int l = 0; l < lanes; ++l) {
           if (l == is) break;
           E* at = to + (i + l) * pixel + c;
-          __builtin_prefetch(at + ahead, 1);
+          AskFor(at + ahead);
           Store<T>(at, v[l] + b);
         }
       } else {
@@ -498,7 +543,7 @@ JAXCONV_INLINE void StoreRow(E* to, const T* sums, int64_t row, int64_t step, in
     for (int64_t i = 0; i < count; i += n * lanes) {
       Vec<T> in[n], out[n];
 #pragma GCC unroll 16
-      for (int r = 0; r < n; ++r) __builtin_prefetch(to + i + r * lanes + ahead, 1);
+      for (int r = 0; r < n; ++r) AskFor(to + i + r * lanes + ahead);
 #pragma GCC unroll 16
       for (int r = 0; r < n; ++r) in[r] = Load<T>(sums + r * row + i / n) + bias;
       Interleave<T, n>(in, out);
@@ -549,7 +594,7 @@ void StoreSums(const PhasePlan& p, const Tile& tile, int64_t n, int64_t channel,
            ((tile.begin[1] + b) * p.dst_step[1] + r1) * at.s[1] + o2 * at.s[2];
   };
   const auto position = [&](int64_t a, int64_t b) { return (a * p.box[1] + b) * p.box[2]; };
-  if (p.channels_last != 0) {
+  if (p.dst_last != 0) {
     for (int64_t a = 0; a < v0.end; ++a) {
       for (int64_t b = 0; b < v1.end; ++b) {
         for (int64_t r2 = 0; r2 < Min(step, count); ++r2) {
@@ -592,8 +637,9 @@ int64_t CountLive(const PhasePlan& p, const Tile& tile, int64_t rows, int32_t* b
   for (int64_t r = 0; r < rows; ++r) {
     before[r] = count;
     const int64_t a = r / p.box[1], b = r % p.box[1];
-    const int64_t e0 = (tile.begin[0] + p.lo[0] + a) * p.src_step[0] + p.slots[0].phase[0];
-    const int64_t e1 = (tile.begin[1] + p.lo[1] + b) * p.src_step[1] + p.slots[0].phase[1];
+    const int64_t* phase = p.slots[0].phase;
+    const int64_t e0 = (tile.begin[0] + p.lo[0] + a) * p.src_step[0] + phase[0] - p.src_origin[0];
+    const int64_t e1 = (tile.begin[1] + p.lo[1] + b) * p.src_step[1] + phase[1] - p.src_origin[1];
     if (a < tile.size[0] + p.span[0] && e0 >= 0 && e0 < p.src_size[0] && e1 >= 0 &&
         e1 < p.src_size[1]) {
       ++count;
@@ -784,7 +830,8 @@ void WeightGrad(const PhasePlan& p, const PhaseOperands& ops, int64_t task, void
   T* sums = static_cast<T*>(ops.workspace) + part * size + group * p.m * to_row;
   constexpr int64_t kRowsInL1 = 16;
   constexpr int64_t lanes = kLanes<T>;
-  const Source x_source{p.dst, p.dst_size, p.dst_step, p.n * p.dst.n};
+  constexpr int64_t kOrigin[3] = {0, 0, 0};
+  const Source x_source{p.dst, p.dst_size, p.dst_step, kOrigin, p.n * p.dst.n};
   const Slot whole{{0, 0, 0}, 1, 1};
   for (int64_t u = units * part / p.parts; u < units * (part + 1) / p.parts; ++u) {
     const int64_t n = u / tiles;
@@ -795,7 +842,7 @@ void WeightGrad(const PhasePlan& p, const PhaseOperands& ops, int64_t task, void
     // x lies in the same boxes as y, with zeros where a box is not of the tile.
     WithElement<T>(p.in_type, [&](auto element) {
       using E = decltype(element);
-      PackPlanes<T>(x_source, p.channels_last != 0, static_cast<const E*>(ops.dst), n, group * p.m,
+      PackPlanes<T>(x_source, p.dst_last != 0, static_cast<const E*>(ops.dst), n, group * p.m,
                     groups * p.m, &whole, 0, 1, tile.begin, tile.size, p.box, 1, rows, p.row);
     });
     for (int64_t k0 = k_begin; k0 < k_end; k0 += p.k_chunk) {

@@ -6,6 +6,9 @@
 //
 //   i = j + off(t) in the forward, j = i + off(t) in the gradients.
 //
+// The gradients count y with its padding, o + pad = stride * j + r(t), so that off(t) >= 0 and
+// zeros of the padding lie at both ends of a row.
+//
 // All three passes are then stride-1 correlations between a source, which is contracted, and a
 // destination, with K and M channels a group:
 //
@@ -18,8 +21,8 @@
 // Planes are boxes, P0 x P1 x P2, of the tile and its halo, so that position (j0, j1, j2) of the
 // tile is q = (j0 * P1 + j1) * P2 + j2 and a tap reads q + rel: one run of vectors covers the whole
 // tile, and the few results between its rows are thrown away. Zeros after a row of the source also
-// serve as the zeros before the next one: as far as the halo is zero on both sides, it is left out
-// of P1 and P2 once.
+// serve as the zeros before the next one: as far as the halo is zero on both sides, or heard by no
+// position that exists, it is left out of P1 and P2 once.
 #ifndef JAXCONV_CPU_PHASE_PLAN_H_
 #define JAXCONV_CPU_PHASE_PLAN_H_
 
@@ -63,11 +66,12 @@ struct Distances {
 // shared between them could be linked in the variant that the machine does not have.
 struct PhasePlan {
   DType in_type, out_type;
-  int64_t channels_last;
+  int64_t channels_last, src_last, dst_last;  // an operand of one channel is both first and last
   int64_t n, groups, k, m;
   Distances src, dst;
   int64_t src_size[3], dst_size[3];
   int64_t src_step[3], dst_step[3];  // the stride in the operand with phases, 1 in the other
+  int64_t src_origin[3];             // position 0 of phase 0 is the element before 0 by so many
   int64_t lo[3];                     // least offset of a tap
   int64_t tile[3], tiles[3];         // positions of a tile; tiles
   int64_t span[3];                   // greatest offset less the least

@@ -21,7 +21,7 @@ struct Plan {
   std::vector<int64_t> phase_begin;
   std::vector<Slot> slots;
   std::vector<Block> blocks;
-  Sizes shared{};  // halo that is zero on both sides of a tile that is all of the grid
+  Sizes shared{};  // what rows of a tile that is all of the grid need not have between them
   std::vector<Place> places;
   int64_t row_slots = 1;  // source phases along axis 2
   double cycles = 0;      // of one thread: an estimate
@@ -49,10 +49,32 @@ struct AxisTap {
   int64_t dst_phase, src_phase, offset;
 };
 AxisTap AxisTapOf(const Problem& p, int axis, int64_t t) {
-  const int64_t stride = p.stride[axis], at = t * p.dilation[axis] - p.pad[axis];
+  const bool forward = p.pass == Pass::kForward;
+  const int64_t stride = p.stride[axis];
+  const int64_t at = t * p.dilation[axis] - (forward ? p.pad[axis] : 0);
   const int64_t shift = FloorDiv(at, stride), phase = at - shift * stride;
-  if (p.pass == Pass::kForward) return {phase, 0, -shift};
+  if (forward) return {phase, 0, -shift};
   return {0, phase, shift};
+}
+
+// How many of the columns between the rows of tiles that are all of an axis can be left out. Column
+// c of a row is element (c + lo) * step + phase - origin of the source, and `columns` are heard by
+// positions that exist. With s left out, the last of them are the first of the next row: of a tap,
+// columns - (grid + span - s), which must be zero in both.
+int64_t SharedOf(const Problem& problem, const PhasePlan& p, int axis) {
+  const int64_t step = p.src_step[axis], origin = p.src_origin[axis], lo = p.lo[axis];
+  const int64_t grid = CeilDiv(p.dst_size[axis], p.dst_step[axis]);
+  int64_t shared = p.span[axis];
+  for (int64_t t = 0; t < problem.k[static_cast<size_t>(axis)]; ++t) {
+    const AxisTap tap = AxisTapOf(problem, axis, t);
+    const int64_t columns =
+        CeilDiv(p.dst_size[axis] - tap.dst_phase, p.dst_step[axis]) + tap.offset - lo;
+    const int64_t before = -FloorDiv(tap.src_phase - origin, step) - lo;
+    const int64_t end = -FloorDiv(tap.src_phase - origin - p.src_size[axis], step) - lo;
+    const int64_t zeros = std::max<int64_t>(std::min(before, columns - end), 0);
+    shared = std::min(shared, grid + p.span[axis] - columns + zeros);
+  }
+  return std::max<int64_t>(shared, 0);
 }
 
 Distances DistancesOf(const Strides& s) { return {s.n, s.c, {s.s[0], s.s[1], s.s[2]}}; }
@@ -100,8 +122,9 @@ double Cycles(const Plan& plan, const PhaseKernels& kernels, Pass pass, int64_t 
   if (panel > kPanelBytes && pass == Pass::kForward) {
     pack *= real(p.dst_step[0] * p.dst_step[1]);
   }
-  // A row read for some of its phases is read again for the others.
-  if (panel / p.nslots * plan.row_slots > kPanelBytes) pack *= 2;
+  // Where not even the phases of a row fit, the channels are read in pieces, which was measured to
+  // be slower but in the input gradient.
+  if (pass != Pass::kInputGrad && panel / p.nslots * plan.row_slots > kPanelBytes) pack *= 2;
   const int64_t tasks = p.n * plan.GroupChunks() * plan.Tiles();
   if (pass != Pass::kWeightGrad) pack *= real(std::min(CeilDiv(kTasks, tasks), p.nblocks));
   cycles += pack;
@@ -242,11 +265,13 @@ Plan PlanOf(const Problem& problem, const PhaseKernels& kernels, bool with_taps)
   const int64_t lanes = kernels.vector_bytes / size;
   p.in_type = problem.in_dtype;
   p.out_type = problem.out_dtype;
-  p.channels_last = problem.channels_last;
   p.n = problem.n;
   p.groups = problem.groups;
   p.k = forward ? problem.cig() : problem.cog();
   p.m = forward ? problem.cog() : problem.cig();
+  p.channels_last = problem.channels_last;
+  p.src_last = problem.channels_last && p.groups * p.k > 1 ? 1 : 0;
+  p.dst_last = problem.channels_last && p.groups * p.m > 1 ? 1 : 0;
   p.src = DistancesOf(forward ? problem.XStrides() : problem.YStrides());
   p.dst = DistancesOf(forward ? problem.YStrides() : problem.XStrides());
   p.ntaps = taps;
@@ -260,16 +285,12 @@ Plan PlanOf(const Problem& problem, const PhaseKernels& kernels, bool with_taps)
     p.dst_size[a] = forward ? problem.osize[i] : problem.isize[i];
     p.src_step[a] = forward ? 1 : problem.stride[i];
     p.dst_step[a] = forward ? problem.stride[i] : 1;
+    p.src_origin[a] = forward ? 0 : problem.pad[i];
     const int64_t first = AxisTapOf(problem, a, 0).offset;
     const int64_t last = AxisTapOf(problem, a, problem.k[i] - 1).offset;
     p.lo[a] = std::min(first, last);
     p.span[a] = std::max(first, last) - p.lo[a];
-    // Zeros of a row of all positions: those before the first element of any phase, and those after
-    // the last of any phase.
-    const int64_t grid = CeilDiv(p.dst_size[a], p.dst_step[a]);
-    const int64_t before = -p.lo[a],
-                  after = p.lo[a] + p.span[a] + grid - CeilDiv(p.src_size[a], p.src_step[a]);
-    if (a > 0) plan.shared[i] = std::clamp<int64_t>(std::min(before, after), 0, p.span[a]);
+    if (a > 0) plan.shared[i] = SharedOf(problem, p, a);
   }
 
   p.nslots = 1;
@@ -315,7 +336,14 @@ Plan PlanOf(const Problem& problem, const PhaseKernels& kernels, bool with_taps)
   p.k_chunk = CeilDiv(std::max<int64_t>(p.k, 1), sums_w ? p.splits : 1);
   if (panel_bytes(p.slot_chunk, p.k_chunk) > kPanelBytes) {
     p.slot_chunk = std::max<int64_t>(kPanelBytes / panel_bytes(1, p.k_chunk), 1);
-    if (p.slot_chunk > plan.row_slots) p.slot_chunk -= p.slot_chunk % plan.row_slots;
+    if (p.slot_chunk >= plan.row_slots) {
+      p.slot_chunk -= p.slot_chunk % plan.row_slots;
+    } else if (p.group_chunk == 1) {
+      // Fewer channels, so that a row is read once, for all of its phases.
+      const int64_t most = std::max<int64_t>(kPanelBytes / panel_bytes(plan.row_slots, 1), 1);
+      p.slot_chunk = plan.row_slots;
+      p.k_chunk = CeilDiv(p.k_chunk, CeilDiv(p.k_chunk, most));
+    }
     if (panel_bytes(1, p.k_chunk) > kPanelBytes) {
       p.group_chunk = 1;
       p.k_chunk = std::clamp<int64_t>(kPanelBytes / panel_bytes(1, 1), 1, p.k_chunk);

@@ -241,8 +241,14 @@ struct PixelTile {
   // Asks for the channels that a block writes, which takes as long as to read them.
   void AskToWrite(int64_t block, const T* dst, int64_t m0, int64_t m1) const {
     for (int64_t i = block * kPositions; i < Min((block + 1) * kPositions, positions); ++i) {
-      for (int64_t m = m0; m < m1; m += kLine<T>) __builtin_prefetch(dst + to[i] + m, 1);
+      for (int64_t m = m0; m < m1; m += kLine<T>) AskFor(dst + to[i] + m);
     }
+  }
+
+  // Asks for a pixel's channels. What a block hears for the first time is up to 512 lines with 64
+  // channels and 4 x 4 x 4 taps, as many as the first-level cache has.
+  void AskToRead(const T* pixel) const {
+    for (int64_t k = near; k < near_end; k += kLine<T>) AskFor(pixel + k);
   }
 
   // Lists what a block hears; blocks come in order. The processor does not foresee where rows of
@@ -262,6 +268,10 @@ struct PixelTile {
         const T* rows[kPositions];
         bool any = false;
         for (int i = 0; i < kPositions; ++i) {
+          if (in_row && i > 0) {
+            rows[i] = rows[0];
+            continue;
+          }
           const int64_t i0 = q[i][0] + taps[0][t0].e, i1 = q[i][1] + taps[1][t1].e;
           const bool in = i0 >= 0 && i0 < p.src_size[0] && i1 >= 0 && i1 < p.src_size[1];
           rows[i] = in ? src + i0 * p.src_s[0] + i1 * p.src_s[1] : nullptr;
@@ -282,9 +292,7 @@ struct PixelTile {
             h.from[1] = nullptr;
             ++entries;
             if (!ask || e < newest[2]) continue;
-            for (int i = 0; i < kPositions; ++i, from += pitch) {
-              for (int64_t k = near; k < near_end; k += kLine<T>) __builtin_prefetch(from + k);
-            }
+            for (int i = 0; i < kPositions; ++i, from += pitch) AskToRead(from);
             continue;
           }
           bool some = false;
@@ -297,9 +305,7 @@ struct PixelTile {
           if (!some) continue;
           ++entries;
           if (!ask || e < newest[2]) continue;
-          for (int i = 0; i < kPositions; ++i) {
-            for (int64_t k = near; k < near_end; k += kLine<T>) __builtin_prefetch(h.from[i] + k);
-          }
+          for (int i = 0; i < kPositions; ++i) AskToRead(h.from[i]);
         }
       }
     }
@@ -536,19 +542,22 @@ struct Operand {
   int64_t c, s[3], size[3];
 };
 
-// Channels last, whole pixels of a row: elements [begin, end) of `count`, zeros around them.
+// Channels last, whole pixels of a row: elements [begin, end) of `count`, zeros around them. The
+// row that comes next, `ahead` elements on, is asked for.
 template <class T>
-void CopyRow(const T* from, int64_t begin, int64_t end, int64_t count, T* to) {
+void CopyRow(const T* from, int64_t begin, int64_t end, int64_t count, T* to, int64_t ahead) {
   constexpr int lanes = kLanes<T>;
   for (int64_t i = 0; i < count; i += lanes) {
     const uint32_t mask = MaskOf<T>(begin - i, end - i);
+    AskFor(from + i + ahead);
     const Vec<T> v =
         i >= begin && i + lanes <= end ? Load<T>(from + i) : LoadMasked<T>(from + i, mask);
     StoreSome<T>(to + i, v, count - i);
   }
 }
 
-// Copies a box of pixels, channels last, zeros where the operand has no element.
+// Copies a box of pixels, channels last, zeros where the operand has no element. The row that comes
+// next is asked for.
 template <class T>
 void PackBox(const Operand& at, const T* from, const Panel& panel, T* to) {
   constexpr int lanes = kLanes<T>;
@@ -567,8 +576,9 @@ void PackBox(const Operand& at, const T* from, const Panel& panel, T* to) {
         continue;
       }
       const T* src = from + o0 * at.s[0] + o1 * at.s[1] + o2 * at.s[2];
+      const int64_t ahead = panel.step[1] * at.s[1];
       if (panel.phases == 1 && pitch == panel.channels && at.s[2] == pitch) {
-        CopyRow<T>(src, begin * pitch, end * pitch, columns * pitch, row);
+        CopyRow<T>(src, begin * pitch, end * pitch, columns * pitch, row, ahead);
         continue;
       }
       for (int64_t k = 0; k < panel.channels; k += lanes) {
@@ -580,6 +590,7 @@ void PackBox(const Operand& at, const T* from, const Panel& panel, T* to) {
         };
         if (at.c == 1) {
           for (int64_t c = 0; c < columns; ++c) {
+            AskFor(src + c * at.s[2] + k + ahead);
             store(c < begin || c >= end ? Vec<T>{} : LoadSome<T>(src + c * at.s[2] + k, some));
           }
           continue;
@@ -587,6 +598,10 @@ void PackBox(const Operand& at, const T* from, const Panel& panel, T* to) {
         for (int64_t c = 0; c < columns; c += lanes) {
           Vec<T> v[lanes];
           const T* square = src + k * at.c + c;
+          // Rows of channels; where there is one alone, the processor foresees what comes.
+          for (int64_t l = 0; l < (panel.count[1] > 1 ? some : 0); ++l) {
+            AskFor(square + l * at.c + ahead);
+          }
           if (some == lanes && c >= begin && c + lanes <= end) {
 #pragma GCC unroll 16
             for (int l = 0; l < lanes; ++l) v[l] = Load<T>(square + l * at.c);

@@ -143,13 +143,18 @@ void SetWeightGradTasks(Plan& plan, const Problem& problem, bool boxes, int64_t 
   }
   p.x_chunk = all_x;
   p.y_chunk = all_y;
-  // The operand whose vectors are taken has whole vectors in a copy, an odd number of them, so that
-  // neighbouring pixels do not compete for the same sets of a cache.
+  // The operand whose vectors are taken has whole vectors in a copy, and where not all of a pixel
+  // is read at once, an odd number of them, so that neighbouring pixels do not compete for the same
+  // sets of a cache.
   const auto vectors = [&](int64_t channels) {
-    return channels <= lanes ? lanes : (CeilDiv(channels, lanes) | 1) * lanes;
+    const int64_t n = CeilDiv(channels, lanes);
+    return (n <= 2 ? n : n | 1) * lanes;
   };
   const auto set_boxes = [&] {
-    p.x_pitch = p.swapped != 0 ? vectors(p.x_chunk) : p.x_chunk;
+    // Whole pixels of x are copied as they lie.
+    const bool as_it_lies =
+        p.x_chunk <= 2 * lanes || (problem.channels_last && p.x_chunk == problem.ci);
+    p.x_pitch = p.swapped != 0 || !as_it_lies ? vectors(p.x_chunk) : p.x_chunk;
     p.y_pitch = p.swapped != 0 ? p.y_chunk : vectors(p.y_chunk);
     Sizes box{1, 1, p.dst_size[2]};
     const auto set_panels = [&] {
@@ -407,10 +412,9 @@ double Seconds(const Problem& p, const Device& device) {
     if (q.depthwise != 0) {
       cycles = inputs * (vectors * 0.8 + 1.5) + dst * vectors * 3;
     } else {
-      const double product = q.mr > static_cast<int64_t>(lanes) ? 0.6 : 1.1;
+      const double product = q.mr > static_cast<int64_t>(lanes) ? 0.6 : 0.85;
       cycles = inputs * (vectors * (real(q.k) * product + 1) + 4);
-      // Forward, neighbours in a row are of several phases and leave one by one.
-      cycles += dst * vectors * (p.pass == Pass::kForward ? 6 : 4);
+      cycles += dst * vectors * 4;
     }
   }
   cycles += real(p.XElements() + p.YElements()) * real(SumSize(p)) / 8;

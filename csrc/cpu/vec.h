@@ -24,6 +24,10 @@ constexpr int kBytes = JAXCONV_VECTOR_BYTES;
 JAXCONV_INLINE int64_t Min(int64_t a, int64_t b) { return a < b ? a : b; }
 JAXCONV_INLINE int64_t Max(int64_t a, int64_t b) { return a > b ? a : b; }
 
+// Asks for a line that is read or written later, into the second-level cache: what is worth asking
+// for is mostly more than the first-level one holds, and would drive out what is in use.
+JAXCONV_INLINE void AskFor(const void* line) { __builtin_prefetch(line, 0, 2); }
+
 // The positions [begin, end) of `count` at which q * step + e lies in [0, size).
 struct Valid {
   int64_t begin, end;
