@@ -17,9 +17,9 @@ namespace jaxconv::cuda {
 namespace {
 
 constexpr int64_t kIntMax = std::numeric_limits<int32_t>::max();
-constexpr int kSharedMemory = 227 * 1024;            // that a block may have
-constexpr int kQuad = 4;                             // steps
-constexpr int kMaxElementStride = 8, kMaxBox = 256;  // of a bulk tensor copy
+constexpr int kSharedMemory = 227 * 1024;  // that a block may have
+constexpr int kQuad = 4;                   // steps
+constexpr int kMaxBox = 256;               // of a bulk tensor copy
 
 constexpr int64_t CeilDiv(int64_t a, int64_t b) { return (a + b - 1) / b; }
 constexpr int64_t RoundUp(int64_t a, int64_t b) { return CeilDiv(a, b) * b; }
@@ -45,9 +45,6 @@ std::string Refuse(const Problem& p, const Device& device) {
     return "takes at most " + std::to_string(DenseArgs::kMaxTaps) + " taps";
   }
   for (int a = 0; a < kAxes; ++a) {
-    if (p.stride[a] > kMaxElementStride) {
-      return "takes strides up to " + std::to_string(kMaxElementStride);
-    }
     const int64_t reach = (p.k[a] - 1) * p.dilation[a] + std::abs(p.pad[a]);
     if (reach > (1 << 20)) return "takes kernels that reach over less than 2^20 outputs";
   }
@@ -153,8 +150,11 @@ bool HasOutputs(const Shape& s, const Sizes& phase) {
 }
 
 // Lists programs, segments and shifts; a sentence's end where they are too many.
-std::string ListPrograms(const Shape& s, const Problem& p, DenseArgs& a, DensePack& k) {
+std::string ListPrograms(const Shape& s, const Problem& p, DensePlan& plan) {
+  DenseArgs& a = plan.args;
+  DensePack& k = plan.pack;
   int shifts = 0, entries = 0, segments = 0;
+  plan.residues.clear();
   std::fill(std::begin(k.tap_segment), std::end(k.tap_segment), DensePack::kUnused);
   a.total_steps = 0;
   a.programs = 0;
@@ -185,18 +185,29 @@ std::string ListPrograms(const Shape& s, const Problem& p, DenseArgs& a, DensePa
                    " residues of the sources by the stride";
           }
           DenseSegment& segment = a.segment[segments];
-          segment.first[0] = static_cast<int>(d->first);
-          segment.first[1] = static_cast<int>(h->first);
-          segment.first[2] = static_cast<int>(w->first);
+          const Sizes first{d->first, h->first, w->first};
+          Sizes residue;
+          bool sources = true;
+          for (int i = 0; i < kAxes; ++i) {
+            const int64_t down = FloorDiv(first[i], s.si[i]);
+            residue[i] = first[i] - down * s.si[i];
+            segment.first[i] = static_cast<int>(p.channels_last ? down : first[i]);
+            sources = sources && residue[i] < s.in_size[i];
+          }
+          if (!sources) continue;  // they are zeros
+          // Segments of one residue are the forward's, where the stride is of the outputs.
+          if (!s.forward || plan.residues.empty()) plan.residues.push_back(residue);
+          segment.map = static_cast<int16_t>(plan.residues.size() - 1);
           segment.first_shift = static_cast<int16_t>(shifts);
           segment.taps = static_cast<int16_t>(d->taps.size() * h->taps.size() * w->taps.size());
           segment.entries = entries / kQuad;
+          segment.steps = a.total_steps;
           for (size_t td = 0; td < d->taps.size(); ++td) {
             for (size_t th = 0; th < h->taps.size(); ++th) {
               for (size_t tw = 0; tw < w->taps.size(); ++tw, ++shifts) {
-                a.shift[shifts] = static_cast<uint16_t>(
-                    (d->places[td] * a.axis[1].length + h->places[th]) * a.axis[2].length +
-                    w->places[tw]);
+                a.shift[shifts] = static_cast<uint16_t>(d->places[td] * a.in_pitch[1] +
+                                                        h->places[th] * a.in_pitch[2] +
+                                                        w->places[tw] * a.in_pitch[3]);
                 const int64_t tap = (d->taps[td] * p.k[1] + h->taps[th]) * p.k[2] + w->taps[tw];
                 k.tap_segment[tap] = static_cast<uint8_t>(segments);
                 k.tap_phase[tap] = 0;
@@ -248,32 +259,65 @@ struct TileShape {
 };
 constexpr TileShape kTileShapes[] = {{2, 32}, {4, 32}, {2, 48},  {2, 64},
                                      {4, 64}, {2, 96}, {1, 128}, {2, 128}};
+// How blocks share work: see DenseArgs.
+struct Cluster {
+  int split = 1, pair = 1;
+  constexpr int Blocks() const { return split * pair; }
+};
+constexpr Cluster kClusters[] = {{1, 1}, {1, 2}, {2, 1}, {2, 2}, {3, 1}, {3, 2},
+                                 {4, 1}, {4, 2}, {5, 1}, {6, 1}, {8, 1}};
+constexpr bool HasKernel(const TileShape& t, const Cluster& c) {
+  if (c.Blocks() == 1 || t.columns == 128) return true;
+  return c.split > 1 && t.mt == 2 && (t.columns == 32 || t.columns == 64);
+}
 
-constexpr double kClock = 1.75e9, kBandwidth = 4.0e12, kL2Bandwidth = 4.5e12;
-constexpr double kPackBandwidth = 0.8e12;  // at which the weights are packed
+// Pixels of a patch along n, d, h, w. Of images that are innermost more than eight are all of a
+// box, so that positions along the last axis are neighbours.
+struct Patch {
+  std::array<int, 4> size;
+  bool images;
+};
+constexpr Patch kPatches[] = {{{8, 1, 1, 8}, false},  {{1, 8, 1, 8}, false}, {{1, 1, 8, 8}, false},
+                              {{1, 1, 1, 64}, false}, {{8, 8, 1, 1}, true},  {{8, 1, 8, 1}, true},
+                              {{8, 1, 1, 8}, true},   {{16, 1, 1, 4}, true}, {{32, 1, 1, 2}, true},
+                              {{64, 1, 1, 1}, true}};
+
+// Clusters of a size that run at once, a block a multiprocessor: as an H100 of 132 says.
+int64_t ClustersAtOnce(const Device& device, int size) {
+  constexpr int kOf132[] = {132, 66, 39, 30, 22, 17, 15, 15};
+  return int64_t{kOf132[size - 1]} * device.multiprocessors / 132;
+}
+
+constexpr double kClock = 1.75e9, kBandwidth = 4.0e12, kL2Bandwidth = 7.5e12;
+constexpr double kPackBandwidth = 1.2e12;  // at which the weights are packed
 
 struct Candidate {
   TileShape shape;
-  int buffers, store_bytes, split;  // split: the axis of `part` along which there are two
-  int patch_w, patch_axis;
+  int buffers, store_bytes, halved;  // halved: the axis along which there are two of `part`
+  Patch patch;
   std::array<int, 4> part;  // n, d, h, w
+  Cluster cluster;
 };
 
 // Fills what depends on the tile; false where it does not fit.
 bool Fill(const Problem& p, const Device& device, const Shape& s, const Candidate& c,
-          DensePlan& plan) {
+          DensePlan& plan, bool& l2_limits) {
   DenseArgs& a = plan.args;
   const Strides in = s.forward ? p.XStrides() : p.YStrides();
   const Strides out = s.forward ? p.YStrides() : p.XStrides();
-  a.patch_w = c.patch_w;
-  a.patch_axis = c.patch_axis;
+  std::copy(c.patch.size.begin(), c.patch.size.end(), a.patch);
+  a.images = c.patch.images;
+  a.split = c.cluster.split;
+  a.pair = c.cluster.pair;
+  a.cluster = c.cluster.Blocks();
   a.part_n = c.part[0];
-  a.box_n = c.part[0] * (c.split == 0 ? 2 : 1);
+  a.box_n = c.part[0] * (c.halved == 0 ? 2 : 1);
+  if (a.box_n > kMaxBox) return false;
   int64_t pixels = a.box_n, tiles = CeilDiv(p.n, a.box_n);
   for (int i = 0; i < kAxes; ++i) {
     DenseAxis& x = a.axis[i];
     x.part = c.part[i + 1];
-    x.box = x.part * (c.split == i + 1 ? 2 : 1);
+    x.box = x.part * (c.halved == i + 1 ? 2 : 1);
     x.q_tiles = static_cast<int>(CeilDiv(s.q_size[i], x.box));
     x.length = x.box + s.reach[i];
     x.si = s.si[i];
@@ -285,20 +329,38 @@ bool Fill(const Problem& p, const Device& device, const Shape& s, const Candidat
     if (i == 0 && x.length > 63) return false;  // what the kernel packs into words
     if (i == 2) {
       // A row too long for one copy is made of several, if the box is but a row.
-      const int unit = 1024 / s.row_bytes, most = kMaxBox / x.si / unit * unit;
-      a.pieces = x.length * x.si <= kMaxBox ? 1 : static_cast<int>(CeilDiv(x.length, most));
+      const int unit = 1024 / s.row_bytes;
+      a.pieces = static_cast<int>(CeilDiv(x.length, kMaxBox));
       if (a.pieces > 1) {
         if (pixels > 1) return false;
         x.length = static_cast<int>(RoundUp(CeilDiv(x.length, a.pieces), unit)) * a.pieces;
       }
       a.piece_length = x.length / a.pieces;
-    } else if (x.length * x.si > kMaxBox) {
+    } else if (x.length > kMaxBox) {
       return false;
     }
     if (x.length > 511) return false;
     pixels *= x.length;
     tiles *= x.q_tiles;
   }
+  const auto pitches = [&](int n, int d, int h, int w, int (&pitch)[kAxes + 1]) {
+    pitch[3] = a.images ? n : 1;
+    pitch[2] = pitch[3] * w;
+    pitch[1] = pitch[2] * h;
+    pitch[0] = a.images ? 1 : pitch[1] * d;
+  };
+  pitches(a.box_n, a.axis[0].length, a.axis[1].length, a.axis[2].length, a.in_pitch);
+  pitches(a.part_n, a.axis[0].part, a.axis[1].part, a.axis[2].part, a.out_pitch);
+  // The groups of eight of a patch are apart along its other axis, or go on along the same.
+  const int inside = a.images ? 0 : 3;
+  a.in_eights = a.out_eights = 8;
+  for (int i = 0; i < 4 && a.patch[inside] == 8; ++i) {
+    if (i == inside || a.patch[i] == 1) continue;
+    a.in_eights = a.in_pitch[i];
+    a.out_eights = a.out_pitch[i];
+  }
+  const bool across = a.images && a.patch[0] > 8 && a.patch[0] < 64;
+  if (across && a.box_n != a.patch[0]) return false;
   a.rows = !p.channels_last;
   a.pixels = static_cast<int>(pixels);
   a.row_bytes = s.row_bytes;
@@ -334,22 +396,28 @@ bool Fill(const Problem& p, const Device& device, const Shape& s, const Candidat
   if (pixels > 65535 || !place(a.smem_pixels, a.rows ? int64_t{c.shape.mt} * 128 * 4 : 0, 16) ||
       !place(a.smem_sources, a.rows ? pixels * 4 : 0, 16) ||
       !place(a.smem_entries, entries + 16, 16) ||
-      !place(a.smem_in, int64_t{a.buffers} * a.stage_bytes, 1024) ||
       !place(a.smem_out, int64_t{4} * a.store_pitch, 1024) ||
+      !place(a.smem_in, int64_t{a.buffers} * a.stage_bytes, 1024) ||
       !place(a.smem_ring, 2 * quad_bytes, 128)) {
     return false;
   }
   a.ring = static_cast<int>(
       std::min<int64_t>((kSharedMemory - a.smem_ring) / quad_bytes, DenseArgs::kMaxRing));
+  // The sums that blocks of a cluster add up take the place of what they multiplied.
+  const int sums_bytes = c.shape.mt * c.shape.columns * 512;
+  if (a.split > 1 && a.smem_ring + a.ring * quad_bytes - a.smem_in < sums_bytes) return false;
   a.resident = false;
-  const int64_t items = tiles * p.groups * (s.fused ? 1 : s.phases) * a.column_tiles;
+  const int64_t items =
+      CeilDiv(tiles, a.pair) * p.groups * (s.fused ? 1 : s.phases) * a.column_tiles;
   if (items > kIntMax / 2) return false;  // a block's next item is counted in 32 bits, too
   a.items = static_cast<int>(items);
   a.groups = static_cast<int>(p.groups);
   a.n = static_cast<int>(p.n);
   plan.mt = c.shape.mt;
   plan.columns = c.shape.columns;
-  plan.grid = static_cast<int>(std::min<int64_t>(items, device.multiprocessors));
+  const int64_t clusters = ClustersAtOnce(device, a.cluster);
+  if (a.split > 1 && items > clusters) return false;
+  plan.grid = static_cast<int>(std::min(items, clusters)) * a.cluster;
 
   // The model counts cycles of a tile: of the tensor cores, of shared memory, of stages that arrive
   // late, of stores, and of copies from the L2 cache; against the bytes of device memory. Its
@@ -371,31 +439,43 @@ bool Fill(const Problem& p, const Device& device, const Shape& s, const Candidat
     stages /= s.phases;
   }
   const double weights = steps / kQuad * quad_bytes;
-  a.resident = programs * static_cast<double>(p.groups) * a.column_tiles == 1 &&
+  a.resident = a.cluster == 1 && programs * static_cast<double>(p.groups) * a.column_tiles == 1 &&
                weights <= static_cast<double>(a.ring) * quad_bytes;
   if (a.ring < 4 && !a.resident) return false;  // copies would not hide their latency
   const double stage_bytes = static_cast<double>(pixels) * s.row_bytes;
   const double copied = stages * stage_bytes + (a.resident ? 0 : weights);
   const double tensor = steps * groups_m * c.shape.columns / 2;
-  const double shared = steps * groups_m * (16 + c.shape.columns / 4.0) + copied / 128;
-  const double multiply = 1.1 * std::max(tensor, shared);
+  const bool rounds = s.element == 4 && !a.rows;
+  const double shared = steps * groups_m * (16 + c.shape.columns / 4.0) +
+                        (copied + (rounds ? 0.6 * stages * stage_bytes : 0)) / 128;
+  const double multiply = 1.05 * std::max(tensor, shared);
   // Rows (channels first) are loaded and stored pixel by pixel: so many lines of 128 bytes a warp.
   const auto lines = [](double run, double stride) {
     return std::min(32.0, 32 / std::min(32.0, run) * stride + 1);
   };
   const double loads = stage_bytes / s.element / 32 * (4 + 4 * lines(a.axis[2].length, s.si[2]));
   const double rounding = s.element == 4 ? stage_bytes / 16 / 192 * (12 + 5 * (s.terms - 1)) : 0;
-  const double late = 2000 + (a.rows ? loads : stage_bytes / 20 + rounding);
+  const double late = a.rows ? 2000 + loads : 3100 + a.pixels + (rounds ? stage_bytes / 21 : 0);
   const double each = stages > 0 ? multiply / stages : 0;  // of a stage
   const double staged =
       stages * std::max({each, (late + each) / c.buffers, a.rows ? loads : rounding});
   const double results = groups_m * 64.0 * c.shape.columns;
   const double stores = a.rows ? results / 32 * (4 + 7 * lines(a.axis[2].part, s.so[2]))
-                               : results / 10 + 700.0 * c.shape.columns / a.store_columns;
-  const double l2 = copied / (kL2Bandwidth / kClock / device.multiprocessors);
-  const double mean = std::max((staged + programs * (stores + 1500)), l2) / programs;
-  const double turns = std::ceil(static_cast<double>(items) / plan.grid);
-  const double compute = turns * mean / kClock;
+                               : results / 8 + 900.0 * c.shape.columns / a.store_columns;
+  const double fetched = stages * stage_bytes + (a.resident ? 0 : weights / a.pair);
+  const double l2 = fetched / (kL2Bandwidth / kClock / device.multiprocessors);
+  // Of blocks that share an item, each multiplies and stores a part; each sends and reads all sums.
+  const double sends = (a.split > 1 ? sums_bytes / 6.7 : 0) + 60.0 * (a.pair - 1);
+  const double others = staged + programs * (stores + (a.rows ? 1500 : 0));
+  l2_limits = l2 > 0.5 * others;
+  const double cycles = std::max(others, l2) + (a.rows ? 0 : 0.06 * std::min(others, l2));
+  const double mean = cycles / programs / a.split + sends;
+  const double turns = std::ceil(static_cast<double>(items) * a.cluster / plan.grid);
+  // Rows of float32 took longer than that, most where the stride tears them apart (52 layers,
+  // H100).
+  const bool torn = s.si[2] > 1 || s.so[2] > 1;
+  const double slower = a.rows && s.element == 4 && torn ? 1.3 : 1.0;
+  const double compute = slower * turns * mean / kClock;
   const double out_bytes = static_cast<double>(s.forward ? p.YElements() : p.XElements()) *
                            static_cast<double>(SizeOf(p.out_dtype));
   const double in_bytes =
@@ -409,27 +489,64 @@ bool Fill(const Problem& p, const Device& device, const Shape& s, const Candidat
   return true;
 }
 
-// What the maps of the input and of the output have in common.
-DenseMap MapOf(const Problem& p, const Strides& step, const Sizes& size, int row_bytes,
-               int element) {
+// What the maps of the input and of the output have in common: of the pixels of a residue.
+DenseMap MapOf(const Problem& p, const Strides& step, const Sizes& size, const Sizes& residue,
+               const Sizes& stride, int row_bytes, int element) {
   DenseMap m{};
   m.row_bytes = row_bytes;
   m.box[0] = static_cast<uint32_t>(row_bytes / element);
   m.size[4] = static_cast<uint64_t>(p.n);
   m.stride[3] = static_cast<uint64_t>(step.n * element);
   for (int i = 0; i < kAxes; ++i) {
-    m.size[3 - i] = static_cast<uint64_t>(size[i]);
-    m.stride[2 - i] = static_cast<uint64_t>(step.s[i] * element);
+    m.size[3 - i] = static_cast<uint64_t>(CeilDiv(size[i] - residue[i], stride[i]));
+    m.stride[2 - i] = static_cast<uint64_t>(step.s[i] * stride[i] * element);
+    m.offset += residue[i] * step.s[i] * element;
   }
   std::fill(std::begin(m.step), std::end(m.step), 1);
   return m;
+}
+
+// Makes images what follows the channels.
+void PutImagesFirst(DenseMap& m) {
+  std::rotate(m.size + 1, m.size + 4, m.size + 5);
+  std::rotate(m.stride, m.stride + 3, m.stride + 4);
+  std::rotate(m.box + 1, m.box + 4, m.box + 5);
+}
+
+// What a block packs: of few taps several tiles or steps, so that it reads long rows. A warp reads
+// a word of four channels (pairs of channels) of each of eight columns: banks are apart if the
+// channels' pitch is odd and the columns' pitch is an odd multiple of 16 bytes.
+void PlanPack(const Shape& s, DensePack& k, int (&grid)[3]) {
+  const int channels = 32 / s.element, sixteen = 16 / s.element;
+  const auto odd_multiple = [&](int n) {
+    return static_cast<int>(CeilDiv(n, sixteen) / 2 * 2 + 1) * sixteen;
+  };
+  const auto odd = [](int n) { return n / 2 * 2 + 1; };
+  k.columns_inside = s.forward;
+  k.ranges = static_cast<int>(CeilDiv(k.taps, DensePack::kTaps));
+  k.range = static_cast<int>(CeilDiv(k.taps, k.ranges));
+  const int pitch = k.columns_inside ? odd_multiple(k.range) : odd(k.range);
+  int log_units = 0;
+  while (pitch << (log_units + 1) <= DensePack::kUnits) ++log_units;
+  const int units = 1 << log_units, inside = units * (k.columns_inside ? 8 : channels);
+  k.log_tiles = k.columns_inside ? log_units : 0;
+  k.log_steps = k.columns_inside ? 0 : log_units;
+  k.j_pitch = k.columns_inside ? pitch : odd_multiple(inside * pitch);
+  k.c_pitch = k.columns_inside ? odd(inside * pitch) : pitch;
+  k.by_range = DivisorOf(k.range);
+  k.all_tiles = k.jg / 8 + k.column_tiles * k.tiles - k.used_tiles;
+  k.log_chunk = s.row_bytes == 128 ? 2 : s.row_bytes == 64 ? 1 : 0;
+  k.channel_steps = ((s.chunks - 1) << k.log_chunk) + s.last_steps / s.terms;
+  grid[0] = static_cast<int>(CeilDiv(k.all_tiles, 1 << k.log_tiles));
+  grid[1] = static_cast<int>(CeilDiv(k.channel_steps, 1 << k.log_steps));
+  grid[2] = k.groups * k.ranges;
 }
 
 // Fills what the choice of the tile does not need.
 void Complete(const Problem& p, const Shape& s, DensePlan& plan) {
   DenseArgs& a = plan.args;
   DensePack& k = plan.pack;
-  ListPrograms(s, p, a, k);
+  ListPrograms(s, p, plan);
   const Strides in = s.forward ? p.XStrides() : p.YStrides();
   const Strides out = s.forward ? p.YStrides() : p.XStrides();
   a.in_n_step = in.n;
@@ -456,6 +573,7 @@ void Complete(const Problem& p, const Shape& s, DensePlan& plan) {
   k.column_tiles = a.column_tiles;
   k.tiles = plan.columns / 8;
   k.used_tiles = s.columns / 8;
+  PlanPack(s, k, plan.pack_grid);
   k.chunks = s.chunks;
   k.chunk_channels = s.chunk_channels;
   k.full_steps = s.full_steps;
@@ -463,31 +581,26 @@ void Complete(const Problem& p, const Shape& s, DensePlan& plan) {
   k.total_steps = a.total_steps;
   k.terms = s.terms;
   if (!a.rows) {
-    plan.in = MapOf(p, in, s.in_size, s.row_bytes, s.element);
-    for (int i = 0; i < kAxes; ++i) {
-      plan.in.box[3 - i] = static_cast<uint32_t>(a.axis[i].length * a.axis[i].si);
-      plan.in.step[3 - i] = static_cast<uint32_t>(a.axis[i].si);
+    const Sizes si{s.si[0], s.si[1], s.si[2]}, so{s.so[0], s.so[1], s.so[2]};
+    for (const Sizes& r : plan.residues) {
+      DenseMap m = MapOf(p, in, s.in_size, r, si, s.row_bytes, s.element);
+      for (int i = 0; i < kAxes; ++i) m.box[3 - i] = static_cast<uint32_t>(a.axis[i].length);
+      m.box[1] = static_cast<uint32_t>(a.piece_length);
+      m.box[4] = static_cast<uint32_t>(a.box_n);
+      m.size[0] = static_cast<uint64_t>(s.forward ? p.ci : p.co);
+      if (a.images) PutImagesFirst(m);
+      plan.in.push_back(m);
     }
-    plan.in.box[1] = static_cast<uint32_t>(a.piece_length * a.axis[2].si);
-    plan.in.box[4] = static_cast<uint32_t>(a.box_n);
-    plan.in.size[0] = static_cast<uint64_t>(s.forward ? p.ci : p.co);
+    a.in_maps = static_cast<int>(plan.in.size());
     for (int phase = 0; phase < s.phases; ++phase) {
       const Sizes r = PhaseOf(s, phase);
       if (!HasOutputs(s, r)) continue;
-      const int element = static_cast<int>(SizeOf(p.out_dtype));
-      Strides step = out;
-      Sizes size;
-      int64_t offset = 0;
-      for (int i = 0; i < kAxes; ++i) {
-        offset += r[i] * out.s[i] * element;
-        step.s[i] *= s.so[i];
-        size[i] = CeilDiv(s.out_size[i] - r[i], s.so[i]);
-      }
-      DenseMap m = MapOf(p, step, size, a.store_bytes, element);
-      m.offset = offset;
+      DenseMap m =
+          MapOf(p, out, s.out_size, r, so, a.store_bytes, static_cast<int>(SizeOf(p.out_dtype)));
       for (int i = 0; i < kAxes; ++i) m.box[3 - i] = static_cast<uint32_t>(a.axis[i].part);
       m.box[4] = static_cast<uint32_t>(a.part_n);
       m.size[0] = static_cast<uint64_t>(s.forward ? p.co : p.ci);
+      if (a.images) PutImagesFirst(m);
       plan.out.push_back(m);
     }
   }
@@ -498,39 +611,58 @@ void SearchTiles(const Problem& p, const Device& device, const Shape& s, const D
                  DensePlan& best) {
   DensePlan plan{};
   // The lists do not depend on the tile, but for the shifts.
-  best.refusal = ListPrograms(s, p, plan.args, plan.pack);
+  best.refusal = ListPrograms(s, p, plan);
   if (!best.refusal.empty()) return;
   bool better = false;
   const auto allowed = [](int want, int64_t have) { return want == 0 || want == have; };
+  const bool can_cluster = p.channels_last && s.terms == 1;
+  const bool can_pair = s.element == 4;  // of 16 bits no pair was faster
   for (const TileShape& shape : kTileShapes) {
     // Split operands have two sets of sums, which leaves no registers for large tiles.
     if (s.terms > 1 && (shape.mt > 2 || shape.mt * shape.columns > 128)) continue;
     if (!allowed(forced.mt, shape.mt) || !allowed(forced.columns, shape.columns)) continue;
     // Doublings of a patch: to `mt` patches, and once more, to the parts of both groups of warps.
     const int doublings = shape.mt == 4 ? 3 : shape.mt == 2 ? 2 : 1;
-    for (int axis = 0; axis < 4; ++axis) {  // 3: 64 pixels along the last axis
-      std::array<int, 4> patch{1, 1, 1, axis == 3 ? 64 : 8};
-      if (axis < 3) patch[axis] = 8;
+    for (const Patch& patch : kPatches) {
+      if (!allowed(forced.inside, patch.images ? 2 : 1)) continue;
+      // Images where eight neighbours along the last axis are often too many.
+      const bool short_rows = forced.inside == 2 || s.q_size[2] % 8 != 0;
+      if (patch.images && (!p.channels_last || p.n < 8 || !short_rows)) continue;
       for (int code = 0; code < 1 << 2 * doublings; ++code) {
-        std::array<int, 4> part = patch;
+        std::array<int, 4> part = patch.size;
         for (int i = 1; i < doublings; ++i) part[code >> 2 * i & 3] *= 2;
-        const int split = code & 3;
+        const int halved = code & 3;
         std::array<int, 4> box = part;
-        box[split] *= 2;
+        box[halved] *= 2;
         if (!allowed(forced.box[0], box[1]) || !allowed(forced.box[1], box[2]) ||
             !allowed(forced.box[2], box[3])) {
           continue;
         }
         for (int buffers = 2; buffers <= DenseArgs::kMaxBuffers; ++buffers) {
           if (!allowed(forced.buffers, buffers)) continue;
+          Candidate c{shape, buffers, 0, halved, patch, part, {}};
+          bool fits = false, l2_limits = false;
           for (int store_bytes : {128, 64, 32, 16}) {
-            const Candidate c{shape, buffers, store_bytes, split, axis == 3 ? 64 : 8, axis, part};
-            if (!Fill(p, device, s, c, plan)) continue;
-            if (plan.seconds < best.seconds) {
+            c.store_bytes = store_bytes;
+            fits = Fill(p, device, s, c, plan, l2_limits);
+            if (fits) break;
+          }
+          if (!fits) continue;
+          // Clusters pay where items are few, or where copies from the L2 cache take longest.
+          const bool share = l2_limits || forced.pair > 1;
+          const int64_t items = plan.args.items;
+          for (const Cluster& cluster : kClusters) {
+            if (!allowed(forced.split, cluster.split) || !allowed(forced.pair, cluster.pair)) {
+              continue;
+            }
+            if (cluster.split > 1 && items * cluster.split > device.multiprocessors) continue;
+            if (cluster.pair > 1 && !(share && can_pair)) continue;
+            if (!HasKernel(shape, cluster) || (cluster.Blocks() > 1 && !can_cluster)) continue;
+            c.cluster = cluster;
+            if (Fill(p, device, s, c, plan, l2_limits) && plan.seconds < best.seconds) {
               best = plan;
               better = true;
             }
-            break;
           }
         }
       }
@@ -567,6 +699,7 @@ DensePlan MakePlan(const Problem& p, const Device& device, const DenseTile& forc
   best.expanded_bytes = 0;
   const bool forward = p.pass == Pass::kForward;
   const int64_t cg = forward ? p.cig() : p.cog(), jg = forward ? p.cog() : p.cig();
+  if (cg == 1 && jg == 1) return best;  // "depthwise" multiplies no zeros
   for (int merged = 2; merged <= p.groups; ++merged) {
     if (p.groups % merged != 0) continue;
     if (merged * jg > kMergedColumns || merged * cg * SizeOf(p.in_dtype) > kMergedBytes) break;
@@ -641,12 +774,15 @@ cudaError_t PrepareDense(const Problem& p, const Operands& ops, const DensePlan&
   launch.w = ops.w;
   launch.expanded = static_cast<char*>(ops.workspace) + plan.weights_bytes;
   pack.w = plan.merged > 1 ? launch.expanded : ops.w;
-  pack.weights = static_cast<char*>(ops.workspace);
+  pack.weights = ops.workspace;
   launch.maps = {};
   cudaError_t status = cudaSuccess;
-  if (!args.rows) status = EncodeMap(p.in_dtype, plan.in, args.in, launch.maps.in);
-  for (size_t i = 0; i < plan.out.size() && status == cudaSuccess; ++i) {
-    status = EncodeMap(p.out_dtype, plan.out[i], args.out, launch.maps.out[i]);
+  CUtensorMap* map = launch.maps.map;
+  for (const DenseMap& m : plan.in) {
+    if (status == cudaSuccess) status = EncodeMap(p.in_dtype, m, args.in, *map++);
+  }
+  for (const DenseMap& m : plan.out) {
+    if (status == cudaSuccess) status = EncodeMap(p.out_dtype, m, args.out, *map++);
   }
   return status;
 }

@@ -20,6 +20,20 @@ inline constexpr int kDenseLoaders = 224;             // threads that stage rows
 inline constexpr int kDenseRounders = 192;            // threads that round to TF32
 inline constexpr int kDenseQuad = 4;
 
+enum class DenseMode { kPlain, kExact, kShare, kSplit };
+
+// A block's place in its cluster.
+struct DenseRank {
+  int pair, split;
+  int neighbours;  // the first of those that share its weights
+  __device__ explicit DenseRank(const DenseArgs& a) {
+    const int rank = blockIdx.x % a.cluster;
+    pair = rank & (a.pair - 1);
+    split = rank / a.pair;
+    neighbours = rank - pair;
+  }
+};
+
 // Packed coordinates of a pixel in a box: n, d, h, w.
 inline constexpr int kDenseBitsW = 9, kDenseBitsH = 9, kDenseBitsD = 6;
 
@@ -41,6 +55,14 @@ __device__ inline int PartStart(int part, int box, int group) {
   return part < box ? group * part : 0;
 }
 
+// The items of a cluster of blocks (or of a block).
+struct DenseWalk {
+  int index, hop;
+  __device__ explicit DenseWalk(const DenseArgs& a)
+      : index(blockIdx.x / a.cluster), hop(gridDim.x / a.cluster) {}
+  __device__ void Next() { index += hop; }
+};
+
 // A tile of pixels, a program and a tile of columns.
 struct DenseItem {
   int column_tile, program, group, n, q[kAxes];
@@ -55,11 +77,31 @@ struct DenseItem {
     column_tile = take(a.column_tiles);
     program = take(a.programs);
     group = take(a.groups);
+    rest = rest * a.pair + DenseRank(a).pair;
 #pragma unroll
     for (int i = kAxes - 1; i >= 0; --i) q[i] = take(a.axis[i].q_tiles) * a.axis[i].box;
     n = rest * a.box_n;
   }
 };
+
+// The stages of an item that are this block's.
+struct DenseShare {
+  int first, end;
+  __device__ DenseShare(const DenseArgs& a, const DenseProgram& program) {
+    const int stages = program.segments * a.chunks, rank = DenseRank(a).split;
+    first = stages * rank / a.split;
+    end = stages * (rank + 1) / a.split;
+  }
+};
+
+// The quads of weights before a stage of a program.
+__device__ inline int QuadsBefore(const DenseArgs& a, const DenseProgram& program, int stage) {
+  const int segment = stage / a.chunks;
+  if (segment == program.segments) return program.quads;
+  const DenseSegment& s = a.segment[program.first_segment + segment];
+  return (s.steps - program.steps) / kDenseQuad +
+         stage % a.chunks * ((s.taps * a.full_steps + kDenseQuad - 1) / kDenseQuad);
+}
 
 // The high part of a float32 value and what is left of it. With split operands ("highest") each
 // step is three: high by high, low pixels by high weights, and high by low.
@@ -74,66 +116,122 @@ struct SplitTF32 {
   }
 };
 
+inline constexpr int kDensePackLoaders = 8, kDensePackWarps = kDensePackLoaders + 1;
+
 // Weights as wgmma reads them: a core is eight columns by 16 bytes of channels. A block of threads
-// packs one tile of eight columns, one step of channels and 32 taps.
-template <class T>
-__global__ void __launch_bounds__(kPackThreads) PackDense(const __grid_constant__ DensePack p) {
-  constexpr int kC = 32 / sizeof(T);
-  __shared__ T tile[kC * 8][kPackTaps + 1];
-  const int ranges = (p.taps + kPackTaps - 1) / kPackTaps;
-  const int step = blockIdx.y, group = blockIdx.z / ranges, j0 = blockIdx.x * 8;
-  const int tap0 = blockIdx.z % ranges * kPackTaps, taps = min(kPackTaps, p.taps - tap0);
-  const int chunk = min(step / max(p.full_steps, 1), p.chunks - 1);
-  const int steps = chunk == p.chunks - 1 ? p.last_steps : p.full_steps;
-  const int k = step - chunk * p.full_steps;
-  const int c0 = chunk * p.chunk_channels + k / p.terms * kC;
-  [[maybe_unused]] const bool low = k % p.terms == 2;
-  const T* w = static_cast<const T*>(p.w) + group * p.w_g_step + tap0;
-  const bool by_channel = p.w_c_step < p.w_j_step;  // neighbours in memory are loaded together
-#pragma unroll 8
-  for (int i = threadIdx.x; i < kC * 8 * taps; i += kPackThreads) {
-    const int t = i % taps, pair = i / taps;
-    const int j = by_channel ? pair / kC : pair % 8, c = by_channel ? pair % kC : pair / 8;
-    T v{};
-    if (j0 + j < p.jg && c0 + c < p.cg) {
-      v = __ldg(w + (c0 + c) * p.w_c_step + (j0 + j) * p.w_j_step + t);
+// packs a few tiles of eight columns or steps of channels, and up to 32 taps. Eight warps read rows
+// as they lie in memory while one finds out where the tiles of each step of a tap go; then each
+// warp writes tiles. V: elements of a load.
+template <class T, int V>
+__global__ void __launch_bounds__(32 * kDensePackWarps)
+    PackDense(const __grid_constant__ DensePack p) {
+  constexpr int kC = 32 / sizeof(T), kBatch = 4;
+  constexpr int kStaged = kC * 8 * DensePack::kUnits + 128;  // those behind are not read
+  using Bits = std::conditional_t<sizeof(T) == 4, uint32_t, uint16_t>;
+  using Two = std::conditional_t<sizeof(T) == 4, uint2, uint32_t>;
+  using Loaded = std::conditional_t<V == 2, Two, Bits>;
+  struct alignas(16) Tile {
+    int64_t to;  // in words, or -1
+    int from;    // in elements
+    int zeros;   // steps of padding after it
+  };
+  __shared__ Bits staged[kStaged + 2];
+  __shared__ Tile tiles[DensePack::kUnits];
+  LetNextStart();
+  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+  const int group = blockIdx.z / p.ranges, tap0 = blockIdx.z % p.ranges * p.range;
+  const int taps = min(p.range, p.taps - tap0), log_units = p.log_tiles + p.log_steps;
+  const int tile0 = blockIdx.x << p.log_tiles, step0 = blockIdx.y << p.log_steps;
+  if (warp < kDensePackLoaders) {
+    // Either a row is a channel's weights and columns lie inside it, or the other way round.
+    const bool inside_j = p.columns_inside;
+    const int columns = 8 << p.log_tiles, channels = kC << p.log_steps;
+    const int j_left = p.jg - tile0 * 8, c_left = p.cg - step0 * kC;
+    const int rows = inside_j ? channels : columns, row = (inside_j ? columns : channels) * p.range;
+    const int row_pitch = inside_j ? p.c_pitch : p.j_pitch;
+    const int padding = (inside_j ? p.j_pitch : p.c_pitch) - p.range, gap = p.taps - p.range;
+    const Bits* w = static_cast<const Bits*>(p.w) + group * p.w_g_step +
+                    int64_t{step0} * kC * p.w_c_step + int64_t{tile0} * 8 * p.w_j_step + tap0;
+    for (int r = warp; r < rows; r += kDensePackLoaders) {
+      const int left = r < (inside_j ? c_left : j_left) ? inside_j ? j_left : c_left : 0;
+      const Bits* from =
+          left > 0 ? w + r * (inside_j ? p.w_c_step : p.w_j_step) : static_cast<const Bits*>(p.w);
+      for (int first = 0; first < row; first += 32 * kBatch * V) {
+        Loaded v[kBatch];
+        int at[kBatch];
+#pragma unroll
+        for (int k = 0; k < kBatch; ++k) {
+          const int i = first + (lane + 32 * k) * V;
+          const int inside = Divide(i, p.by_range), t = i - inside * p.range;
+          const bool valid = i < row && inside < left && t < taps;
+          const Bits* loaded = from + (valid ? i + inside * gap : 0);
+          v[k] = __ldg(reinterpret_cast<const Loaded*>(loaded));  // no branches
+          if (!valid) v[k] = Loaded{};
+          at[k] = i < row ? r * row_pitch + i + inside * padding : kStaged;
+        }
+        __syncwarp();  // all loads are under way before the first store waits
+#pragma unroll
+        for (int k = 0; k < kBatch; ++k) {
+          if constexpr (V == 1) {
+            staged[at[k]] = v[k];
+          } else if constexpr (sizeof(T) == 4) {
+            staged[at[k]] = v[k].x;
+            staged[at[k] + 1] = v[k].y;
+          } else {
+            staged[at[k]] = static_cast<Bits>(v[k]);
+            staged[at[k] + 1] = static_cast<Bits>(v[k] >> 16);
+          }
+        }
+      }
     }
-    tile[c * 8 + j][t] = v;
+  } else {
+    const auto padded = [](int n) { return (n + kDenseQuad - 1) / kDenseQuad * kDenseQuad; };
+    const int channel_tiles = p.jg / 8;
+    for (int i = lane; i < taps << log_units; i += 32) {
+      const int t = i >> log_units, unit = i & ((1 << log_units) - 1), tap = tap0 + t;
+      const int my_tile = p.columns_inside ? unit : 0, my_step = p.columns_inside ? 0 : unit;
+      const int mine = tile0 + my_tile, step = step0 + my_step;
+      const int segment = p.tap_segment[tap], phase_tiles = p.tap_phase[tap] * channel_tiles;
+      tiles[i].to = -1;
+      if (segment == DensePack::kUnused || mine >= p.all_tiles || step >= p.channel_steps) continue;
+      // Tiles beyond the channels put zeros into columns beyond the last one.
+      if (mine >= channel_tiles && phase_tiles != 0) continue;
+      const int column =
+          mine < channel_tiles ? phase_tiles + mine : p.used_tiles + mine - channel_tiles;
+      const int column_tile = column / p.tiles, chunk = step >> p.log_chunk;
+      const int steps = chunk == p.chunks - 1 ? p.last_steps : p.full_steps;
+      const int all = p.segment_taps[segment] * steps;
+      const int position = p.tap_position[tap] * steps + (step - (chunk << p.log_chunk)) * p.terms;
+      const int64_t to = (int64_t{group} * p.column_tiles + column_tile) * p.total_steps +
+                         p.steps[segment] + position +
+                         chunk * padded(p.segment_taps[segment] * p.full_steps);
+      tiles[i].to = (to * p.tiles + column - column_tile * p.tiles) * 64;
+      tiles[i].from = my_step * kC * p.c_pitch + my_tile * 8 * p.j_pitch + t;
+      tiles[i].zeros = position + p.terms == all ? padded(all) - all : 0;
+    }
   }
   __syncthreads();
-  const int half = threadIdx.x / 32 % 2, lane = threadIdx.x % 32, n = lane / 4;
-  for (int t = threadIdx.x / 64; t < taps; t += kPackThreads / 64) {
-    const int tap = tap0 + t, segment = p.tap_segment[tap];
-    if (segment == DensePack::kUnused) continue;
-    const int of_segment = p.segment_taps[segment];
-    // Blocks beyond the channels put zeros into columns beyond the last one.
-    const int channel_tiles = p.jg / 8, mine = blockIdx.x;
-    if (mine >= channel_tiles && p.tap_phase[tap] != 0) continue;
-    const int tile_j = mine < channel_tiles ? p.tap_phase[tap] * channel_tiles + mine
-                                            : p.used_tiles + mine - channel_tiles;
-    const int column_tile = tile_j / p.tiles, column = tile_j % p.tiles;
-    uint32_t word;
-    if constexpr (sizeof(T) == 4) {
-      const SplitTF32 v(tile[(half * 4 + lane % 4) * 8 + n][t]);
-      word = low ? v.Low() : v.high;
-    } else {
-      const int c = half * 8 + lane % 4 * 2;
-      word = static_cast<uint32_t>(*reinterpret_cast<const uint16_t*>(&tile[c * 8 + n][t])) |
-             static_cast<uint32_t>(*reinterpret_cast<const uint16_t*>(&tile[(c + 1) * 8 + n][t]))
-                 << 16;
-    }
-    const auto padded = [&](int of_tap) {
-      return (of_segment * of_tap + kDenseQuad - 1) / kDenseQuad * kDenseQuad;
-    };
-    const int64_t first = (int64_t{group} * p.column_tiles + column_tile) * p.total_steps +
-                          p.steps[segment] + int64_t{chunk} * padded(p.full_steps);
-    const auto put = [&](int64_t row, uint32_t v) {
-      reinterpret_cast<uint32_t*>(p.weights)[((row * p.tiles + column) * 2 + half) * 32 + lane] = v;
-    };
-    const int position = p.tap_position[tap] * steps + k;
-    put(first + position, word);
-    if (position == of_segment * steps - 1) {
-      for (int pad = position + 1; pad < padded(steps); ++pad) put(first + pad, 0);
+  const int step_words = p.tiles * 64;
+  const Bits* mine = staged + lane / 4 * p.j_pitch + lane % 4 * (kC / 8) * p.c_pitch;
+  for (int i = warp; i < taps << log_units; i += kDensePackWarps) {
+    const Tile tile = tiles[i];
+    if (tile.to < 0) continue;
+    uint32_t* to = static_cast<uint32_t*>(p.weights) + tile.to + lane;
+#pragma unroll
+    for (int half = 0; half < 2; ++half, to += 32) {
+      const Bits* from = mine + tile.from + half * (kC / 2) * p.c_pitch;
+      if constexpr (sizeof(T) == 4) {
+        const SplitTF32 v(__uint_as_float(from[0]));
+        to[0] = v.high;
+        if (p.terms > 1) {
+          to[step_words] = v.high;
+          to[2 * step_words] = v.Low();
+        }
+      } else {
+        to[0] = uint32_t{from[0]} | uint32_t{from[p.c_pitch]} << 16;
+      }
+#pragma unroll 1
+      for (int z = 0; z < tile.zeros; ++z) to[(p.terms + z) * step_words] = 0;
     }
   }
 }
@@ -163,46 +261,70 @@ struct DenseCursor {
   }
 };
 
+template <bool kShare>
 __device__ inline void FetchWeights(const DenseArgs& a, const DenseBarriers& barriers,
                                     uint32_t ring, int quad_bytes) {
   DenseCursor slot;
-  for (int index = blockIdx.x; index < a.items; index += gridDim.x) {
-    const DenseItem item(a, index);
+  const DenseRank rank(a);
+  const int blocks = ((1 << a.pair) - 1) << rank.neighbours;  // a bit each
+  WaitForPrevious();
+  for (DenseWalk walk(a); walk.index < a.items; walk.Next()) {
+    const DenseItem item(a, walk.index);
     const DenseProgram& program = a.program[item.program];
+    const DenseShare share(a, program);
+    const int first = QuadsBefore(a, program, share.first);
+    const int end = QuadsBefore(a, program, share.end);
     const int64_t tile = int64_t{item.group} * a.column_tiles + item.column_tile;
-    const char* from =
-        a.weights + (tile * a.total_steps + program.steps) * (quad_bytes / kDenseQuad);
-    for (int q = 0; q < program.quads; ++q, from += quad_bytes) {
+    const char* from = a.weights +
+                       (tile * a.total_steps + program.steps) * (quad_bytes / kDenseQuad) +
+                       int64_t{first} * quad_bytes;
+    for (int q = first; q < end; ++q, from += quad_bytes) {
       WaitFor(barriers.RingEmpty(slot.at), slot.parity ^ 1);
       ArriveAndExpect(barriers.RingFull(slot.at), quad_bytes);
-      CopyBulk(ring + slot.at * quad_bytes, from, quad_bytes, barriers.RingFull(slot.at));
+      if constexpr (kShare) {
+        const int bytes = quad_bytes / a.pair, at = rank.pair * bytes;
+        CopyBulkToCluster(ring + slot.at * quad_bytes + at, from + at, bytes,
+                          barriers.RingFull(slot.at), blocks);
+      } else {
+        CopyBulk(ring + slot.at * quad_bytes, from, quad_bytes, barriers.RingFull(slot.at));
+      }
       slot.Next(a.ring);
     }
     if (a.resident) return;
   }
 }
 
-__device__ inline void FetchBoxes(const DenseArgs& a, const CUtensorMap* map,
+__device__ inline void FetchBoxes(const DenseArgs& a, const DenseMaps& maps,
                                   const DenseBarriers& barriers, uint32_t in) {
   DenseCursor buffer;
-  for (int index = blockIdx.x; index < a.items; index += gridDim.x) {
-    const DenseItem item(a, index);
+  for (DenseWalk walk(a); walk.index < a.items; walk.Next()) {
+    const DenseItem item(a, walk.index);
     const DenseProgram& program = a.program[item.program];
-    for (int s = 0; s < program.segments; ++s) {
-      const DenseSegment& segment = a.segment[program.first_segment + s];
+    const DenseShare share(a, program);
+    int s = program.first_segment + share.first / a.chunks, chunk = share.first % a.chunks;
+    for (int stage = share.first; stage < share.end; ++stage) {
+      const DenseSegment& segment = a.segment[s];
       int source[kAxes];
 #pragma unroll
-      for (int i = 0; i < kAxes; ++i) source[i] = item.q[i] * a.axis[i].si + segment.first[i];
-      for (int chunk = 0; chunk < a.chunks; ++chunk) {
-        WaitFor(barriers.InEmpty(buffer.at), buffer.parity ^ 1);
-        ArriveAndExpect(barriers.InFull(buffer.at), a.pixels * a.row_bytes);
+      for (int i = 0; i < kAxes; ++i) source[i] = item.q[i] + segment.first[i];
+      const CUtensorMap* map = &maps.map[segment.map];
+      const int channel = item.group * a.cg + chunk * a.chunk_channels;
+      const uint32_t to = in + buffer.at * a.stage_bytes, full = barriers.InFull(buffer.at);
+      WaitFor(barriers.InEmpty(buffer.at), buffer.parity ^ 1);
+      ArriveAndExpect(full, a.pixels * a.row_bytes);
+      if (a.images) {
+        CopyBox(to, map, channel, item.n, source[2], source[1], source[0], full);
+      } else {
         for (int piece = 0; piece < a.pieces; ++piece) {
           const int w = piece * a.piece_length;
-          CopyBox(in + buffer.at * a.stage_bytes + w * a.row_bytes, map,
-                  item.group * a.cg + chunk * a.chunk_channels, source[2] + w * a.axis[2].si,
-                  source[1], source[0], item.n, barriers.InFull(buffer.at));
+          CopyBox(to + w * a.row_bytes, map, channel, source[2] + w, source[1], source[0], item.n,
+                  full);
         }
-        buffer.Next(a.buffers);
+      }
+      buffer.Next(a.buffers);
+      if (++chunk == a.chunks) {
+        chunk = 0;
+        ++s;
       }
     }
   }
@@ -222,9 +344,9 @@ __device__ inline void RoundBoxes(const DenseArgs& a, const DenseBarriers& barri
                                   int thread) {
   DenseCursor buffer;
   const int blocks = a.pixels * a.row_bytes / 16;
-  for (int index = blockIdx.x; index < a.items; index += gridDim.x) {
-    const int stages = a.program[DenseItem(a, index).program].segments * a.chunks;
-    for (int s = 0; s < stages; ++s) {
+  for (DenseWalk walk(a); walk.index < a.items; walk.Next()) {
+    const DenseShare share(a, a.program[DenseItem(a, walk.index).program]);
+    for (int s = share.first; s < share.end; ++s) {
       WaitFor(barriers.InFull(buffer.at), buffer.parity);
       char* stage = in + buffer.at * a.stage_bytes;
 #pragma unroll 8
@@ -249,8 +371,8 @@ __device__ inline void FetchRows(const DenseArgs& a, const DenseBarriers& barrie
   using Bits = std::conditional_t<sizeof(T) == 4, float, uint16_t>;
   using Value = std::conditional_t<sizeof(T) == 4, float, uint32_t>;
   DenseCursor buffer;
-  for (int index = blockIdx.x; index < a.items; index += gridDim.x) {
-    const DenseItem item(a, index);
+  for (DenseWalk walk(a); walk.index < a.items; walk.Next()) {
+    const DenseItem item(a, walk.index);
     const DenseProgram& program = a.program[item.program];
     for (int s = 0; s < program.segments; ++s) {
       const DenseSegment& segment = a.segment[program.first_segment + s];
@@ -303,37 +425,84 @@ __device__ inline void FetchRows(const DenseArgs& a, const DenseBarriers& barrie
 }
 
 // The 64 pixels that a group of warps multiplies at once lie in groups of eight neighbours along
-// the last axis: all of them along that axis, or each beyond the other along `patch_axis` (0 is n).
-// A group of warps has MT of these patches, which make up its part of the tile.
+// the last axis, or of eight images at a position: all of them go on along that axis, or each lies
+// beyond the other along another one. A group of warps has MT of these patches, which make up its
+// part of the tile.
 struct DensePatch {
   int at[kAxes + 1];  // of the first pixel in the part: n, d, h, w
   __device__ DensePatch(const DenseArgs& a, int index) {
     const int part[kAxes + 1] = {a.part_n, a.axis[0].part, a.axis[1].part, a.axis[2].part};
     for (int i = kAxes; i >= 0; --i) {
-      const int size = i == kAxes ? a.patch_w : i == a.patch_axis && a.patch_w == 8 ? 8 : 1;
-      const int count = part[i] / size;
-      at[i] = index % count * size;
+      const int count = part[i] / a.patch[i];
+      at[i] = index % count * a.patch[i];
       index /= count;
     }
   }
-};
-
-// Distances between neighbours along n, d, h, w.
-struct DensePitch {
-  int of[kAxes + 1];
-  __device__ DensePitch(int d, int h, int w) : of{d * h * w, h * w, w, 1} {}
-  __device__ int Place(const DensePatch& p) const {
-    return p.at[0] * of[0] + p.at[1] * of[1] + p.at[2] * of[2] + p.at[3];
+  __device__ int Place(const int (&pitch)[kAxes + 1]) const {
+    return at[0] * pitch[0] + at[1] * pitch[1] + at[2] * pitch[2] + at[3] * pitch[3];
   }
 };
 
+// Blocks that share an item each add up and store some of its columns: whole stores of them, and
+// whole fours of tiles.
+__device__ inline bool StoresTile(const DenseArgs& a, const DenseRank& rank, int tile) {
+  return tile / 4 * 32 / max(a.store_columns, 32) % a.split == rank.split;
+}
+
+// The sums of blocks that share an item, added up in the order of their ranks: of a block's own
+// columns. All blocks put theirs at `sums` first, sixteen bytes a thread and tile.
+template <int MT, int NT>
+__device__ inline void AddUp(const DenseArgs& a, const DenseRank& mine, uint32_t sums,
+                             float (&acc)[MT][4 * NT]) {
+  constexpr int kHop = 128 * kDenseGroups * 16, kTiles = 4 / MT;
+#pragma unroll
+  for (int j = 0; j < NT; ++j) {
+#pragma unroll
+    for (int mt = 0; mt < MT; ++mt) {
+      const float* v = acc[mt] + 4 * j;
+      StoreShared(sums + (j * MT + mt) * kHop, make_float4(v[0], v[1], v[2], v[3]));
+    }
+  }
+  MeetCluster();
+#pragma unroll
+  for (int first = 0; first < NT; first += kTiles) {
+    if (!StoresTile(a, mine, first)) continue;
+#pragma unroll
+    for (int mt = 0; mt < MT; ++mt) {
+#pragma unroll
+      for (int i = 0; i < 4 * kTiles; ++i) acc[mt][4 * first + i] = 0;
+    }
+    for (int rank = mine.pair; rank < a.cluster; rank += a.pair) {
+      float4 v[kTiles][MT];  // under way at once
+#pragma unroll
+      for (int j = 0; j < kTiles; ++j) {
+#pragma unroll
+        for (int mt = 0; mt < MT; ++mt) {
+          v[j][mt] = LoadRemote(sums + ((first + j) * MT + mt) * kHop, rank);
+        }
+      }
+#pragma unroll
+      for (int j = 0; j < kTiles; ++j) {
+#pragma unroll
+        for (int mt = 0; mt < MT; ++mt) {
+          float* to = acc[mt] + 4 * (first + j);
+          to[0] += v[j][mt].x;
+          to[1] += v[j][mt].y;
+          to[2] += v[j][mt].z;
+          to[3] += v[j][mt].w;
+        }
+      }
+    }
+  }
+}
+
 // Results leave by way of shared memory, `store_columns` at a time: channels last as boxes that the
 // copy units write while the next tile is multiplied, channels first as rows of pixels.
-template <class T, class Out, int MT, int NT, bool kRows>
-__device__ inline void StoreDense(const DenseArgs& a, const DenseMaps& maps, const DenseItem& item,
-                                  const int* pixels, char* stage, const int (&place)[MT][2],
-                                  int group, const float (&acc)[MT][4 * NT], int& buffer,
-                                  int thread) {
+template <class T, class Out, int MT, int NT, bool kRows, bool kSplit>
+__device__ inline void StoreDense(const DenseArgs& a, const DenseMaps& maps, const DenseRank& rank,
+                                  const DenseItem& item, const int* pixels, char* stage,
+                                  const int (&place)[MT][2], int group,
+                                  const float (&acc)[MT][4 * NT], int& buffer, int thread) {
   constexpr int kRuns = MT * 2;  // of 32 pixels
   // Channels first: pitch in elements of a column in the stage, free of bank conflicts.
   constexpr int kPitch = MT * 64 + 16 / static_cast<int>(sizeof(Out));
@@ -370,6 +539,7 @@ __device__ inline void StoreDense(const DenseArgs& a, const DenseMaps& maps, con
     if (columns <= 0) break;
     columns -= 8;
     const int at = j * 8 & (a.store_columns - 1);  // in the stage
+    const bool mine = !kSplit || StoresTile(a, rank, j);
     char* to = stage + buffer * a.store_pitch;
     float bias[2] = {0, 0};
     if (a.bias != nullptr) {
@@ -382,6 +552,7 @@ __device__ inline void StoreDense(const DenseArgs& a, const DenseMaps& maps, con
     for (int mt = 0; mt < MT; ++mt) {
 #pragma unroll
       for (int h = 0; h < 2; ++h) {
+        if (!mine) continue;
         const Out v0 = FromAccumulator<Out>(acc[mt][4 * j + 2 * h] + bias[0]);
         const Out v1 = FromAccumulator<Out>(acc[mt][4 * j + 2 * h + 1] + bias[1]);
         if constexpr (kRows) {
@@ -408,7 +579,7 @@ __device__ inline void StoreDense(const DenseArgs& a, const DenseMaps& maps, con
           if (offset[i] >= 0) out[c * a.out_c_step + offset[i]] = from[c * kPitch + i * 32 + lane];
         }
       }
-    } else {
+    } else if (mine) {
       // Past the barrier all know that the copy units have read the other stage.
       if (thread == 0) WaitForReads();
       ProxyFence();
@@ -419,11 +590,16 @@ __device__ inline void StoreDense(const DenseArgs& a, const DenseMaps& maps, con
         for (int i = 0; i < kAxes; ++i) {
           q[i] = item.q[i] + PartStart(a.axis[i].part, a.axis[i].box, group);
         }
-        StoreBox(&maps.out[a.fused ? phase : item.program], SharedAddress(to), channel, q[2], q[1],
-                 q[0], item.n + PartStart(a.part_n, a.box_n, group));
+        const int n = item.n + PartStart(a.part_n, a.box_n, group);
+        const CUtensorMap* map = &maps.map[a.in_maps + (a.fused ? phase : item.program)];
+        if (a.images) {
+          StoreBox(map, SharedAddress(to), channel, n, q[2], q[1], q[0]);
+        } else {
+          StoreBox(map, SharedAddress(to), channel, q[2], q[1], q[0], n);
+        }
       }
     }
-    buffer ^= 1;
+    if (mine) buffer ^= 1;
     channel += a.store_columns;
     if (a.fused && channel == (item.group + 1) * a.jg) {
       channel -= a.jg;
@@ -434,45 +610,50 @@ __device__ inline void StoreDense(const DenseArgs& a, const DenseMaps& maps, con
 }
 
 // kExact: the tensor cores cut off what they add to, so each quad starts from zero and is added to
-// the sums in float32.
-template <class T, int MT, int NT, bool kExact>
+// the sums in float32. kShare: neighbours fetch weights for each other. kSplit:
+// besides, blocks of a cluster share each item's stages; a block has but one item, since sums take
+// the place of what it fetched.
+template <class T, int MT, int NT, DenseMode kMode>
 __device__ inline void MultiplyDense(const DenseArgs& a, const DenseMaps& maps,
                                      const DenseBarriers& barriers, uint32_t in, uint32_t ring,
                                      const int* pixels, const int4* entries, char* stage, int group,
                                      int thread) {
   constexpr int kStepBytes = NT * 256, kQuadBytes = kDenseQuad * kStepBytes;
+  constexpr bool kExact = kMode == DenseMode::kExact, kSplit = kMode == DenseMode::kSplit;
+  constexpr bool kShare = kSplit || kMode == DenseMode::kShare;
   const int warp = thread / 32, lane = thread % 32;
-  const DensePitch staged(a.axis[0].length, a.axis[1].length, a.axis[2].length);
-  const DensePitch stored(a.axis[0].part, a.axis[1].part, a.axis[2].part);
-  const int eights = a.patch_w == 64 ? kAxes : a.patch_axis, stride = a.patch_w == 64 ? 8 : 1;
   uint64_t pixel[MT];  // descriptors for a tap without a shift
   int place[MT][2];    // of this lane's pixels in the stage for results
 #pragma unroll
   for (int mt = 0; mt < MT; ++mt) {
     DensePatch patch(a, mt);
-    const int results = stored.Place(patch) + lane / 4;
+    const int results = patch.Place(a.out_pitch) + lane / 4;
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
-      place[mt][h] =
-          (results + (warp * 2 + h) * stride * stored.of[eights]) * (a.rows ? 1 : a.store_bytes);
+      place[mt][h] = (results + (warp * 2 + h) * a.out_eights) * (a.rows ? 1 : a.store_bytes);
     }
     patch.at[0] += PartStart(a.part_n, a.box_n, group);
 #pragma unroll
     for (int i = 0; i < kAxes; ++i) {
       patch.at[i + 1] += PartStart(a.axis[i].part, a.axis[i].box, group);
     }
-    pixel[mt] = PixelDescriptor(in + staged.Place(patch) * a.row_bytes,
-                                stride * staged.of[eights] * a.row_bytes, a.row_bytes);
+    pixel[mt] = PixelDescriptor(in + patch.Place(a.in_pitch) * a.row_bytes,
+                                a.in_eights * a.row_bytes, a.row_bytes);
   }
   const bool round = sizeof(T) == 4 && !a.rows;
   float acc[MT][4 * NT], sum[kExact ? MT : 1][kExact ? 4 * NT : 1];
   DenseCursor buffer, slot;
   int stage_buffer = 0;
-  const auto release = [&](uint32_t barrier) {
-    if (lane == 0) Arrive(barrier);
+  const DenseRank rank(a);
+  const auto release_slot = [&](int i) {
+    if constexpr (kShare) {
+      if (lane < a.pair) ArriveRemote(barriers.RingEmpty(i), rank.neighbours + lane);
+    } else {
+      if (lane == 0) Arrive(barriers.RingEmpty(i));
+    }
   };
-  for (int index = blockIdx.x; index < a.items; index += gridDim.x) {
-    const DenseItem item(a, index);
+  for (DenseWalk walk(a); walk.index < a.items; walk.Next()) {
+    const DenseItem item(a, walk.index);
     const DenseProgram& program = a.program[item.program];
 #pragma unroll
     for (int mt = 0; mt < MT; ++mt) {
@@ -486,16 +667,22 @@ __device__ inline void MultiplyDense(const DenseArgs& a, const DenseMaps& maps,
       }
     }
     if (a.resident) slot = {};
-    int segment = program.first_segment, chunk = 0, left = 0;
+    int segment = program.first_segment, chunk = 0, left = 0, quads = program.quads;
+    if constexpr (kSplit) {
+      const DenseShare share(a, program);
+      segment += share.first / a.chunks;
+      chunk = share.first % a.chunks;
+      quads = QuadsBefore(a, program, share.end) - QuadsBefore(a, program, share.first);
+    }
     int used_slot = -1, used_buffer = -1;  // free once the products under way are done
     const int4* entry = entries;
     int4 shift{};
     const auto free = [&] {
       __syncwarp();
-      if (used_slot >= 0 && !a.resident) release(barriers.RingEmpty(used_slot));
-      if (used_buffer >= 0) release(barriers.InEmpty(used_buffer));
+      if (used_slot >= 0 && !a.resident) release_slot(used_slot);
+      if (used_buffer >= 0 && lane == 0) Arrive(barriers.InEmpty(used_buffer));
     };
-    for (int quad = 0; quad < program.quads; ++quad) {
+    for (int quad = 0; quad < quads; ++quad) {
       if (left <= 0) {
         const DenseSegment& s = a.segment[segment];
         const bool last = chunk + 1 == a.chunks;
@@ -561,6 +748,10 @@ __device__ inline void MultiplyDense(const DenseArgs& a, const DenseMaps& maps,
     }
     WaitForProducts<0>();
     free();
+    if constexpr (kSplit) {
+      SyncMultipliers();  // all products are done
+      AddUp<MT, NT>(a, rank, in + (group * 128 + thread) * 16, acc);
+    }
     const auto results = [&]() -> const float (&)[MT][4 * NT] {
       if constexpr (kExact) {
         return sum;
@@ -569,12 +760,12 @@ __device__ inline void MultiplyDense(const DenseArgs& a, const DenseMaps& maps,
       }
     };
     const auto store = [&](auto out, auto rows) {
-      StoreDense<T, decltype(out), MT, NT, decltype(rows)::value>(
-          a, maps, item, pixels, stage, place, group, results(), stage_buffer, thread);
+      StoreDense<T, decltype(out), MT, NT, decltype(rows)::value, kSplit>(
+          a, maps, rank, item, pixels, stage, place, group, results(), stage_buffer, thread);
     };
     const auto store_as = [&](auto out) {
-      if (a.rows) {
-        store(out, std::true_type{});
+      if (!kShare && a.rows) {
+        store(out, std::bool_constant<!kShare>{});
       } else {
         store(out, std::false_type{});
       }
@@ -584,13 +775,15 @@ __device__ inline void MultiplyDense(const DenseArgs& a, const DenseMaps& maps,
     } else {
       store_as(T{});
     }
+    if constexpr (kSplit) break;
   }
+  if constexpr (kShare) MeetCluster();  // none leaves while others use its barriers or sums
   if (thread == 0) WaitForStores();
 }
 
 #endif
 
-template <class T, int MT, int NT, bool kExact>
+template <class T, int MT, int NT, DenseMode kMode>
 __global__ void __launch_bounds__(kDenseThreads, 1)
     Dense(const __grid_constant__ DenseMaps maps, const __grid_constant__ DenseArgs a) {
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
@@ -609,7 +802,7 @@ __global__ void __launch_bounds__(kDenseThreads, 1)
     }
     for (int i = 0; i < a.ring; ++i) {
       InitBarrier(barriers.RingFull(i), 1);
-      InitBarrier(barriers.RingEmpty(i), kDenseWarps);
+      InitBarrier(barriers.RingEmpty(i), kDenseWarps * a.pair);
     }
     FenceBarriers();
     ProxyFence();
@@ -651,39 +844,58 @@ __global__ void __launch_bounds__(kDenseThreads, 1)
       to += padded;
     }
   }
-  __syncthreads();
+  constexpr bool kShare = kMode == DenseMode::kShare || kMode == DenseMode::kSplit;
+  if constexpr (kShare) {
+    MeetCluster();
+  } else {
+    __syncthreads();
+  }
   const int warp = thread / 32;
   if (warp < 8) {
     GiveRegisters<72>();
     if (warp == 0) {
-      if (lane == 0) FetchWeights(a, barriers, ring, NT * 256 * kDenseQuad);
-    } else if (a.rows) {
+      if (lane == 0) FetchWeights<kShare>(a, barriers, ring, NT * 256 * kDenseQuad);
+    } else if (!kShare && a.rows) {
       FetchRows<T>(a, barriers, shared + a.smem_in, sources, thread - 32);
     } else if (warp == 1) {
-      if (lane == 0) FetchBoxes(a, &maps.in, barriers, in);
+      if (lane == 0) FetchBoxes(a, maps, barriers, in);
     } else if (sizeof(T) == 4) {
       RoundBoxes(a, barriers, shared + a.smem_in, thread - 64);
     }
   } else {
     TakeRegisters<184>();
     const int group = warp / 4 - 2;
-    MultiplyDense<T, MT, NT, kExact>(a, maps, barriers, in, ring, pixels + group * kPixels,
-                                     reinterpret_cast<const int4*>(entries),
-                                     shared + a.smem_out + group * 2 * a.store_pitch, group,
-                                     thread % 128);
+    MultiplyDense<T, MT, NT, kMode>(a, maps, barriers, in, ring, pixels + group * kPixels,
+                                    reinterpret_cast<const int4*>(entries),
+                                    shared + a.smem_out + group * 2 * a.store_pitch, group,
+                                    thread % 128);
   }
 #endif
 }
 
-template <class T, int MT, int NT, bool kExact>
-cudaError_t EnqueueDenseTile(const DensePlan& plan, const DenseLaunch& launch,
+// The main kernel may start while the weights are still packed: it waits before it fetches them.
+// What it reads otherwise was there before they were. Where nothing is packed, that is not known.
+template <class T, int MT, int NT, DenseMode kMode>
+cudaError_t EnqueueDenseTile(const DensePlan& plan, const DenseLaunch& launch, bool packs,
                              cudaStream_t stream) {
-  const auto kernel = Dense<T, MT, NT, kExact>;
+  const auto kernel = Dense<T, MT, NT, kMode>;
   const cudaError_t status =
       cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, plan.smem);
   if (status != cudaSuccess) return status;
-  kernel<<<plan.grid, kDenseThreads, plan.smem, stream>>>(launch.maps, launch.args);
-  return cudaGetLastError();
+  cudaLaunchAttribute attributes[2]{};
+  attributes[0].id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  attributes[0].val.programmaticStreamSerializationAllowed = packs;
+  attributes[1].id = cudaLaunchAttributeClusterDimension;
+  attributes[1].val.clusterDim.x = launch.args.cluster;
+  attributes[1].val.clusterDim.y = attributes[1].val.clusterDim.z = 1;
+  cudaLaunchConfig_t config{};
+  config.gridDim = dim3(plan.grid);
+  config.blockDim = dim3(kDenseThreads);
+  config.dynamicSmemBytes = plan.smem;
+  config.stream = stream;
+  config.attrs = attributes;
+  config.numAttrs = launch.args.cluster > 1 ? 2 : 1;
+  return cudaLaunchKernelEx(&config, kernel, launch.maps, launch.args);
 }
 
 template <class T>
@@ -691,47 +903,53 @@ cudaError_t EnqueueDense(const DensePlan& plan, const DenseLaunch& launch, bool 
                          cudaStream_t stream) {
   if (packs) {
     const DensePack& pack = launch.pack;
-    const int steps = (pack.chunks - 1) * pack.full_steps + pack.last_steps;
-    const int ranges = (pack.taps + kPackTaps - 1) / kPackTaps;
-    const int unused = pack.column_tiles * pack.tiles - pack.used_tiles;
-    const dim3 grid(pack.jg / 8 + unused, steps, pack.groups * ranges);
-    PackDense<T><<<grid, kPackThreads, 0, stream>>>(pack);
+    const dim3 grid(plan.pack_grid[0], plan.pack_grid[1], plan.pack_grid[2]);
+    // Taps in twos stay together, in memory and in what a block packs.
+    const bool twos = pack.taps % 2 == 0 && pack.range % 2 == 0 &&
+                      reinterpret_cast<uintptr_t>(pack.w) % (2 * sizeof(T)) == 0;
+    const auto kernel = twos ? PackDense<T, 2> : PackDense<T, 1>;
+    kernel<<<grid, 32 * kDensePackWarps, 0, stream>>>(pack);
     if (const cudaError_t status = cudaGetLastError(); status != cudaSuccess) return status;
   }
-  // Split operands have two sets of sums, which leaves no registers for large tiles.
-  const auto enqueue = [&](auto exact) {
-    switch (plan.mt * 1000 + plan.columns) {
-      case 2032:
-        return EnqueueDenseTile<T, 2, 4, exact>(plan, launch, stream);
-      case 2048:
-        return EnqueueDenseTile<T, 2, 6, exact>(plan, launch, stream);
-      case 2064:
-        return EnqueueDenseTile<T, 2, 8, exact>(plan, launch, stream);
-      case 1128:
-        return EnqueueDenseTile<T, 1, 16, exact>(plan, launch, stream);
-      default:
-        break;
+  const int tile = plan.mt * 1000 + plan.columns;
+#define JAXCONV_TILE(MT, NT, kMode) \
+  if (tile == MT * 1000 + NT * 8)   \
+  return EnqueueDenseTile<T, MT, NT, kMode>(plan, launch, packs, stream)
+  const DenseArgs& args = launch.args;
+  if (args.split > 1) {
+    constexpr auto kMode = DenseMode::kSplit;
+    JAXCONV_TILE(2, 4, kMode);
+    JAXCONV_TILE(2, 8, kMode);
+    JAXCONV_TILE(1, 16, kMode);
+    JAXCONV_TILE(2, 16, kMode);
+  } else if (args.cluster > 1) {
+    if constexpr (sizeof(T) == 4) {
+      constexpr auto kMode = DenseMode::kShare;
+      JAXCONV_TILE(1, 16, kMode);
+      JAXCONV_TILE(2, 16, kMode);
     }
-    if constexpr (!exact) {
-      switch (plan.mt * 1000 + plan.columns) {
-        case 2096:
-          return EnqueueDenseTile<T, 2, 12, false>(plan, launch, stream);
-        case 2128:
-          return EnqueueDenseTile<T, 2, 16, false>(plan, launch, stream);
-        case 4032:
-          return EnqueueDenseTile<T, 4, 4, false>(plan, launch, stream);
-        case 4064:
-          return EnqueueDenseTile<T, 4, 8, false>(plan, launch, stream);
-        default:
-          break;
-      }
+  } else if (args.terms > 1) {
+    // Split operands have two sets of sums, which leaves no registers for large tiles.
+    if constexpr (sizeof(T) == 4) {
+      constexpr auto kMode = DenseMode::kExact;
+      JAXCONV_TILE(2, 4, kMode);
+      JAXCONV_TILE(2, 6, kMode);
+      JAXCONV_TILE(2, 8, kMode);
+      JAXCONV_TILE(1, 16, kMode);
     }
-    return cudaErrorInvalidConfiguration;
-  };
-  if constexpr (sizeof(T) == 4) {
-    if (launch.args.terms > 1) return enqueue(std::true_type{});
+  } else {
+    constexpr auto kMode = DenseMode::kPlain;
+    JAXCONV_TILE(2, 4, kMode);
+    JAXCONV_TILE(2, 6, kMode);
+    JAXCONV_TILE(2, 8, kMode);
+    JAXCONV_TILE(2, 12, kMode);
+    JAXCONV_TILE(1, 16, kMode);
+    JAXCONV_TILE(2, 16, kMode);
+    JAXCONV_TILE(4, 4, kMode);
+    JAXCONV_TILE(4, 8, kMode);
   }
-  return enqueue(std::false_type{});
+#undef JAXCONV_TILE
+  return cudaErrorInvalidConfiguration;
 }
 
 }  // namespace jaxconv::cuda

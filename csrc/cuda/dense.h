@@ -11,6 +11,7 @@
 #include <string>
 #include <vector>
 
+#include "cuda/small_divisor.h"
 #include "cuda/table.h"
 
 namespace jaxconv::cuda {
@@ -18,11 +19,13 @@ namespace jaxconv::cuda {
 void AddDense(std::vector<Row>& rows);
 
 // A box of sources of the input, all of one residue by the input's stride, and the taps that read
-// it. Its sources are (tile * box) * si + first[axis] + si * v for v < length[axis].
+// it. Its sources are (tile * box + v) * si + first[axis] for v < length[axis].
 struct DenseSegment {
-  int first[kAxes];
+  int first[kAxes];  // channels last: in its map, which has the sources of the residue alone
+  int16_t map;
   int16_t taps, first_shift;  // of `shift`
   int entries;                // where its lists of steps begin: of a full chunk, and of the last
+  int steps;                  // where its weights begin
 };
 
 // What one output phase needs (or all of them, where they share their sources).
@@ -51,8 +54,11 @@ struct DenseArgs {
   DenseAxis axis[kAxes];
   int64_t in_n_step, out_n_step, in_c_step, out_c_step;
   int n, box_n, part_n;
-  int patch_w, patch_axis;   // see DensePatch
-  int pieces, piece_length;  // copies of a box, side by side along the last axis
+  // Along n, d, h, w: pixels of a patch (see DensePatch), distances in pixels between neighbours in
+  // a staged box and in a group's part of the results.
+  int patch[kAxes + 1], in_pitch[kAxes + 1], out_pitch[kAxes + 1];
+  int in_eights, out_eights;  // the same between a patch's groups of eight
+  int pieces, piece_length;   // copies of a box, side by side along the last axis
   int groups, cg, jg, programs, column_tiles, items;
   int columns;                 // of a group: jg, times the phases where `fused`
   int row_bytes, swizzle;      // of a staged pixel; which address bits are swizzled
@@ -61,12 +67,16 @@ struct DenseArgs {
   int total_steps;             // of all programs
   int pixels, stage_bytes;     // of a stage
   int buffers, ring;           // stages and quads of weights in flight
+  // Blocks of a cluster: each of `pair` neighbours has another tile of pixels and fetches a part of
+  // their weights for both, and `split` such share the stages of their items.
+  int split, pair, cluster;
   int segments;
+  int in_maps;     // in front of those of the output
   int terms;       // products of a step: three of split float32 operands ("highest"), or one
   int part_bytes;  // of a stage: of the high parts of its operands, or all
   int store_columns, store_bytes, store_swizzle, store_pitch;  // of results on their way out
   int smem_pixels, smem_sources, smem_entries, smem_in, smem_out, smem_ring;  // byte offsets
-  bool fused, resident, rows, out_f32;
+  bool images, fused, resident, rows, out_f32;  // images: they are innermost in boxes
   DenseProgram program[kMaxPhases];
   DenseSegment segment[kMaxSegments];
   uint16_t shift[kMaxTaps];  // of the taps, in pixels of the staged box, segment by segment
@@ -75,11 +85,21 @@ struct DenseArgs {
 // What the kernel that packs the weights needs to know beyond that.
 struct DensePack {
   static constexpr uint8_t kUnused = 255;
+  static constexpr int kTaps = 32;   // of a block at most
+  static constexpr int kUnits = 40;  // its taps by tiles or steps at most, with padding
   const void* w;
-  char* weights;
+  void* weights;
   int64_t w_g_step, w_c_step, w_j_step;
   int taps, groups, cg, jg, column_tiles;
   int tiles, used_tiles;  // of eight columns: in a column tile, and all that are stored
+  int all_tiles;          // of a phase: those of its channels, and those that no phase stores
+  // A block packs so many tiles of columns, steps of channels and taps. Its weights lie in memory
+  // in rows, of columns by taps (forward) or of channels by taps, and in shared memory c_pitch and
+  // j_pitch elements apart.
+  int log_tiles, log_steps, range, ranges, c_pitch, j_pitch;
+  SmallDivisor by_range;
+  bool columns_inside;
+  int channel_steps, log_chunk;  // channel steps: of 32 bytes; of a group, and of a chunk
   int chunks, chunk_channels, full_steps, last_steps, total_steps;
   int terms;
   int steps[DenseArgs::kMaxSegments];
@@ -89,17 +109,18 @@ struct DensePack {
   uint16_t tap_position[DenseArgs::kMaxTaps];  // within its segment
 };
 
-// The bulk tensor copies: of the input, and of each phase of the output (of channels last alone).
+// The bulk tensor copies (of channels last alone): of the sources of each residue by the stride,
+// then of each phase of the output.
 struct DenseMaps {
-  CUtensorMap in, out[DenseArgs::kMaxPhases];
+  CUtensorMap map[DenseArgs::kMaxSegments + 1];
 };
 
 // The geometry of one of them.
 struct DenseMap {
   uint64_t size[5], stride[4];  // stride in bytes
-  uint32_t box[5], step[5];
-  int64_t offset;  // of the first element, in bytes
-  int row_bytes;   // of the box
+  uint32_t box[5], step[5];     // step: in elements of the tensor
+  int64_t offset;               // of the first element, in bytes
+  int row_bytes;                // of the box
 };
 
 // What a launch is made of, but for the pointers.
@@ -108,19 +129,21 @@ struct DensePlan {
   int mt, columns;      // a group of warps multiplies mt * 64 pixels by this many columns
   int grid, smem;
   int merged;  // groups that run as one, with zeros between them
+  int pack_grid[3];
   int64_t weights_bytes, expanded_bytes;
   double seconds, pack_seconds;  // in all; of packing the weights
   DenseArgs args;
   DensePack pack;
-  DenseMap in;
-  std::vector<DenseMap> out;
+  std::vector<DenseMap> in, out;
+  std::vector<Sizes> residues;  // of the maps of the input
 
   int64_t Workspace() const { return weights_bytes + expanded_bytes; }
 };
 
 // A tile: 0 means that the cost model chooses.
 struct DenseTile {
-  int mt = 0, columns = 0, buffers = 0;
+  int mt = 0, columns = 0, buffers = 0, split = 0, pair = 0;
+  int inside = 0;  // of boxes: 1 for pixels along the last axis, 2 for images
   int box[kAxes] = {0, 0, 0};
 };
 DensePlan PlanDense(const Problem&, const Device&, const DenseTile& = {});

@@ -12,6 +12,16 @@
 
 namespace jaxconv::cuda {
 
+// A kernel that depends on the one before it in the stream may start, and waits for all of its
+// writes.
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+__device__ inline void LetNextStart() { asm volatile("griddepcontrol.launch_dependents;"); }
+__device__ inline void WaitForPrevious() { asm volatile("griddepcontrol.wait;" ::: "memory"); }
+#else
+__device__ inline void LetNextStart() {}
+__device__ inline void WaitForPrevious() {}
+#endif
+
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
 
 // d = a * b (+ d, if `add`) over a step of 32 bytes of channels, both in shared memory: `a` 64
@@ -134,6 +144,57 @@ __device__ inline void WaitForStores() { asm volatile("cp.async.bulk.wait_group 
 // Among the 128 threads of a group of warps.
 __device__ inline void SyncGroup(int group) {
   asm volatile("bar.sync %0, 128;" ::"r"(group + 1) : "memory");
+}
+
+// Among those of both groups.
+__device__ inline void SyncMultipliers() { asm volatile("bar.sync 3, 256;" ::: "memory"); }
+
+// Among the blocks of a cluster.
+__device__ inline void MeetCluster() {
+  asm volatile(
+      "barrier.cluster.arrive.release.aligned;\n"
+      "barrier.cluster.wait.acquire.aligned;" ::
+          : "memory");
+}
+
+// Arrives at the barrier that a block of the cluster has at that place. It says that copies may
+// overwrite what products have read; a release of writes to the cluster would wait for device
+// memory.
+__device__ inline void ArriveRemote(uint32_t barrier, int rank) {
+  asm volatile(
+      "{\n.reg .b32 remote;\n"
+      "mapa.shared::cluster.u32 remote, %0, %1;\n"
+      "mbarrier.arrive.shared::cluster.b64 _, [remote];\n}" ::"r"(barrier),
+      "r"(rank)
+      : "memory");
+}
+
+// As CopyBulk, to the same place of all blocks of the cluster whose bit is set.
+__device__ inline void CopyBulkToCluster(uint32_t to, const void* from, int bytes, uint32_t barrier,
+                                         int blocks) {
+  asm volatile(
+      "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster [%0], "
+      "[%1], %2, [%3], %4;" ::"r"(to),
+      "l"(from), "r"(bytes), "r"(barrier), "h"(static_cast<uint16_t>(blocks))
+      : "memory");
+}
+
+__device__ inline void StoreShared(uint32_t to, float4 v) {
+  asm volatile("st.shared.v4.f32 [%0], {%1, %2, %3, %4};" ::"r"(to), "f"(v.x), "f"(v.y), "f"(v.z),
+               "f"(v.w)
+               : "memory");
+}
+// What another block of the cluster has at the same place.
+__device__ inline float4 LoadRemote(uint32_t from, int rank) {
+  float4 v;
+  asm volatile(
+      "{\n.reg .b32 remote;\n"
+      "mapa.shared::cluster.u32 remote, %4, %5;\n"
+      "ld.shared::cluster.v4.f32 {%0, %1, %2, %3}, [remote];\n}"
+      : "=f"(v.x), "=f"(v.y), "=f"(v.z), "=f"(v.w)
+      : "r"(from), "r"(rank)
+      : "memory");
+  return v;
 }
 
 template <int kRegisters>
