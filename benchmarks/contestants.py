@@ -419,7 +419,8 @@ def _torch_runner(
             run(batch[:1])
     torch.cuda.current_stream().wait_stream(stream)
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
+    # Threads of XLA go on, and what they call would end a capture that watches all threads.
+    with torch.cuda.graph(graph, capture_error_mode="thread_local"):
         out = run(batch)
 
     def replay() -> Any:

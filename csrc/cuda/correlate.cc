@@ -377,8 +377,9 @@ bool Fill(const Problem& p, const Device& device, const Shape& s, const Columns&
   const double memory =
       (in_bytes + out_bytes + static_cast<double>(plan.weights_bytes)) / kBandwidth;
   const double slow = std::max({compute, l2, memory});
-  // 16 bits, channels first, pass through registers: slower than the model by about this much.
-  const double slower = s.rows && s.element == 2 ? 1.3 : 1.0;
+  // Slower than the model by about this much: 16 bits, channels first, pass through registers; and
+  // several phases.
+  const double slower = s.rows && s.element == 2 ? 1.3 : s.phases > 1 ? 1.25 : 1.0;
   plan.seconds = 6e-6 + slower * (slow + 0.5 * (compute + l2 + memory - slow));
   return true;
 }

@@ -65,11 +65,11 @@ __device__ inline void CopyBulk(uint32_t, const void*, int, uint32_t) {}
 __device__ inline void FenceForCopies() {}
 #endif
 
-// All warps that share the barrier, one arrival each, from several places in the code, for the
-// `count`-th time. (Barriers of the whole block are for one place.)
-__device__ inline void Meet(uint32_t barrier, int lane, int& count) {
-  __syncwarp();
-  if (lane == 0) Arrive(barrier);
+// All threads that share the barrier, from several places in the code, for the `count`-th time.
+// (Barriers of the whole block are for one place.) Each thread arrives itself: racecheck takes what
+// the other lanes of an arriving lane wrote for unordered.
+__device__ inline void Meet(uint32_t barrier, int& count) {
+  Arrive(barrier);
   WaitFor(barrier, count++ & 1);
   __syncwarp();
 }

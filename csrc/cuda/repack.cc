@@ -17,7 +17,7 @@ namespace {
 // but leave multiprocessors idle and cost launches.
 constexpr int64_t kMostPixels = int64_t{64} << 20, kMostParts = int64_t{32} << 20;
 // Of the copies, in bytes of planes, and of what a launch costs beside.
-constexpr double kCopyBandwidth = 1.8e12, kLaunch = 2e-6;
+constexpr double kCopyBandwidth = 1.5e12, kLaunch = 2e-6;
 
 constexpr int64_t CeilDiv(int64_t a, int64_t b) { return (a + b - 1) / b; }
 constexpr int64_t RoundUp(int64_t a, int64_t b) { return CeilDiv(a, b) * b; }

@@ -542,7 +542,7 @@ __global__ void __launch_bounds__(kThinForwardThreads, 1)
   int stage = 0, base = 0;  // of the step that is multiplied
   int meetings = 0;
   const auto next = [&] {
-    Meet(barrier, lane, meetings);
+    Meet(barrier, meetings);
     if (stage++ == a.ahead) stage = 0;
     base += a.x.rows;
     if (base >= a.p_rows) base -= a.p_rows;
@@ -555,7 +555,7 @@ __global__ void __launch_bounds__(kThinForwardThreads, 1)
     spots[i] = rd | rh << 8 | (rows - chunk * a.x.rows) << 16 | chunk << 24;
   }
   if (tid < a.co) biases[tid] = ThinBias<T>(a, tid);
-  if (tid == 0) InitBarrier(barrier, kThinForwardThreads / 32);
+  if (tid == 0) InitBarrier(barrier, kThinForwardThreads);
   const ThinRows rows = ThinListRows<T, kLast>(a.x, reinterpret_cast<int2*>(smem + a.smem_rows),
                                                tid, 32 * kThinMultipliers);
   __syncthreads();
@@ -585,7 +585,7 @@ __global__ void __launch_bounds__(kThinForwardThreads, 1)
     ThinCursor c;
     c.item = blockIdx.x;
     bool more = ThinEnter(a, c);
-    Meet(barrier, lane, meetings);
+    Meet(barrier, meetings);
     next();  // the first step has nothing before it
     while (more) {
       const int before = base - a.x.rows + (base < a.x.rows ? a.p_rows : 0);
@@ -641,7 +641,7 @@ __global__ void __launch_bounds__(kThinForwardThreads, 1)
   const uint32_t to = SharedAddress(smem + a.smem_p) +
                       4 * ((set * MT * 16 + lane / 4) * a.p_column + a.p_margin + lane % 4 * 2);
   ThinWait(a.ahead);
-  Meet(barrier, lane, meetings);
+  Meet(barrier, meetings);
   for (int s = 0; s <= asked; ++s) {
     copy(stage == 0 ? a.ahead : stage - 1);
     const uint32_t from = sources + stage * a.x.stage + lane_place;

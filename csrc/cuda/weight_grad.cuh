@@ -510,7 +510,7 @@ __global__ void __launch_bounds__(kThreads, 1)
   }
   __syncthreads();
   const uint32_t barrier = shared_address + a.barrier;
-  if (threadIdx.x == 0) InitBarrier(barrier, kThreads / 32);
+  if (threadIdx.x == 0) InitBarrier(barrier, kThreads);
   __syncthreads();
   int meetings = 0;  // of those who copy and those who multiply
 
@@ -599,7 +599,7 @@ __global__ void __launch_bounds__(kThreads, 1)
       } else {
         WaitCopies<2>();
       }
-      Meet(barrier, lane, meetings);  // and the step before is multiplied
+      Meet(barrier, meetings);  // and the step before is multiplied
       issue_next();
     }
     return;
@@ -945,7 +945,7 @@ __global__ void __launch_bounds__(kThreads, 1)
   const int count = static_cast<int>(step_end - step_begin);
   int stage = 0;
   for (int i = 1, flush = a.flush; i <= count; ++i) {
-    Meet(barrier, lane, meetings);  // the step's copies are there
+    Meet(barrier, meetings);  // the step's copies are there
     compute(now, stage);
     now.Advance(a);
     stage = stage == a.ahead ? 0 : stage + 1;
