@@ -277,8 +277,8 @@ struct Patch {
   std::array<int, 4> size;
   bool images;
 };
-constexpr Patch kPatches[] = {{{8, 1, 1, 8}, false},  {{1, 8, 1, 8}, false}, {{1, 1, 8, 8}, false},
-                              {{1, 1, 1, 64}, false}, {{8, 8, 1, 1}, true},  {{8, 1, 8, 1}, true},
+constexpr Patch kPatches[] = {{{1, 1, 1, 64}, false}, {{1, 1, 8, 8}, false}, {{1, 8, 1, 8}, false},
+                              {{8, 1, 1, 8}, false},  {{8, 8, 1, 1}, true},  {{8, 1, 8, 1}, true},
                               {{8, 1, 1, 8}, true},   {{16, 1, 1, 4}, true}, {{32, 1, 1, 2}, true},
                               {{64, 1, 1, 1}, true}};
 
@@ -630,8 +630,8 @@ void SearchTiles(const Problem& p, const Device& device, const Shape& s, const D
       if (patch.images && (!p.channels_last || p.n < 8 || !short_rows)) continue;
       for (int code = 0; code < 1 << 2 * doublings; ++code) {
         std::array<int, 4> part = patch.size;
-        for (int i = 1; i < doublings; ++i) part[code >> 2 * i & 3] *= 2;
-        const int halved = code & 3;
+        for (int i = 1; i < doublings; ++i) part[3 - (code >> 2 * i & 3)] *= 2;
+        const int halved = 3 - (code & 3);
         std::array<int, 4> box = part;
         box[halved] *= 2;
         if (!allowed(forced.box[0], box[1]) || !allowed(forced.box[1], box[2]) ||
