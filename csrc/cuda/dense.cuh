@@ -496,6 +496,31 @@ __device__ inline void AddUp(const DenseArgs& a, const DenseRank& mine, uint32_t
   }
 }
 
+// Calls body with `index` as a constant, since registers have no index: by a table of branches.
+template <int kCount, class Body>
+__device__ inline void WithConstant(int index, Body body) {
+  static_assert(kCount <= 16);
+  const auto run = [&](auto number) {
+    if constexpr (kCount > decltype(number)::value) body(number);
+  };
+#define JAXCONV_CASE(number) \
+  case number:               \
+    return run(std::integral_constant<int, number>{})
+#define JAXCONV_FOUR_CASES(number) \
+  JAXCONV_CASE(number);            \
+  JAXCONV_CASE(number + 1);        \
+  JAXCONV_CASE(number + 2);        \
+  JAXCONV_CASE(number + 3)
+  switch (index) {
+    JAXCONV_FOUR_CASES(0);
+    JAXCONV_FOUR_CASES(4);
+    JAXCONV_FOUR_CASES(8);
+    JAXCONV_FOUR_CASES(12);
+  }
+#undef JAXCONV_FOUR_CASES
+#undef JAXCONV_CASE
+}
+
 // Results leave by way of shared memory, `store_columns` at a time: channels last as boxes that the
 // copy units write while the next tile is multiplied, channels first as rows of pixels.
 template <class T, class Out, int MT, int NT, bool kRows, bool kSplit>
@@ -533,80 +558,97 @@ __device__ inline void StoreDense(const DenseArgs& a, const DenseMaps& maps, con
   }
   if (kRows) locate(phase);
   const int swizzled = kRows ? 0 : lane / 4 * a.store_bytes >> 3 & a.store_swizzle;
-  int columns = min(NT * 8, a.columns - first);  // left
+  const int columns = min(NT * 8, a.columns - first);
+  // Unrolled over some tiles alone, for the sake of the instruction cache: a block runs this a few
+  // times, and with the stores in every tile it waited for instructions as long as it stored.
+  const auto store = [&](auto unrolled) {
+    constexpr int kTiles = decltype(unrolled)::value;
+#pragma unroll 1
+    for (int j = 0; j * 8 < columns; j += kTiles) {
+      const int at = j * 8 & (a.store_columns - 1);  // in the stage
+      const bool mine = !kSplit || StoresTile(a, rank, j);
+      char* to = stage + buffer * a.store_pitch;
+      const auto put = [&](auto index) {
 #pragma unroll
-  for (int j = 0; j < NT; ++j) {
-    if (columns <= 0) break;
-    columns -= 8;
-    const int at = j * 8 & (a.store_columns - 1);  // in the stage
-    const bool mine = !kSplit || StoresTile(a, rank, j);
-    char* to = stage + buffer * a.store_pitch;
-    float bias[2] = {0, 0};
-    if (a.bias != nullptr) {
+        for (int k = 0; k < kTiles; ++k) {
+          constexpr int kFirst = decltype(index)::value * kTiles;
+          const int column = at + k * 8 + 2 * quad;
+          float bias[2] = {0, 0};
+          if (a.bias != nullptr) {
 #pragma unroll
-      for (int i = 0; i < 2; ++i) {
-        bias[i] = ToAccumulator(static_cast<const Out*>(a.bias)[channel + at + 2 * quad + i]);
-      }
-    }
+            for (int i = 0; i < 2; ++i) {
+              bias[i] = ToAccumulator(static_cast<const Out*>(a.bias)[channel + column + i]);
+            }
+          }
 #pragma unroll
-    for (int mt = 0; mt < MT; ++mt) {
+          for (int mt = 0; mt < MT; ++mt) {
 #pragma unroll
-      for (int h = 0; h < 2; ++h) {
-        if (!mine) continue;
-        const Out v0 = FromAccumulator<Out>(acc[mt][4 * j + 2 * h] + bias[0]);
-        const Out v1 = FromAccumulator<Out>(acc[mt][4 * j + 2 * h + 1] + bias[1]);
-        if constexpr (kRows) {
-          Out* row = reinterpret_cast<Out*>(to) + (at + 2 * quad) * kPitch + place[mt][h];
-          row[0] = v0;
-          row[kPitch] = v1;
-        } else {
-          const int bytes = (at + 2 * quad) * static_cast<int>(sizeof(Out));
-          struct alignas(2 * sizeof(Out)) Pair {
-            Out v[2];
-          };
-          *reinterpret_cast<Pair*>(to + place[mt][h] + (bytes ^ swizzled)) = {{v0, v1}};
+            for (int h = 0; h < 2; ++h) {
+              const float* v = acc[mt] + 4 * (kFirst + k) + 2 * h;
+              const Out v0 = FromAccumulator<Out>(v[0] + bias[0]);
+              const Out v1 = FromAccumulator<Out>(v[1] + bias[1]);
+              if constexpr (kRows) {
+                Out* row = reinterpret_cast<Out*>(to) + column * kPitch + place[mt][h];
+                row[0] = v0;
+                row[kPitch] = v1;
+              } else {
+                const int bytes = column * static_cast<int>(sizeof(Out));
+                struct alignas(2 * sizeof(Out)) Pair {
+                  Out v[2];
+                };
+                *reinterpret_cast<Pair*>(to + place[mt][h] + (bytes ^ swizzled)) = {{v0, v1}};
+              }
+            }
+          }
+        }
+      };
+      if (mine) WithConstant<NT / kTiles>(j / kTiles, put);
+      if (at + kTiles * 8 < a.store_columns) continue;
+      if constexpr (kRows) {
+        SyncGroup(group);
+        const Out* from = reinterpret_cast<const Out*>(to);
+        Out* out = static_cast<Out*>(a.out) + channel * a.out_c_step;
+        for (int c = warp; c < a.store_columns; c += 4) {
+#pragma unroll
+          for (int i = 0; i < kRuns; ++i) {
+            if (offset[i] >= 0)
+              out[c * a.out_c_step + offset[i]] = from[c * kPitch + i * 32 + lane];
+          }
+        }
+      } else if (mine) {
+        // Past the barrier all know that the copy units have read the other stage.
+        if (thread == 0) WaitForReads();
+        ProxyFence();
+        SyncGroup(group);
+        if (thread == 0) {
+          int q[kAxes];
+#pragma unroll
+          for (int i = 0; i < kAxes; ++i) {
+            q[i] = item.q[i] + PartStart(a.axis[i].part, a.axis[i].box, group);
+          }
+          const int n = item.n + PartStart(a.part_n, a.box_n, group);
+          const CUtensorMap* map = &maps.map[a.in_maps + (a.fused ? phase : item.program)];
+          if (a.images) {
+            StoreBox(map, SharedAddress(to), channel, n, q[2], q[1], q[0]);
+          } else {
+            StoreBox(map, SharedAddress(to), channel, q[2], q[1], q[0], n);
+          }
         }
       }
-    }
-    if (at + 8 < a.store_columns) continue;
-    if constexpr (kRows) {
-      SyncGroup(group);
-      const Out* from = reinterpret_cast<const Out*>(to);
-      Out* out = static_cast<Out*>(a.out) + channel * a.out_c_step;
-      for (int c = warp; c < a.store_columns; c += 4) {
-#pragma unroll
-        for (int i = 0; i < kRuns; ++i) {
-          if (offset[i] >= 0) out[c * a.out_c_step + offset[i]] = from[c * kPitch + i * 32 + lane];
-        }
-      }
-    } else if (mine) {
-      // Past the barrier all know that the copy units have read the other stage.
-      if (thread == 0) WaitForReads();
-      ProxyFence();
-      SyncGroup(group);
-      if (thread == 0) {
-        int q[kAxes];
-#pragma unroll
-        for (int i = 0; i < kAxes; ++i) {
-          q[i] = item.q[i] + PartStart(a.axis[i].part, a.axis[i].box, group);
-        }
-        const int n = item.n + PartStart(a.part_n, a.box_n, group);
-        const CUtensorMap* map = &maps.map[a.in_maps + (a.fused ? phase : item.program)];
-        if (a.images) {
-          StoreBox(map, SharedAddress(to), channel, n, q[2], q[1], q[0]);
-        } else {
-          StoreBox(map, SharedAddress(to), channel, q[2], q[1], q[0], n);
-        }
+      if (mine) buffer ^= 1;
+      channel += a.store_columns;
+      if (a.fused && channel == (item.group + 1) * a.jg) {
+        channel -= a.jg;
+        ++phase;
+        if (kRows && (j + kTiles) * 8 < columns) locate(phase);
       }
     }
-    if (mine) buffer ^= 1;
-    channel += a.store_columns;
-    if (a.fused && channel == (item.group + 1) * a.jg) {
-      channel -= a.jg;
-      ++phase;
-      if (kRows && columns > 0) locate(phase);
-    }
+  };
+  constexpr int kWide = 64 / static_cast<int>(sizeof(Out)) / 8;
+  if constexpr (NT % kWide == 0) {
+    if (a.store_columns >= kWide * 8) return store(std::integral_constant<int, kWide>{});
   }
+  store(std::integral_constant<int, 1>{});
 }
 
 // kExact: the tensor cores cut off what they add to, so each quad starts from zero and is added to
