@@ -362,6 +362,9 @@ bool Fill(const Problem& p, const Device& device, const Shape& s, const Candidat
   const bool across = a.images && a.patch[0] > 8 && a.patch[0] < 64;
   if (across && a.box_n != a.patch[0]) return false;
   a.rows = !p.channels_last;
+  int64_t span = a.box_n * out.n;  // results of a tile are counted in 32 bits
+  for (const DenseAxis& x : a.axis) span += int64_t{x.box} * x.so * x.out_step;
+  if (a.rows && span > kIntMax) return false;
   a.pixels = static_cast<int>(pixels);
   a.row_bytes = s.row_bytes;
   a.swizzle = s.row_bytes - 16;

@@ -20,7 +20,13 @@ inline constexpr int kDenseLoaders = 224;             // threads that stage rows
 inline constexpr int kDenseRounders = 192;            // threads that round to TF32
 inline constexpr int kDenseQuad = 4;
 
-enum class DenseMode { kPlain, kExact, kShare, kSplit };
+enum class DenseMode { kPlain, kRows, kExact, kShare, kSplit };
+
+// Whether tensors have their channels first: known at compile time, but for kExact.
+template <DenseMode kMode>
+__device__ constexpr bool HasRows(const DenseArgs& a) {
+  return kMode == DenseMode::kExact ? a.rows : kMode == DenseMode::kRows;
+}
 
 // A block's place in its cluster.
 struct DenseRank {
@@ -532,7 +538,9 @@ __device__ inline void StoreDense(const DenseArgs& a, const DenseMaps& maps, con
   // Channels first: pitch in elements of a column in the stage, free of bank conflicts.
   constexpr int kPitch = MT * 64 + 16 / static_cast<int>(sizeof(Out));
   const int warp = thread / 32, lane = thread % 32, quad = lane % 4;
-  int64_t offset[kRuns];  // of this thread's pixels of each run, in a phase of the output
+  // Of this thread's pixels of each run, in a phase of the output, from the item's first; -1:
+  // outside.
+  int offset[kRuns];
   const auto locate = [&](int phase) {
     const int up = phase / a.axis[2].so;
     const int r[kAxes] = {up / a.axis[1].so, up % a.axis[1].so, phase % a.axis[2].so};
@@ -540,12 +548,12 @@ __device__ inline void StoreDense(const DenseArgs& a, const DenseMaps& maps, con
     for (int i = 0; i < kRuns; ++i) {
       const DenseCoordinates at(pixels[i * 32 + lane]);
       bool inside = item.n + at.n < a.n;
-      offset[i] = (item.n + at.n) * a.out_n_step;
+      offset[i] = static_cast<int>(at.n * a.out_n_step);
 #pragma unroll
       for (int x = 0; x < kAxes; ++x) {
-        const int o = (item.q[x] + at.at[x]) * a.axis[x].so + r[x];
-        inside = inside && o < a.axis[x].out_size;
-        offset[i] += o * a.axis[x].out_step;
+        const int o = at.at[x] * a.axis[x].so + r[x];
+        inside = inside && item.q[x] * a.axis[x].so + o < a.axis[x].out_size;
+        offset[i] += static_cast<int>(o * a.axis[x].out_step);
       }
       if (!inside) offset[i] = -1;
     }
@@ -607,7 +615,11 @@ __device__ inline void StoreDense(const DenseArgs& a, const DenseMaps& maps, con
       if constexpr (kRows) {
         SyncGroup(group);
         const Out* from = reinterpret_cast<const Out*>(to);
-        Out* out = static_cast<Out*>(a.out) + channel * a.out_c_step;
+        Out* out = static_cast<Out*>(a.out) + item.n * a.out_n_step + channel * a.out_c_step;
+#pragma unroll
+        for (int x = 0; x < kAxes; ++x) {
+          out += int64_t{item.q[x]} * a.axis[x].so * a.axis[x].out_step;
+        }
         for (int c = warp; c < a.store_columns; c += 4) {
 #pragma unroll
           for (int i = 0; i < kRuns; ++i) {
@@ -645,7 +657,7 @@ __device__ inline void StoreDense(const DenseArgs& a, const DenseMaps& maps, con
     }
   };
   constexpr int kWide = 64 / static_cast<int>(sizeof(Out)) / 8;
-  if constexpr (NT % kWide == 0) {
+  if constexpr (!kRows && NT % kWide == 0) {
     if (a.store_columns >= kWide * 8) return store(std::integral_constant<int, kWide>{});
   }
   store(std::integral_constant<int, 1>{});
@@ -672,7 +684,8 @@ __device__ inline void MultiplyDense(const DenseArgs& a, const DenseMaps& maps,
     const int results = patch.Place(a.out_pitch) + lane / 4;
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
-      place[mt][h] = (results + (warp * 2 + h) * a.out_eights) * (a.rows ? 1 : a.store_bytes);
+      place[mt][h] =
+          (results + (warp * 2 + h) * a.out_eights) * (HasRows<kMode>(a) ? 1 : a.store_bytes);
     }
     patch.at[0] += PartStart(a.part_n, a.box_n, group);
 #pragma unroll
@@ -682,7 +695,7 @@ __device__ inline void MultiplyDense(const DenseArgs& a, const DenseMaps& maps,
     pixel[mt] = PixelDescriptor(in + patch.Place(a.in_pitch) * a.row_bytes,
                                 a.in_eights * a.row_bytes, a.row_bytes);
   }
-  const bool round = sizeof(T) == 4 && !a.rows;
+  const bool round = sizeof(T) == 4 && !HasRows<kMode>(a);
   float acc[MT][4 * NT], sum[kExact ? MT : 1][kExact ? 4 * NT : 1];
   DenseCursor buffer, slot;
   int stage_buffer = 0;
@@ -806,11 +819,10 @@ __device__ inline void MultiplyDense(const DenseArgs& a, const DenseMaps& maps,
           a, maps, rank, item, pixels, stage, place, group, results(), stage_buffer, thread);
     };
     const auto store_as = [&](auto out) {
-      if (!kShare && a.rows) {
-        store(out, std::bool_constant<!kShare>{});
-      } else {
-        store(out, std::false_type{});
+      if constexpr (kMode == DenseMode::kExact) {
+        if (a.rows) return store(out, std::true_type{});
       }
+      store(out, std::bool_constant<kMode == DenseMode::kRows>{});
     };
     if (sizeof(T) == 4 || a.out_f32) {
       store_as(float{});
@@ -838,7 +850,7 @@ __global__ void __launch_bounds__(kDenseThreads, 1)
   const uint32_t in = SharedAddress(shared) + a.smem_in, ring = SharedAddress(shared) + a.smem_ring;
   if (thread == 0) {
     for (int i = 0; i < a.buffers; ++i) {
-      InitBarrier(barriers.InFull(i), a.rows ? kDenseLoaders : 1);
+      InitBarrier(barriers.InFull(i), HasRows<kMode>(a) ? kDenseLoaders : 1);
       InitBarrier(barriers.InRounded(i), kDenseRounders);
       InitBarrier(barriers.InEmpty(i), kDenseWarps);
     }
@@ -850,7 +862,7 @@ __global__ void __launch_bounds__(kDenseThreads, 1)
     ProxyFence();
   }
   constexpr int kPixels = MT * 64;  // of a group of warps
-  if (a.rows) {
+  if (HasRows<kMode>(a)) {
     for (int p = thread; p < kDenseGroups * kPixels; p += kDenseThreads) {
       const int group = p / kPixels;
       const DenseAxis &d = a.axis[0], &h = a.axis[1], &w = a.axis[2];
@@ -897,7 +909,7 @@ __global__ void __launch_bounds__(kDenseThreads, 1)
     GiveRegisters<72>();
     if (warp == 0) {
       if (lane == 0) FetchWeights<kShare>(a, barriers, ring, NT * 256 * kDenseQuad);
-    } else if (!kShare && a.rows) {
+    } else if (HasRows<kMode>(a)) {
       FetchRows<T>(a, barriers, shared + a.smem_in, sources, thread - 32);
     } else if (warp == 1) {
       if (lane == 0) FetchBoxes(a, maps, barriers, in);
@@ -979,17 +991,21 @@ cudaError_t EnqueueDense(const DensePlan& plan, const DenseLaunch& launch, bool 
       JAXCONV_TILE(2, 8, kMode);
       JAXCONV_TILE(1, 16, kMode);
     }
+#define JAXCONV_TILES(kMode)  \
+  JAXCONV_TILE(2, 4, kMode);  \
+  JAXCONV_TILE(2, 6, kMode);  \
+  JAXCONV_TILE(2, 8, kMode);  \
+  JAXCONV_TILE(2, 12, kMode); \
+  JAXCONV_TILE(1, 16, kMode); \
+  JAXCONV_TILE(2, 16, kMode); \
+  JAXCONV_TILE(4, 4, kMode);  \
+  JAXCONV_TILE(4, 8, kMode)
+  } else if (args.rows) {
+    JAXCONV_TILES(DenseMode::kRows);
   } else {
-    constexpr auto kMode = DenseMode::kPlain;
-    JAXCONV_TILE(2, 4, kMode);
-    JAXCONV_TILE(2, 6, kMode);
-    JAXCONV_TILE(2, 8, kMode);
-    JAXCONV_TILE(2, 12, kMode);
-    JAXCONV_TILE(1, 16, kMode);
-    JAXCONV_TILE(2, 16, kMode);
-    JAXCONV_TILE(4, 4, kMode);
-    JAXCONV_TILE(4, 8, kMode);
+    JAXCONV_TILES(DenseMode::kPlain);
   }
+#undef JAXCONV_TILES
 #undef JAXCONV_TILE
   return cudaErrorInvalidConfiguration;
 }
