@@ -26,6 +26,9 @@ constexpr DenseGradVariant kVariants[] = {
 constexpr int64_t CeilDiv(int64_t a, int64_t b) { return (a + b - 1) / b; }
 constexpr int64_t RoundUp(int64_t a, int64_t b) { return CeilDiv(a, b) * b; }
 
+// Images, or pieces of them, that lie side by side in 16 bytes of shared memory.
+int64_t Streams(const Problem& p) { return 16 / SizeOf(p.in_dtype); }
+
 std::string Refuse(const Problem& p, const Device& device) {
   if (p.Empty()) return "has nothing to read or write";
   if (!HasWgmma(device.compute_capability)) return "needs compute capability 9.0";
@@ -64,7 +67,7 @@ struct Shape {
 Shape ShapeOf(const Problem& p) {
   Shape s{};
   s.element = static_cast<int>(SizeOf(p.in_dtype));
-  s.streams = 16 / s.element;
+  s.streams = static_cast<int>(Streams(p));
   s.cuts = s.streams / static_cast<int>(std::gcd(p.n, int64_t{s.streams}));
   int cut = 0;
   if (s.cuts > 1) {
@@ -93,11 +96,17 @@ Shape ShapeOf(const Problem& p) {
   }
   s.segment = CeilDiv(s.isize[0], s.cuts);
   s.from = p.channels_last ? DenseGradFrom::kRuns : DenseGradFrom::kRows;
-  // Copies need whole images as streams, aligned pixels and groups, and steps of up to eight
-  // elements.
+  // Copies need whole images as streams, aligned pixels and groups, and a map for each residue of
+  // the outputs.
   const auto aligned = [&](int64_t channels) { return channels * s.element % 16 == 0; };
+  int64_t residues = 1;
+  bool all = true;  // have outputs
+  for (int i = 0; i < kAxes; ++i) {
+    residues *= std::min(s.stride[i], s.k[i]);
+    all = all && s.osize[i] >= s.stride[i];
+  }
   if (p.channels_last && s.cuts == 1 && aligned(p.cig()) && aligned(p.cog()) &&
-      *std::max_element(s.stride.begin(), s.stride.end()) <= 8) {
+      residues <= kDenseGradResidues && all) {
     s.from = DenseGradFrom::kCopies;
   }
   return s;
@@ -235,7 +244,7 @@ bool Fill(const Problem& p, const Device& device, const Shape& s, const Chunks& 
   }
   if (copies) {
     for (int i = 0; i < kAxes; ++i) {
-      if (a.y_box[i] * a.stride[i] > 256) return false;
+      if (a.y_box[i] > 256) return false;
     }
   }
   if (y_all > 2048) return false;
@@ -325,12 +334,10 @@ bool Fill(const Problem& p, const Device& device, const Shape& s, const Chunks& 
     seconds += static_cast<double>(block_tiles / a.flush) * results * 8 / 22 / kClock;
   }
   if (a.parts > 1) seconds += 3e-6 + 4.0 * a.parts * static_cast<double>(p.WElements()) / 2e12;
-  // Measured: copies take 0.83 to 0.98 of that; where a stride tears what does not fit into the L2
-  // cache, 0.9 to 1.9.
-  if (copies) {
-    const bool strided = *std::max_element(s.stride.begin(), s.stride.end()) > 1;
-    seconds *= strided && !cached ? 1.5 : 0.88;
-  }
+  if (copies) seconds *= 0.88;  // measured: 0.83 to 0.98 of that
+  // Loads of long rows from up to 1.5 MB of a channel took 0.54 to 0.72 of that (five layers, H100).
+  const bool flat = Product(s.isize) <= s.isize[1] * s.isize[2] && s.isize[2] >= 128;
+  if (!last && flat && Product(s.isize) * s.element < 3 << 19) seconds *= 0.57;
   plan.seconds = seconds;
   return true;
 }
@@ -355,24 +362,23 @@ void FillOperand(DenseGradOperand& o, const Shape& s, const Strides& steps, cons
   while (32 << o.log_shares < o.channels) ++o.log_shares;
 }
 
-// A bulk copy's box: channels, then images, then positions.
-DenseMap MapOf(const DenseGradArgs& a, const DenseGradOperand& o, const Shape& s, int64_t n,
-               int64_t channels) {
-  const bool y = &o == &a.y;
+// A bulk copy's box: channels, then images, then positions `stride` apart, from `residue` on.
+DenseMap MapOf(const DenseGradOperand& o, const Shape& s, int64_t n, int64_t channels,
+               const int (&box)[kAxes], const Sizes& stride,
+               const std::array<int, kAxes>& residue) {
   DenseMap m{};
   m.size[0] = static_cast<uint64_t>(channels);
   m.size[1] = static_cast<uint64_t>(n);
   m.stride[0] = static_cast<uint64_t>(o.n_step * s.element);
   m.box[0] = static_cast<uint32_t>(o.channels / o.copies);
   m.box[1] = static_cast<uint32_t>(s.streams);
-  m.step[0] = m.step[1] = 1;
   m.row_bytes = static_cast<int>(m.box[0]) * s.element;
+  std::fill(std::begin(m.step), std::end(m.step), 1);
   for (int i = 0; i < kAxes; ++i) {
-    const uint32_t step = static_cast<uint32_t>(y ? a.stride[i] : 1);
-    m.size[4 - i] = static_cast<uint64_t>(o.size[i]);
-    m.stride[3 - i] = static_cast<uint64_t>(o.step[i] * s.element);
-    m.box[4 - i] = static_cast<uint32_t>(y ? a.y_box[i] : a.box[i]) * step;
-    m.step[4 - i] = step;
+    m.size[4 - i] = static_cast<uint64_t>(CeilDiv(o.size[i] - residue[i], stride[i]));
+    m.stride[3 - i] = static_cast<uint64_t>(o.step[i] * stride[i] * s.element);
+    m.box[4 - i] = static_cast<uint32_t>(box[i]);
+    m.offset += residue[i] * o.step[i] * s.element;
   }
   return m;
 }
@@ -382,10 +388,9 @@ void Complete(const Problem& p, const Shape& s, const Chunks& chunks, DenseGradP
   DenseGradArgs& a = plan.args;
   FillOperand(a.x, s, s.xs, s.isize, false, p.cig());
   FillOperand(a.y, s, s.ys, s.osize, true, p.cog());
-  if (s.from == DenseGradFrom::kCopies) {
-    plan.x = MapOf(a, a.x, s, p.n, p.ci);
-    plan.y = MapOf(a, a.y, s, p.n, p.co);
-  }
+  const bool copies = s.from == DenseGradFrom::kCopies;
+  std::vector<std::array<int, kAxes>> residues;  // of the maps
+  if (copies) plan.x = MapOf(a.x, s, p.n, p.ci, a.box, {1, 1, 1}, {0, 0, 0});
   a.w_elements = p.WElements();
   a.cig = static_cast<int>(p.cig());
   a.cog = static_cast<int>(p.cog());
@@ -399,7 +404,16 @@ void Complete(const Problem& p, const Shape& s, const Chunks& chunks, DenseGradP
     a.first_box[c] = static_cast<uint16_t>(boxes_so_far);
     for (const Box& b : boxes) {
       for (int i = 0; i < kAxes; ++i) {
-        a.box_first[boxes_so_far][i] = static_cast<int16_t>(b.low[i] * a.stride[i] + b.residue[i]);
+        a.box_first[boxes_so_far][i] =
+            static_cast<int16_t>(copies ? b.low[i] : b.low[i] * a.stride[i] + b.residue[i]);
+      }
+      if (copies) {
+        const auto known = std::find(residues.begin(), residues.end(), b.residue);
+        a.box_map[boxes_so_far] = static_cast<uint8_t>(known - residues.begin());
+        if (known == residues.end()) {
+          residues.push_back(b.residue);
+          plan.y.push_back(MapOf(a.y, s, p.n, p.co, a.y_box, s.stride, b.residue));
+        }
       }
       ++boxes_so_far;
     }
@@ -416,7 +430,24 @@ void Complete(const Problem& p, const Shape& s, const Chunks& chunks, DenseGradP
   a.first_box[a.chunks] = static_cast<uint16_t>(boxes_so_far);
 }
 
-DenseGradPlan Search(const Problem& p, const Device& device) {
+// Copies take a multiple of the streams of images. Channels last the outermost axis can be cut into
+// more of them, by other counts alone, if no tap reaches over a cut: as where kernel = stride.
+Problem CutImages(Problem p) {
+  const int64_t cuts = Streams(p) / std::gcd(p.n, Streams(p));
+  int axis = 0;
+  while (axis < kAxes - 1 && p.isize[axis] == 1 && p.osize[axis] == 1) ++axis;
+  const int64_t s = p.stride[axis];
+  if (p.channels_last && p.isize[axis] % cuts == 0 && p.pad[axis] == 0 &&
+      (p.k[axis] - 1) * p.dilation[axis] < s && p.osize[axis] == p.isize[axis] * s) {
+    p.n *= cuts;
+    p.isize[axis] /= cuts;
+    p.osize[axis] /= cuts;
+  }
+  return p;
+}
+
+DenseGradPlan Search(const Problem& whole, const Device& device) {
+  const Problem p = CutImages(whole);
   DenseGradPlan best{};
   best.refusal = Refuse(p, device);
   if (!best.refusal.empty()) return best;
@@ -498,9 +529,11 @@ cudaError_t PrepareDenseGrad(const Problem& p, const Operands& ops, const DenseG
   args.out_dtype = static_cast<int32_t>(args.parts > 1 ? DType::kF32 : p.out_dtype);
   launch.maps = {};
   if (plan.from != DenseGradFrom::kCopies) return cudaSuccess;
-  const cudaError_t status = EncodeMap(p.in_dtype, plan.x, ops.x, launch.maps.x);
-  if (status != cudaSuccess) return status;
-  return EncodeMap(p.in_dtype, plan.y, ops.y, launch.maps.y);
+  cudaError_t status = EncodeMap(p.in_dtype, plan.x, ops.x, launch.maps.x);
+  for (size_t i = 0; i < plan.y.size() && status == cudaSuccess; ++i) {
+    status = EncodeMap(p.in_dtype, plan.y[i], ops.y, launch.maps.y[i]);
+  }
+  return status;
 }
 
 cudaError_t RunDenseGrad(const Problem& p, const DenseGradPlan& plan, const DenseGradLaunch& launch,

@@ -281,9 +281,9 @@ __device__ inline void CopyDenseGrad(const DenseGradArgs& a, const DenseGradMaps
     for (int box = 0; box < boxes; ++box) {
       const int16_t (&first)[kAxes] = a.box_first[first_box + box];
       for (int i = 0; i < a.y.copies; ++i) {
-        CopyBox(x + a.y_offset + i * a.y.copied + box * a.y_positions * a.y.pitch, &maps.y,
-                block.group * a.cog + block.co + i * 64, n, at[2] * a.stride[2] + first[2],
-                at[1] * a.stride[1] + first[1], at[0] * a.stride[0] + first[0], full);
+        CopyBox(x + a.y_offset + i * a.y.copied + box * a.y_positions * a.y.pitch,
+                &maps.y[a.box_map[first_box + box]], block.group * a.cog + block.co + i * 64, n,
+                at[2] + first[2], at[1] + first[1], at[0] + first[0], full);
       }
     }
     stage.Next(a.stages);

@@ -33,9 +33,10 @@ struct DenseGradVariant {
 // by bulk tensor copies of such runs.
 enum class DenseGradFrom { kRows, kRuns, kCopies };
 
-inline constexpr int kDenseGradGroups = 2;   // that multiply
-inline constexpr int kDenseGradStages = 4;   // at most
-inline constexpr int kDenseGradStreams = 8;  // at most: 16 bytes of them
+inline constexpr int kDenseGradGroups = 2;     // that multiply
+inline constexpr int kDenseGradResidues = 32;  // at most, of bulk copies
+inline constexpr int kDenseGradStages = 4;     // at most
+inline constexpr int kDenseGradStreams = 8;    // at most: 16 bytes of them
 
 // An operand as it is staged: positions of a box by channels.
 struct DenseGradOperand {
@@ -81,7 +82,9 @@ struct DenseGradArgs {
   SmallDivisor by_chunk_taps;
   uint16_t tap[kMaxTaps], shift[kMaxTaps];  // index in dw; place in the boxes of a chunk
   uint16_t first_box[kMaxTaps + 1];         // of a chunk
-  int16_t box_first[kMaxTaps][kAxes];       // the output at position 0 of a box for input 0
+  // The output at position 0 of a box for input 0; of bulk copies, its place in the box's map.
+  int16_t box_first[kMaxTaps][kAxes];
+  uint8_t box_map[kMaxTaps];
 };
 
 struct DenseGradPlan {
@@ -89,14 +92,16 @@ struct DenseGradPlan {
   DenseGradVariant variant;
   DenseGradFrom from;
   DenseGradArgs args;
-  DenseMap x, y;  // of bulk copies
+  DenseMap x;  // of bulk copies
+  std::vector<DenseMap> y;
   int blocks;
   int64_t workspace, kept_offset;
   double seconds;
 };
 
+// Of y, one for each residue by the stride.
 struct DenseGradMaps {
-  CUtensorMap x, y;
+  CUtensorMap x, y[kDenseGradResidues];
 };
 
 // A plan with its pointers, for any number of launches.
