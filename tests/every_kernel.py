@@ -28,7 +28,7 @@ from workloads import WORKLOADS
 ROLES: tuple[Role, ...] = ("y", "x", "w")
 
 
-def run(share: int, shares: int) -> set[tuple[str, str]]:
+def run(share: int, shares: int, only: list[str]) -> set[tuple[str, str]]:
     """Runs every `shares`-th problem from `share` on; returns the kernels that ran."""
     jax.config.update("jax_enable_x64", True)
     ran: set[tuple[str, str]] = set()
@@ -48,6 +48,8 @@ def run(share: int, shares: int) -> set[tuple[str, str]]:
                     "cuda", result, out=arrays[result], bias=False, spec=spec, **arrays
                 )
                 for name in [name for name, refusal, _, _ in rows if not refusal]:
+                    if only and name not in only:
+                        continue
                     # The sanitizers are slow: problems of a few tiles each, less for "direct",
                     # which has no tiles.
                     if cases.work(c) > (1e5 if name == "direct" else 2e7):
@@ -59,9 +61,9 @@ def run(share: int, shares: int) -> set[tuple[str, str]]:
     return ran
 
 
-def check(ran: set[tuple[str, str]]) -> None:
-    missing = {(name, role) for role in ROLES for name in ffi.kernel_names("cuda", role)} - ran
-    if missing:
+def check(ran: set[tuple[str, str]], only: list[str]) -> None:
+    wanted = {(name, role) for role in ROLES for name in ffi.kernel_names("cuda", role)}
+    if missing := {w for w in wanted if not only or w[0] in only} - ran:
         sys.exit(f"no small problem enters {sorted(missing)}")
 
 
@@ -70,19 +72,22 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--share", default="0/1", help="I/N: the I-th of N shares of the problems")
+    parser.add_argument(
+        "--only", action="append", default=[], help="a kernel, of several; default: all"
+    )
     parser.add_argument("--ran", nargs="+", help="what shares printed: checks, and runs nothing")
     options = parser.parse_args()
     if options.ran:
         with fileinput.input(options.ran) as lines:
             words = [line.split() for line in lines]
-        check({(w[1], w[2]) for w in words if w[:1] == ["ran:"]})
+        check({(w[1], w[2]) for w in words if w[:1] == ["ran:"]}, options.only)
         return
     share, shares = map(int, options.share.split("/"))
-    ran = run(share, shares)
+    ran = run(share, shares, options.only)
     for name, result in sorted(ran):
         print("ran:", name, result)
     if shares == 1:
-        check(ran)
+        check(ran, options.only)
 
 
 if __name__ == "__main__":
