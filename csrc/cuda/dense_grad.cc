@@ -310,7 +310,7 @@ bool Fill(const Problem& p, const Device& device, const Shape& s, const Chunks& 
                         vectors * 16 / 128 * (copies && s.element == 4 ? 3 : 1);
   const bool half = s.element == 2, last = p.channels_last;
   // Loads by threads wait for latency: that of device memory, if the arrays outgrow the L2 cache.
-  const bool cached = (p.XElements() + p.YElements()) * s.element < 40 << 20;
+  const bool cached = (p.XElements() + p.YElements()) * s.element <= 40 << 20;
   const double loaded = (cached ? 9 : 4.5) * (half && !last ? 0.75 : 1);  // bytes a cycle
   const double load = copies ? 0 : vectors * 16 / loaded;
   // Channels first, rows touch sectors in part.
@@ -320,7 +320,9 @@ bool Fill(const Problem& p, const Device& device, const Shape& s, const Chunks& 
                 : std::min(32.0 / s.element, (bytes * static_cast<double>(stride) + 28) / bytes);
   };
   const double x_torn = torn(a.box[2], 1), y_torn = torn(a.y_box[2], a.stride[2]);
-  const double l2 = (x_vectors * x_torn + y_vectors * y_torn) * 16 / 22;
+  // Boxes of several residues from device memory took 1.1 to 2.6 times as long (H100).
+  const double apart = copies && !cached && chunks.most_boxes > 1 ? 3.0 : 1;
+  const double l2 = (x_vectors * x_torn + y_vectors * y_torn) * 16 / 22 * apart;
   const double stage = std::max({1.1 * tensor, 1.1 * shared, load, l2}) + 300;
   const double waves = std::ceil(static_cast<double>(blocks) / multiprocessors);
   const double results = 64.0 * c.row_blocks * columns * a.chunk_taps;
@@ -335,7 +337,7 @@ bool Fill(const Problem& p, const Device& device, const Shape& s, const Chunks& 
   }
   if (a.parts > 1) seconds += 3e-6 + 4.0 * a.parts * static_cast<double>(p.WElements()) / 2e12;
   if (copies) seconds *= 0.88;  // measured: 0.83 to 0.98 of that
-  // Loads of long rows from up to 1.5 MB of a channel took 0.54 to 0.72 of that (five layers, H100).
+  // Loads of long rows from up to 1.5 MB of a channel took 0.54 to 0.72 of that (H100).
   const bool flat = Product(s.isize) <= s.isize[1] * s.isize[2] && s.isize[2] >= 128;
   if (!last && flat && Product(s.isize) * s.element < 3 << 19) seconds *= 0.57;
   plan.seconds = seconds;

@@ -168,7 +168,9 @@ RepackPlan MakePlan(const Problem& p, const Device& device) {
       plan.inner_offset += RoundUp(all, 1024);
     }
     plan.workspace = plan.inner_offset + plan.grad->workspace;
-    inner = static_cast<double>(plan.chunks) * plan.grad->seconds;
+    // Several chunks took 1.1 to 2.0 times as long as they were expected to (six layers, H100).
+    const double slower = plan.chunks > 1 ? 1.5 : 1.0;
+    inner = slower * static_cast<double>(plan.chunks) * plan.grad->seconds;
   } else {
     plan.dense = PlanDense(plan.chunk, device);
     if (!plan.dense.refusal.empty()) return refused(plan.dense.refusal);
