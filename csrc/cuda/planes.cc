@@ -9,12 +9,11 @@
 #include <iterator>
 #include <limits>
 #include <map>
-#include <set>
 #include <utility>
 
 #include "cuda/device_limits.h"
+#include "cuda/phase_sets.h"
 #include "cuda/plan_memo.h"
-#include "cuda/taps.h"
 
 namespace jaxconv::cuda {
 namespace {
@@ -31,37 +30,14 @@ Problem Turned(Problem p) {
   return p;
 }
 
-// What does not depend on the tile.
-struct Shape {
-  bool forward;
-  int element, out_element, jg, blocks, tiles_j, phases;
-  Sizes in_size, out_size, q_size;
-  std::array<int, kAxes> si, so;
-  std::array<Taps, kAxes> taps;
-  std::array<int64_t, kAxes> first, reach;  // sources of q = 0: the first, and how many
+struct Shape : PhasedShape {
+  int out_element, blocks;
 };
 
 Shape ShapeOf(const Problem& p) {
-  Shape s;
-  s.forward = p.pass == Pass::kForward;
-  s.element = static_cast<int>(SizeOf(p.in_dtype));
+  Shape s{PhasedShapeOf(p), 0, 0};
   s.out_element = static_cast<int>(SizeOf(p.out_dtype));
-  s.jg = static_cast<int>(s.forward ? p.cog() : p.cig());
   s.blocks = 8 * s.element / 16;
-  s.tiles_j = static_cast<int>(CeilDiv(s.jg, 8));
-  s.in_size = s.forward ? p.isize : p.osize;
-  s.out_size = s.forward ? p.osize : p.isize;
-  s.phases = 1;
-  for (int a = 0; a < kAxes; ++a) {
-    s.si[a] = static_cast<int>(s.forward ? 1 : p.stride[a]);
-    s.so[a] = static_cast<int>(s.forward ? p.stride[a] : 1);
-    s.q_size[a] = CeilDiv(s.out_size[a], s.so[a]);
-    s.phases *= s.so[a];
-    s.taps[a] = TapsOf(p, a);
-    const auto [low, high] = std::minmax_element(s.taps[a].source.begin(), s.taps[a].source.end());
-    s.first[a] = *low;
-    s.reach[a] = *high - *low + 1;
-  }
   return s;
 }
 
@@ -93,22 +69,6 @@ std::string Refuse(const Problem& p, const Device& device) {
   }
   if (p.n > kIntMax || p.groups > 65535) return "takes fewer images and groups";
   return "";
-}
-
-// How columns are grouped into sets of at most `nc`: the phases of the last axis make a row
-// together. False where they do not fit.
-struct Columns {
-  int set_phases, set_tiles, phase_sets, column_sets;
-};
-bool GroupColumns(const Shape& s, int nc, Columns& c) {
-  const int unit = s.so[2];
-  if (unit > nc) return false;
-  const int most = std::max(1, std::min(s.tiles_j, nc / unit));
-  c.set_tiles = static_cast<int>(CeilDiv(s.tiles_j, CeilDiv(s.tiles_j, most)));
-  c.set_phases = unit * std::max(1, std::min(s.phases / unit, nc / (unit * c.set_tiles)));
-  c.phase_sets = static_cast<int>(CeilDiv(s.phases, c.set_phases));
-  c.column_sets = c.phase_sets * static_cast<int>(CeilDiv(s.tiles_j, c.set_tiles));
-  return true;
 }
 
 // Lists each phase set's sources and taps.
@@ -382,40 +342,6 @@ bool Fill(const Problem& p, const Device& device, const Shape& s, const Cut& cut
   if (!a.last && stages == 1) plan.seconds *= 1.25;
   if (a.last && !wide) plan.seconds *= 1.2;  // four layers, H100
   return true;
-}
-
-// Of each phase set: distinct sources, and taps.
-struct Load {
-  int64_t entries = 0, taps = 0;
-};
-std::vector<Load> LoadsOf(const Shape& s, const Columns& c) {
-  std::vector<std::set<std::array<int64_t, kAxes>>> seen(c.phase_sets);
-  std::vector<Load> loads(c.phase_sets);
-  const auto& [td, th, tw] = s.taps;
-  for (size_t d = 0; d < td.phase.size(); ++d) {
-    for (size_t h = 0; h < th.phase.size(); ++h) {
-      for (size_t w = 0; w < tw.phase.size(); ++w) {
-        const int phase = (td.phase[d] * s.so[1] + th.phase[h]) * s.so[2] + tw.phase[w];
-        const int set = phase / c.set_phases;
-        loads[set].taps += 1;
-        loads[set].entries += seen[set].insert({td.source[d], th.source[h], tw.source[w]}).second;
-      }
-    }
-  }
-  return loads;
-}
-
-// How much longer the busiest of the warps that share pixels works than they do on average.
-double ImbalanceOf(const std::vector<Load>& loads, const Columns& c, int wn) {
-  std::vector<double> work(wn, 0.0);
-  double sum = 0, most = 0;
-  for (int set = 0; set < c.column_sets; ++set) {
-    const Load& load = loads[set % c.phase_sets];
-    const auto steps = static_cast<double>(load.entries + load.taps) + 1;
-    most = std::max(most, work[set % wn] += steps);
-    sum += steps;
-  }
-  return most * wn / sum;
 }
 
 PlanesPlan MakePlan(const Problem& problem, const Device& device, const PlanesTile& forced) {
