@@ -111,6 +111,23 @@ def test_chunks(platform, c):
     check(platform, c, "float32", False)
 
 
+# More channels than "phases" takes at once where the other side has one or two.
+@pytest.mark.parametrize("platform", ["cpu"], indirect=True)
+@pytest.mark.parametrize("channels_last", [False, True], ids=["first", "last"])
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+@pytest.mark.parametrize(
+    "c",
+    [
+        cases.case("many_to_one", 1, 300, 1, 1, (200,), 3, 2, 1),
+        cases.case("many_to_two", 1, 300, 2, 1, (200,), 3, 2, 1),
+        cases.case("one_to_many", 1, 1, 300, 1, (200,), 3, 2, 1),
+    ],
+    ids=case_id,
+)
+def test_many_to_few_channels(platform, c, dtype, channels_last):
+    check(platform, c, dtype, channels_last)
+
+
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float64"])
 @pytest.mark.parametrize("c", CASES, ids=case_id)
 def test_dtypes(platform, c, dtype):

@@ -409,23 +409,33 @@ __attribute__((noinline)) void Multiply(const T* weight, const T* panel, const F
     }
   }
   const int64_t channels = f.channels, plane = f.plane;
-  for (int64_t i = 0; i < count; ++i) {
-    const int64_t t = listed != nullptr ? listed[i] : i;
-    const T* from = panel + f.taps[t].slot * f.slot_size + f.taps[t].rel;
-    const T* w_row = weight + t * channels * mr;
-    for (int64_t k = 0; k < channels; ++k) {
-      Vec<T> x[nr];
+  const auto multiply = [&](int64_t k0, int64_t k1) {
+    for (int64_t i = 0; i < count; ++i) {
+      const int64_t t = listed != nullptr ? listed[i] : i;
+      const T* from = panel + f.taps[t].slot * f.slot_size + f.taps[t].rel + k0 * plane;
+      const T* w_row = weight + (t * channels + k0) * mr;
+      for (int64_t k = k0; k < k1; ++k) {
+        Vec<T> x[nr];
 #pragma GCC unroll 8
-      for (int v = 0; v < nr; ++v) x[v] = Load<T>(from + v * lanes);
+        for (int v = 0; v < nr; ++v) x[v] = Load<T>(from + v * lanes);
 #pragma GCC unroll 8
-      for (int m = 0; m < mr; ++m) {
-        const Vec<T> w = Broadcast(w_row[m]);
+        for (int m = 0; m < mr; ++m) {
+          const Vec<T> w = Broadcast(w_row[m]);
 #pragma GCC unroll 8
-        for (int v = 0; v < nr; ++v) acc[m][v] += w * x[v];
+          for (int v = 0; v < nr; ++v) acc[m][v] += w * x[v];
+        }
+        w_row += mr;
+        from += plane;
       }
-      w_row += mr;
-      from += plane;
     }
+  };
+  if constexpr (mr > 2) {
+    multiply(0, channels);
+  } else {
+    // With few products a load, so many channels at a time that what a tap reads is still in the
+    // first-level cache when the next one reads nearly the same.
+    constexpr int64_t kAtOnce = 16384 / (int64_t{nr + 1} * kBytes);
+    for (int64_t k = 0; k < channels; k += kAtOnce) multiply(k, Min(channels, k + kAtOnce));
   }
 #pragma GCC unroll 8
   for (int m = 0; m < mr; ++m) {
