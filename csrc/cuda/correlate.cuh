@@ -12,9 +12,10 @@
 #include <type_traits>
 
 #include "cuda/correlate.h"
-#include "cuda/correlate_wgmma.cuh"
 #include "cuda/dtypes.cuh"
+#include "cuda/mbarrier.cuh"
 #include "cuda/mma_sync.cuh"
+#include "cuda/wgmma.cuh"
 
 namespace jaxconv::cuda {
 
@@ -756,7 +757,7 @@ __global__ void __launch_bounds__(MaxThreads(MT, NC, kGroup), MinBlocks(MT, NC, 
                 const int later = __ldg(&s[min(i + 2, count - 1)].x);
 #pragma unroll
                 for (int mt = 0; mt < MT; ++mt) {
-                  GroupMma<T, NC>::Run(acc[mt], pixels[mt] + (offset >> 4), weights);
+                  GroupMma<T, NC>::Add(&acc[mt][0][0], pixels[mt] + (offset >> 4), weights);
                 }
                 offset = __shfl_sync(~0u, next_offset, 0);
                 next_offset = later;
@@ -773,7 +774,7 @@ __global__ void __launch_bounds__(MaxThreads(MT, NC, kGroup), MinBlocks(MT, NC, 
               WaitForCopies();
               finish(next);
             }
-            GroupWait();
+            WaitForProducts<0>();
           } else {
             uint4 v[kUnroll];
             for (int b = 1; b < batches; ++b, pixel += kUnroll * per_block) {

@@ -7,9 +7,9 @@
 #ifndef JAXCONV_CUDA_DENSE_CUH_
 #define JAXCONV_CUDA_DENSE_CUH_
 
+#include "cuda/bulk_tensors.cuh"
 #include "cuda/correlate.cuh"
 #include "cuda/dense.h"
-#include "cuda/dense_wgmma.cuh"
 #include "cuda/dtypes.cuh"
 
 namespace jaxconv::cuda {
@@ -757,7 +757,7 @@ __device__ inline void MultiplyDense(const DenseArgs& a, const DenseMaps& maps,
         const int add = !(kExact && first);
 #pragma unroll
         for (int mt = 0; mt < MT; ++mt) {
-          DenseMma<T, NT>::Run(acc[mt], pixel[mt] + static_cast<uint32_t>(shift), weights, add);
+          GroupMma<T, NT>::Run(acc[mt], pixel[mt] + static_cast<uint32_t>(shift), weights, add);
         }
         weights += kStepBytes / 16;
       };

@@ -5,9 +5,9 @@
 #ifndef JAXCONV_CUDA_DENSE_GRAD_CUH_
 #define JAXCONV_CUDA_DENSE_GRAD_CUH_
 
+#include "cuda/bulk_tensors.cuh"
 #include "cuda/dense.cuh"
 #include "cuda/dense_grad.h"
-#include "cuda/dense_grad_wgmma.cuh"
 
 namespace jaxconv::cuda {
 
@@ -354,7 +354,7 @@ __device__ inline void MultiplyDenseGrad(const DenseGradArgs& a, const DenseGrad
   const uint64_t x0 =
       kAcross ? uint64_t{1} << 62 | Descriptor(stages + rows * a.x.copied, a.x.copied, a.x.pitch)
               : Descriptor(stages + rows * 1024, a.x.pitch, 128);
-  using Mma = DenseGradMma<T, NT, kAcross>;
+  using Mma = std::conditional_t<kAcross, GroupMmaAcross<T, NT>, GroupMma<T, NT>>;
   uint64_t y0[P];
 #pragma unroll
   for (int p = 0; p < P; ++p) {

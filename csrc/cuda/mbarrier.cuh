@@ -38,10 +38,8 @@ __device__ inline void CopyBulk(uint32_t to, const void* from, int bytes, uint32
       "l"(from), "r"(bytes), "r"(barrier)
       : "memory");
 }
-// What this thread has written is seen by the copies that are asked for later.
-__device__ inline void FenceForCopies() {
-  asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
-}
+// What this thread has written is seen by copies and group products that are asked for later.
+__device__ inline void ProxyFence() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
 #else
 __device__ inline void InitBarrier(uint32_t barrier, int arrivals) {
   asm volatile("mbarrier.init.shared.b64 [%0], %1;" ::"r"(barrier), "r"(arrivals) : "memory");
@@ -62,7 +60,7 @@ inline constexpr bool kHasBulkCopies = false;  // what needs them is never launc
 __device__ inline void FenceBarriers() {}
 __device__ inline void ArriveAndExpect(uint32_t, int) {}
 __device__ inline void CopyBulk(uint32_t, const void*, int, uint32_t) {}
-__device__ inline void FenceForCopies() {}
+__device__ inline void ProxyFence() {}
 #endif
 
 // All threads that share the barrier, from several places in the code, for the `count`-th time.

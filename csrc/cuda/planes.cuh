@@ -759,7 +759,7 @@ __device__ inline void MultiplyPlanes(const PlanesArgs& a, char* smem, int first
         StorePixels(a, at, first_group, q, stage, out_bytes, warp, lane);
         continue;
       }
-      FenceForCopies();
+      ProxyFence();
       Arrive(barriers + kStageFull + stage_index * 8);
       if (++stage_index == a.stages) stage_index = 0, ++stage_round;
     }

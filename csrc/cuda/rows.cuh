@@ -139,7 +139,7 @@ __device__ inline void MendRows(const RowsArgs& a, const RowsOrigin& at, const P
       }
     }
   }
-  FenceForCopies();
+  ProxyFence();
   MeetMultipliers();
 }
 

@@ -11,20 +11,9 @@
 #include "cuda/mbarrier.cuh"
 #include "cuda/mma_sync.cuh"
 #include "cuda/thin.h"
+#include "cuda/wgmma.cuh"
 
 namespace jaxconv::cuda {
-
-// Moves registers from the forward's gathering warps to those that multiply.
-template <bool kMore>
-__device__ inline void ThinMoveRegisters() {
-#ifdef __CUDA_ARCH_FEAT_SM90_ALL
-  if constexpr (kMore) {
-    asm volatile("setmaxnreg.inc.sync.aligned.u32 168;");
-  } else {
-    asm volatile("setmaxnreg.dec.sync.aligned.u32 88;");
-  }
-#endif
-}
 
 // Copies `bytes` (2, 4, 8 or 16) to shared memory, or writes zeros.
 template <class T>
@@ -561,7 +550,7 @@ __global__ void __launch_bounds__(kThinForwardThreads, 1)
   __syncthreads();
 
   if (warp >= kThinMultipliers) {
-    ThinMoveRegisters<false>();
+    GiveRegisters<88>();
     ThinGather g{SharedAddress(smem + a.smem_p),
                  SharedAddress(smem + a.smem_sums),
                  reinterpret_cast<float*>(smem + a.smem_stage) +
@@ -599,7 +588,7 @@ __global__ void __launch_bounds__(kThinForwardThreads, 1)
     }
     return;
   }
-  ThinMoveRegisters<true>();
+  TakeRegisters<168>();
   ThinCursor ahead;
   ahead.item = blockIdx.x;
   bool more_ahead = ThinEnter(a, ahead);

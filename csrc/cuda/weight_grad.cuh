@@ -16,7 +16,7 @@
 #include "cuda/dtypes.cuh"
 #include "cuda/mbarrier.cuh"
 #include "cuda/weight_grad.h"
-#include "cuda/weight_grad_wgmma.cuh"
+#include "cuda/wgmma.cuh"
 
 namespace jaxconv::cuda::weight_grad {
 
@@ -515,7 +515,7 @@ __global__ void __launch_bounds__(kThreads, 1)
   int meetings = 0;  // of those who copy and those who multiply
 
   if (warp >= kWeightGradWarps) {
-    if constexpr (kGroup) MoveRegisters<false>();
+    if constexpr (kGroup) GiveRegisters<56>();
     Stager<In, kLast, kUnits, !kGroup> stage_x, stage_y;
     {
       const int groups = a.groups_per_block;
@@ -605,7 +605,7 @@ __global__ void __launch_bounds__(kThreads, 1)
     return;
   }
 
-  if constexpr (kGroup) MoveRegisters<true>();
+  if constexpr (kGroup) TakeRegisters<224>();
   // A group's four warps differ in their pairs alone.
   int role = warp;
   const int inner_slots = kGroup ? a.pair_slots : a.pixel_slots;
@@ -865,7 +865,7 @@ __global__ void __launch_bounds__(kThreads, 1)
       const uint64_t columns =
           Descriptor(shared_address + a.b_base + ci_slot * kOctets * 128, octets * 128, 128);
       const auto multiply = [&](const Run& run, int chunk, int u, uint32_t (&quad)[kQuads][4]) {
-        if (kBuffers == 1) GroupWait();
+        if (kBuffers == 1) WaitForProducts<0>();
         uint32_t y[2][kWords];
         load_y(run, u, y);
 #pragma unroll
@@ -876,7 +876,7 @@ __global__ void __launch_bounds__(kThreads, 1)
             quad[q][2 + h] = Own(fragment(y[h], q + element(kGroupApart, 0)));
           }
         }
-        if (kBuffers == 2) GroupWait();
+        if (kBuffers == 2) WaitForProducts<0>();
         GroupFence();
 #pragma unroll
         for (int l = 0; l < kGroupApart; ++l) {
@@ -885,7 +885,7 @@ __global__ void __launch_bounds__(kThreads, 1)
 #pragma unroll
           for (int t = 0; t < kTaps; ++t) {
             const uint32_t (&a4)[4] = quad[element(l, t)];
-            RowMma<In, kOctets>::Run(sums[u][t], a4[0], a4[1], a4[2], a4[3], b);
+            GroupMmaRows<In, kOctets>::Run(&sums[u][t][0][0], a4[0], a4[1], a4[2], a4[3], b);
           }
         }
         GroupCommit();
@@ -900,12 +900,12 @@ __global__ void __launch_bounds__(kThreads, 1)
             if (this_chunk < chunks && u < a.slot_pairs) {
               multiply(run, this_chunk, u, quads[(c * kPairs + u) % kBuffers]);
             } else if (kBuffers == 2) {
-              GroupWait();  // the registers of the one before the last are free
+              WaitForProducts<0>();  // the registers of the one before the last are free
             }
           }
         }
       }
-      GroupWait();
+      WaitForProducts<0>();
     } else {
       for (int chunk = pixel_slot; chunk < chunks; chunk += a.pixel_slots) {
         const Run run = run_of(chunk);
