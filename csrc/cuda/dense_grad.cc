@@ -26,9 +26,6 @@ constexpr DenseGradVariant kVariants[] = {
 constexpr int64_t CeilDiv(int64_t a, int64_t b) { return (a + b - 1) / b; }
 constexpr int64_t RoundUp(int64_t a, int64_t b) { return CeilDiv(a, b) * b; }
 
-// Images, or pieces of them, that lie side by side in 16 bytes of shared memory.
-int64_t Streams(const Problem& p) { return 16 / SizeOf(p.in_dtype); }
-
 std::string Refuse(const Problem& p, const Device& device) {
   if (p.Empty()) return "has nothing to read or write";
   if (!HasWgmma(device.compute_capability)) return "needs compute capability 9.0";
@@ -436,8 +433,7 @@ void Complete(const Problem& p, const Shape& s, const Chunks& chunks, DenseGradP
 // more of them, by other counts alone, if no tap reaches over a cut: as where kernel = stride.
 Problem CutImages(Problem p) {
   const int64_t cuts = Streams(p) / std::gcd(p.n, Streams(p));
-  int axis = 0;
-  while (axis < kAxes - 1 && p.isize[axis] == 1 && p.osize[axis] == 1) ++axis;
+  const int axis = OutermostAxis(p);
   const int64_t s = p.stride[axis];
   if (p.channels_last && p.isize[axis] % cuts == 0 && p.pad[axis] == 0 &&
       (p.k[axis] - 1) * p.dilation[axis] < s && p.osize[axis] == p.isize[axis] * s) {

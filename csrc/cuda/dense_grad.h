@@ -23,6 +23,17 @@ namespace jaxconv::cuda {
 
 void AddDenseGrad(std::vector<Row>& rows);
 
+// Images, or pieces of them, that lie side by side in 16 bytes of shared memory: bulk copies take a
+// multiple of so many.
+inline int64_t Streams(const Problem& p) { return 16 / SizeOf(p.in_dtype); }
+
+// Of those that have several positions.
+inline int OutermostAxis(const Problem& p) {
+  int axis = 0;
+  while (axis < kAxes - 1 && p.isize[axis] == 1 && p.osize[axis] == 1) ++axis;
+  return axis;
+}
+
 // A compile-time choice: output channels / 8 of a product, and products of a group of four warps.
 struct DenseGradVariant {
   int tiles, products;

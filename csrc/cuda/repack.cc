@@ -44,12 +44,6 @@ struct RepackPlan {
   const DenseGradPlan* grad;
 };
 
-int BandAxis(const Problem& p) {
-  int axis = 0;
-  while (axis < kAxes - 1 && p.isize[axis] == 1 && p.osize[axis] == 1) ++axis;
-  return axis;
-}
-
 Tensor TensorOf(DType dtype, int64_t channels, const Sizes& size, int axis) {
   Tensor t{};
   t.dtype = dtype;
@@ -94,12 +88,9 @@ int64_t PixelBytes(const RepackPlan& plan) {
   return plan.images * plan.chunk_bands * (bytes(plan.from) + bytes(plan.other));
 }
 
-// The images that have a value in 16 bytes of "dense", weight gradient: then it takes bulk copies.
-int64_t Streams(const Problem& p) { return 16 / SizeOf(p.in_dtype); }
-
 // Cuts the problem into chunks; false where no band is small enough.
 bool Cut(const Problem& p, RepackPlan& plan) {
-  const int axis = BandAxis(p);
+  const int axis = OutermostAxis(p);
   const bool forward = p.pass == Pass::kForward;
   // Sources and results, as `CutRows` wants them: y's rows reach further than x's.
   const Tensor x = TensorOf(p.in_dtype, p.ci, p.isize, axis);
