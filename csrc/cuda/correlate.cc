@@ -48,45 +48,24 @@ std::string Refuse(const Problem& p, const Device& device) {
 }
 
 // The part of a plan that does not depend on the tile.
-struct Shape {
-  bool forward, rows;  // rows: channels first
-  int element, block_channels, cg, jg, blocks, tiles_j, phases, variants;
-  Sizes in_size, out_size, q_size;
-  std::array<int, kAxes> si, so;
-  std::array<Taps, kAxes> taps;
-  int taps_total;
+struct Shape : PhasedShape {
+  bool rows;  // channels first
+  int block_channels, blocks, variants, taps_total;
 };
 
 Shape ShapeOf(const Problem& p) {
-  Shape s;
-  s.forward = p.pass == Pass::kForward;
-  s.rows = !p.channels_last;
-  s.element = static_cast<int>(SizeOf(p.in_dtype));
+  Shape s{PhasedShapeOf(p), !p.channels_last, 0, 0, 0, 0};
   s.block_channels = 16 / s.element;
-  s.cg = static_cast<int>(s.forward ? p.cig() : p.cog());
-  s.jg = static_cast<int>(s.forward ? p.cog() : p.cig());
   s.blocks = static_cast<int>(CeilDiv(s.cg, s.block_channels));
-  s.tiles_j = static_cast<int>(CeilDiv(s.jg, 8));
-  s.in_size = s.forward ? p.isize : p.osize;
-  s.out_size = s.forward ? p.osize : p.isize;
-  s.phases = 1;
   s.taps_total = static_cast<int>(Product(p.k));
   s.variants = p.in_dtype == DType::kF32 && p.precision == Precision::kHighest ? 3 : 1;
-  for (int a = 0; a < kAxes; ++a) {
-    s.si[a] = static_cast<int>(s.forward ? 1 : p.stride[a]);
-    s.so[a] = static_cast<int>(s.forward ? p.stride[a] : 1);
-    s.q_size[a] = CeilDiv(s.out_size[a], s.so[a]);
-    s.phases *= s.so[a];
-    s.taps[a] = TapsOf(p, a);
-  }
   return s;
 }
 
 // Sources of a box along one axis; false: more residues than there are slots.
 bool FillAxis(const Shape& s, int a, int box, CorrelateAxis& x) {
   const auto& e = s.taps[a].source;
-  const int64_t first = e.empty() ? 0 : *std::min_element(e.begin(), e.end());
-  const int64_t last = e.empty() ? 0 : *std::max_element(e.begin(), e.end());
+  const int64_t first = s.first[a];
   x.in_size = static_cast<int>(s.in_size[a]);
   x.out_size = static_cast<int>(s.out_size[a]);
   x.si = s.si[a];
@@ -95,7 +74,7 @@ bool FillAxis(const Shape& s, int a, int box, CorrelateAxis& x) {
   x.box = box;
   x.log_box = Log2(box);
   x.tiles = static_cast<int>(CeilDiv(s.q_size[a], box));
-  x.length = box + static_cast<int>((last - first) / x.si);
+  x.length = box + static_cast<int>((s.reach[a] - 1) / x.si);
   x.slots = 0;
   for (int64_t source : e) {
     const int rho = static_cast<int>((source - first) % x.si);

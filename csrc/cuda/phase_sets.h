@@ -12,39 +12,6 @@
 
 namespace jaxconv::cuda {
 
-// Of a forward or an input gradient, what does not depend on the tile.
-struct PhasedShape {
-  bool forward;
-  int element, cg, jg, tiles_j, phases;
-  Sizes in_size, out_size, q_size;
-  std::array<int, kAxes> si, so;
-  std::array<Taps, kAxes> taps;
-  std::array<int64_t, kAxes> first, reach;  // sources of q = 0: the first, and how many
-};
-
-inline PhasedShape PhasedShapeOf(const Problem& p) {
-  PhasedShape s;
-  s.forward = p.pass == Pass::kForward;
-  s.element = static_cast<int>(SizeOf(p.in_dtype));
-  s.cg = static_cast<int>(s.forward ? p.cig() : p.cog());
-  s.jg = static_cast<int>(s.forward ? p.cog() : p.cig());
-  s.tiles_j = static_cast<int>(CeilDiv(s.jg, 8));
-  s.in_size = s.forward ? p.isize : p.osize;
-  s.out_size = s.forward ? p.osize : p.isize;
-  s.phases = 1;
-  for (int a = 0; a < kAxes; ++a) {
-    s.si[a] = static_cast<int>(s.forward ? 1 : p.stride[a]);
-    s.so[a] = static_cast<int>(s.forward ? p.stride[a] : 1);
-    s.q_size[a] = CeilDiv(s.out_size[a], s.so[a]);
-    s.phases *= s.so[a];
-    s.taps[a] = TapsOf(p, a);
-    const auto [low, high] = std::minmax_element(s.taps[a].source.begin(), s.taps[a].source.end());
-    s.first[a] = *low;
-    s.reach[a] = *high - *low + 1;
-  }
-  return s;
-}
-
 // How columns are grouped into sets of at most `nc`: the phases of the last axis make a row
 // together. False where they do not fit.
 struct Columns {

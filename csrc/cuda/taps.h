@@ -2,6 +2,8 @@
 #ifndef JAXCONV_CUDA_TAPS_H_
 #define JAXCONV_CUDA_TAPS_H_
 
+#include <algorithm>
+#include <array>
 #include <cstdint>
 #include <vector>
 
@@ -32,6 +34,39 @@ inline Taps TapsOf(const Problem& p, int axis) {
     }
   }
   return taps;
+}
+
+// Of a forward or an input gradient, what does not depend on the tile.
+struct PhasedShape {
+  bool forward;
+  int element, cg, jg, tiles_j, phases;
+  Sizes in_size, out_size, q_size;
+  std::array<int, kAxes> si, so;
+  std::array<Taps, kAxes> taps;
+  std::array<int64_t, kAxes> first, reach;  // sources of q = 0: the first, and how many
+};
+
+inline PhasedShape PhasedShapeOf(const Problem& p) {
+  PhasedShape s;
+  s.forward = p.pass == Pass::kForward;
+  s.element = static_cast<int>(SizeOf(p.in_dtype));
+  s.cg = static_cast<int>(s.forward ? p.cig() : p.cog());
+  s.jg = static_cast<int>(s.forward ? p.cog() : p.cig());
+  s.tiles_j = static_cast<int>(CeilDiv(s.jg, 8));
+  s.in_size = s.forward ? p.isize : p.osize;
+  s.out_size = s.forward ? p.osize : p.isize;
+  s.phases = 1;
+  for (int a = 0; a < kAxes; ++a) {
+    s.si[a] = static_cast<int>(s.forward ? 1 : p.stride[a]);
+    s.so[a] = static_cast<int>(s.forward ? p.stride[a] : 1);
+    s.q_size[a] = CeilDiv(s.out_size[a], s.so[a]);
+    s.phases *= s.so[a];
+    s.taps[a] = TapsOf(p, a);
+    const auto [low, high] = std::minmax_element(s.taps[a].source.begin(), s.taps[a].source.end());
+    s.first[a] = *low;
+    s.reach[a] = *high - *low + 1;
+  }
+  return s;
 }
 
 }  // namespace jaxconv::cuda
