@@ -282,12 +282,6 @@ constexpr Patch kPatches[] = {{{1, 1, 1, 64}, false}, {{1, 1, 8, 8}, false}, {{1
                               {{8, 1, 1, 8}, true},   {{16, 1, 1, 4}, true}, {{32, 1, 1, 2}, true},
                               {{64, 1, 1, 1}, true}};
 
-// Clusters of a size that run at once, a block a multiprocessor: as an H100 of 132 says.
-int64_t ClustersAtOnce(const Device& device, int size) {
-  constexpr int kOf132[] = {132, 66, 39, 30, 22, 17, 15, 15};
-  return int64_t{kOf132[size - 1]} * device.multiprocessors / 132;
-}
-
 constexpr double kClock = 1.75e9, kBandwidth = 4.0e12, kL2Bandwidth = 7.5e12;
 constexpr double kPackBandwidth = 1.2e12;  // at which the weights are packed
 
@@ -418,7 +412,7 @@ bool Fill(const Problem& p, const Device& device, const Shape& s, const Candidat
   a.n = static_cast<int>(p.n);
   plan.mt = c.shape.mt;
   plan.columns = c.shape.columns;
-  const int64_t clusters = ClustersAtOnce(device, a.cluster);
+  const int64_t clusters = ClustersAtOnce(device.multiprocessors, a.cluster);
   if (a.split > 1 && items > clusters) return false;
   plan.grid = static_cast<int>(std::min(items, clusters)) * a.cluster;
 

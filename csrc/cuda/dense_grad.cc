@@ -8,6 +8,7 @@
 #include <cmath>
 #include <limits>
 #include <numeric>
+#include <optional>
 
 #include "cuda/device_limits.h"
 #include "cuda/plan_memo.h"
@@ -55,17 +56,22 @@ std::string Refuse(const Problem& p, const Device& device) {
 struct Shape {
   DenseGradFrom from;
   int element, streams, cuts;
+  int unit;  // pixels of a position: as many as there are streams, if those are pixels, or one
   std::array<int, kAxes> order;
   Sizes isize, osize, k, stride, dilation, pad;
   Strides xs, ys;
   int64_t segment;  // of axis 0
+
+  int Images() const { return unit > 1 ? 1 : streams / cuts; }  // of a tile
 };
 
-Shape ShapeOf(const Problem& p) {
+// `pixels`: neighbours of the last axis as streams, which not all problems allow.
+std::optional<Shape> ShapeOf(const Problem& p, bool pixels) {
   Shape s{};
   s.element = static_cast<int>(SizeOf(p.in_dtype));
   s.streams = static_cast<int>(Streams(p));
-  s.cuts = s.streams / static_cast<int>(std::gcd(p.n, int64_t{s.streams}));
+  s.cuts = pixels ? 1 : s.streams / static_cast<int>(std::gcd(p.n, int64_t{s.streams}));
+  s.unit = pixels ? s.streams : 1;
   int cut = 0;
   if (s.cuts > 1) {
     // The first axis that is long enough, since the last one should stay whole.
@@ -106,6 +112,8 @@ Shape ShapeOf(const Problem& p) {
       residues <= kDenseGradResidues && all) {
     s.from = DenseGradFrom::kCopies;
   }
+  // Products across rows are of 16 bits.
+  if (pixels && (s.from != DenseGradFrom::kCopies || s.element != 2)) return std::nullopt;
   return s;
 }
 
@@ -210,7 +218,8 @@ bool Fill(const Problem& p, const Device& device, const Shape& s, const Chunks& 
   a.groups = static_cast<int>(p.groups);
   a.positions = 1;
   a.y_positions = 1;
-  a.tile_groups = static_cast<int>(p.n * s.cuts / s.streams);
+  a.unit = s.unit;
+  a.tile_groups = static_cast<int>(p.n / s.Images());
   int64_t tiles = a.tile_groups;
   for (int i = 0; i < kAxes; ++i) {
     a.box[i] = c.box[i];
@@ -221,30 +230,38 @@ bool Fill(const Problem& p, const Device& device, const Shape& s, const Chunks& 
     a.y_positions *= a.y_box[i];
     tiles *= a.tiles_of[i];
   }
-  // Steps take two neighbours of the last axis that a box is longer than one along.
-  int pair = kAxes - 1;
-  a.y_pair = 1;
-  for (; pair > 0 && a.box[pair] == 1; --pair) a.y_pair *= a.y_box[pair];
-  if (a.box[pair] % 2 != 0) return false;
+  a.positions /= s.unit;
+  // Steps take two neighbours of the last axis that a box has several positions along.
+  int pair = kAxes - 1, along = a.box[pair] / s.unit;
+  a.y_pair = s.unit;
+  for (int y_row = 1; pair > 0 && along == 1; along = a.box[--pair]) {
+    a.y_pair = y_row *= a.y_box[pair];
+  }
+  if (along % 2 != 0) return false;
   if (a.positions % 4 != 0 || tiles > std::numeric_limits<int>::max()) return false;
   a.tiles = static_cast<int>(tiles);
   a.steps = a.positions / 2;
   a.x.channels = 64 * c.row_blocks;
   a.y.channels = columns;
+  const double y_loaded = chunks.boxes * a.y_positions / s.unit;  // positions of a stage
+  a.y_box_bytes = a.y_positions * a.y.channels * 16 / s.unit;
+  a.y_positions = static_cast<int>(RoundUp(a.y_positions, s.unit));  // boxes begin at whole ones
   const int y_all = chunks.most_boxes * a.y_positions;
   const bool copies = s.from == DenseGradFrom::kCopies;
   for (DenseGradOperand* o : {&a.x, &a.y}) {
     o->copies = copies && s.element == 2 ? o->channels / 64 : 1;
     // Channels first, neighbouring positions are stored at once: 16 bytes bring them apart.
     o->pitch = o->channels * 16 / o->copies + (p.channels_last ? 0 : 16);
-    o->copied = (o == &a.x ? a.positions : y_all) * o->pitch;
   }
+  a.y.pitch /= s.unit;
+  a.x.copied = a.positions * a.x.pitch;
+  a.y.copied = y_all * a.y.pitch;
   if (copies) {
     for (int i = 0; i < kAxes; ++i) {
       if (a.y_box[i] > 256) return false;
     }
   }
-  if (y_all > 2048) return false;
+  if (y_all > std::numeric_limits<uint16_t>::max()) return false;
   int smem = 24 * kDenseGradStages;
   const auto place = [&](int bytes) {
     const int at = smem;
@@ -252,8 +269,8 @@ bool Fill(const Problem& p, const Device& device, const Shape& s, const Chunks& 
     return at;
   };
   place(0);
-  a.smem_x = place(a.positions * 16);
-  a.smem_y = place(y_all * 16);
+  a.smem_x = place(copies ? 0 : a.positions * 16);
+  a.smem_y = place(copies ? 0 : y_all * 16);
   a.smem_pairs = place(a.steps * 4);
   // Swizzled rows begin at multiples of 1024 bytes.
   a.smem_stages = smem = static_cast<int>(RoundUp(smem, 1024));
@@ -271,11 +288,9 @@ bool Fill(const Problem& p, const Device& device, const Shape& s, const Chunks& 
 
   // Parts: of clusters as many as fill the device so many times, and as have room.
   const int64_t column_blocks = int64_t{a.chunks} * a.co_tiles * a.ci_tiles * a.groups;
-  const int multiprocessors = device.multiprocessors - (c.cluster == 8   ? 16
-                                                        : c.cluster == 4 ? 4
-                                                                         : 0);
+  const int64_t at_once = ClustersAtOnce(device.multiprocessors, c.cluster) * c.cluster;
   const int64_t room = p.YElements() * s.element / 10;
-  int64_t parts = int64_t{multiprocessors} * c.waves / (column_blocks * c.cluster);
+  int64_t parts = at_once * c.waves / (column_blocks * c.cluster);
   parts = std::min({parts, room / (4 * p.WElements()), tiles / c.cluster});
   a.parts = static_cast<int>(std::max<int64_t>(parts, 1));
   const int64_t blocks = column_blocks * c.cluster * a.parts;
@@ -301,7 +316,7 @@ bool Fill(const Problem& p, const Device& device, const Shape& s, const Chunks& 
   const double products = double{1} * a.steps * kDenseGradGroups * c.variant.products;
   const double tensor = products * c.variant.tiles * 4;
   const double x_vectors = double{1} * a.positions * a.x.channels;
-  const double y_vectors = chunks.boxes * a.y_positions * a.y.channels;
+  const double y_vectors = y_loaded * a.y.channels;
   const double vectors = x_vectors + y_vectors;
   const double shared = products * (2048 + columns * 32) / 128 +
                         vectors * 16 / 128 * (copies && s.element == 4 ? 3 : 1);
@@ -321,7 +336,7 @@ bool Fill(const Problem& p, const Device& device, const Shape& s, const Chunks& 
   const double apart = copies && !cached && chunks.most_boxes > 1 ? 3.0 : 1;
   const double l2 = (x_vectors * x_torn + y_vectors * y_torn) * 16 / 22 * apart;
   const double stage = std::max({1.1 * tensor, 1.1 * shared, load, l2}) + 300;
-  const double waves = std::ceil(static_cast<double>(blocks) / multiprocessors);
+  const auto waves = static_cast<double>(CeilDiv(blocks, at_once));
   const double results = 64.0 * c.row_blocks * columns * a.chunk_taps;
   const double least = (static_cast<double>(p.XElements()) * (1 + x_torn) +
                         static_cast<double>(p.YElements()) * (1 + y_torn)) /
@@ -333,7 +348,8 @@ bool Fill(const Problem& p, const Device& device, const Shape& s, const Chunks& 
     seconds += static_cast<double>(block_tiles / a.flush) * results * 8 / 22 / kClock;
   }
   if (a.parts > 1) seconds += 3e-6 + 4.0 * a.parts * static_cast<double>(p.WElements()) / 2e12;
-  if (copies) seconds *= 0.88;  // measured: 0.83 to 0.98 of that
+  // Measured: 0.8 to 1.1 of that; of pixels as streams less, unless a row has only eight.
+  if (copies) seconds *= s.unit == 1 ? 0.88 : s.isize[2] < 2 * s.unit ? 0.97 : 0.85;
   // Loads of long rows from up to 1.5 MB of a channel took 0.54 to 0.72 of that (H100).
   const bool flat = Product(s.isize) <= s.isize[1] * s.isize[2] && s.isize[2] >= 128;
   if (!last && flat && Product(s.isize) * s.element < 3 << 19) seconds *= 0.57;
@@ -361,22 +377,25 @@ void FillOperand(DenseGradOperand& o, const Shape& s, const Strides& steps, cons
   while (32 << o.log_shares < o.channels) ++o.log_shares;
 }
 
-// A bulk copy's box: channels, then images, then positions `stride` apart, from `residue` on.
+// A bulk copy's box: channels, then images that are streams, then pixels `stride` apart, from
+// `residue` on, or then those of one image.
 DenseMap MapOf(const DenseGradOperand& o, const Shape& s, int64_t n, int64_t channels,
                const int (&box)[kAxes], const Sizes& stride,
                const std::array<int, kAxes>& residue) {
   DenseMap m{};
+  const bool pixels = s.unit > 1;
+  const int images = pixels ? 4 : 1, last = pixels ? 3 : 4;  // axes of the map
   m.size[0] = static_cast<uint64_t>(channels);
-  m.size[1] = static_cast<uint64_t>(n);
-  m.stride[0] = static_cast<uint64_t>(o.n_step * s.element);
+  m.size[images] = static_cast<uint64_t>(n);
+  m.stride[images - 1] = static_cast<uint64_t>(o.n_step * s.element);
   m.box[0] = static_cast<uint32_t>(o.channels / o.copies);
-  m.box[1] = static_cast<uint32_t>(s.streams);
+  m.box[images] = static_cast<uint32_t>(s.Images());
   m.row_bytes = static_cast<int>(m.box[0]) * s.element;
   std::fill(std::begin(m.step), std::end(m.step), 1);
   for (int i = 0; i < kAxes; ++i) {
-    m.size[4 - i] = static_cast<uint64_t>(CeilDiv(o.size[i] - residue[i], stride[i]));
-    m.stride[3 - i] = static_cast<uint64_t>(o.step[i] * stride[i] * s.element);
-    m.box[4 - i] = static_cast<uint32_t>(box[i]);
+    m.size[last - i] = static_cast<uint64_t>(CeilDiv(o.size[i] - residue[i], stride[i]));
+    m.stride[last - i - 1] = static_cast<uint64_t>(o.step[i] * stride[i] * s.element);
+    m.box[last - i] = static_cast<uint32_t>(box[i]);
     m.offset += residue[i] * o.step[i] * s.element;
   }
   return m;
@@ -394,7 +413,7 @@ void Complete(const Problem& p, const Shape& s, const Chunks& chunks, DenseGradP
   a.cig = static_cast<int>(p.cig());
   a.cog = static_cast<int>(p.cog());
   a.taps = static_cast<int>(chunks.taps->size());
-  a.image_groups = s.streams / s.cuts;
+  a.image_groups = s.Images();
   a.by_chunk_taps = DivisorOf(a.chunk_taps);
   int boxes_so_far = 0;
   for (int c = 0; c < a.chunks; ++c) {
@@ -420,13 +439,46 @@ void Complete(const Problem& p, const Shape& s, const Chunks& chunks, DenseGradP
       const Tap& tap = (*chunks.taps)[t];
       const auto box = std::find_if(boxes.begin(), boxes.end(),
                                     [&](const Box& b) { return b.residue == tap.residue; });
-      int place = static_cast<int>(box - boxes.begin());
+      int place = 0;
       for (int i = 0; i < kAxes; ++i) place = place * a.y_box[i] + tap.place[i] - box->low[i];
+      place += static_cast<int>(box - boxes.begin()) * a.y_positions;
       a.tap[t] = static_cast<uint16_t>(tap.index);
       a.shift[t] = static_cast<uint16_t>(place);
     }
   }
   a.first_box[a.chunks] = static_cast<uint16_t>(boxes_so_far);
+}
+
+// Keeps the fastest in `best`.
+void SearchShape(const Problem& p, const Device& device, const Shape& s, DenseGradPlan& best) {
+  const std::vector<Tap> orders[] = {TapsOf(p, s, true), TapsOf(p, s, false)};
+  DenseGradPlan plan{};
+  Chunks best_chunks{};
+  for (const DenseGradVariant& variant : kVariants) {
+    for (int row_blocks = 1; row_blocks <= (p.cig() > 64 ? 2 : 1); ++row_blocks) {
+      for (const std::vector<Tap>& taps : orders) {
+        const Chunks chunks = ChunksOf(p, taps, variant.products * kDenseGradGroups / row_blocks);
+        for (int code = 0; code < 6 * 5 * 7; ++code) {
+          const std::array<int, kAxes> box{1 << code % 6, 1 << code / 6 % 5, s.unit << code / 30};
+          bool useful = box[0] * box[1] * box[2] <= 128 * s.unit;
+          for (int i = 0; i < kAxes; ++i) {
+            const int least = i == kAxes - 1 ? s.unit : 1;
+            useful = useful && (box[i] == least || box[i] < 2 * s.isize[i]);
+          }
+          if (!useful) continue;
+          for (int cluster = 1; cluster <= 8; cluster *= 2) {
+            for (int waves = 1; waves <= 3; ++waves) {
+              const Candidate c{variant, row_blocks, cluster, waves, box};
+              if (!Fill(p, device, s, chunks, c, plan) || plan.seconds >= best.seconds) continue;
+              best = plan;
+              best_chunks = chunks;
+            }
+          }
+        }
+      }
+    }
+  }
+  if (best_chunks.taps != nullptr) Complete(p, s, best_chunks, best);
 }
 
 // Copies take a multiple of the streams of images. Channels last the outermost axis can be cut into
@@ -445,40 +497,16 @@ Problem CutImages(Problem p) {
 }
 
 DenseGradPlan Search(const Problem& whole, const Device& device) {
-  const Problem p = CutImages(whole);
   DenseGradPlan best{};
-  best.refusal = Refuse(p, device);
+  best.refusal = Refuse(whole, device);
   if (!best.refusal.empty()) return best;
   best.refusal = "finds no cut that fits into shared memory";
   best.seconds = std::numeric_limits<double>::infinity();
-  const Shape s = ShapeOf(p);
-  const std::vector<Tap> orders[] = {TapsOf(p, s, true), TapsOf(p, s, false)};
-  DenseGradPlan plan{};
-  Chunks best_chunks{};
-  for (const DenseGradVariant& variant : kVariants) {
-    for (int row_blocks = 1; row_blocks <= (p.cig() > 64 ? 2 : 1); ++row_blocks) {
-      for (const std::vector<Tap>& taps : orders) {
-        const Chunks chunks = ChunksOf(p, taps, variant.products * kDenseGradGroups / row_blocks);
-        for (int code = 0; code < 6 * 5 * 7; ++code) {
-          const std::array<int, kAxes> box{1 << code % 6, 1 << code / 6 % 5, 1 << code / 30};
-          bool useful = box[0] * box[1] * box[2] <= 128;
-          for (int i = 0; i < kAxes; ++i) {
-            useful = useful && (box[i] == 1 || box[i] < 2 * s.isize[i]);
-          }
-          if (!useful) continue;
-          for (int cluster = 1; cluster <= 8; cluster *= 2) {
-            for (int waves = 1; waves <= 3; ++waves) {
-              const Candidate c{variant, row_blocks, cluster, waves, box};
-              if (!Fill(p, device, s, chunks, c, plan) || plan.seconds >= best.seconds) continue;
-              best = plan;
-              best_chunks = chunks;
-            }
-          }
-        }
-      }
-    }
+  for (bool pixels : {true, false}) {
+    const Problem p = pixels ? whole : CutImages(whole);
+    const std::optional<Shape> s = ShapeOf(p, pixels);
+    if (s) SearchShape(p, device, *s, best);
   }
-  if (best.refusal.empty()) Complete(p, s, best_chunks, best);
   return best;
 }
 

@@ -254,13 +254,22 @@ __device__ inline void LoadDenseGrad(const DenseGradArgs& a, const DenseGradBloc
   }
 }
 
-// Bulk tensor copies bring each position's streams as rows of channels. Of 16 bits that is what
-// products across rows read: eight streams by 128 bytes of channels are what is swizzled.
+// Bulk tensor copies bring each position's streams, or pixels, as rows of channels. Of 16 bits that
+// is what products across rows read: eight rows by 128 bytes of channels are what is swizzled.
 __device__ inline void CopyDenseGrad(const DenseGradArgs& a, const DenseGradMaps& maps,
                                      const DenseGradBlock& block, const DenseGradBarriers& barriers,
                                      uint32_t stages) {
   const int first_box = a.first_box[block.chunk], boxes = a.first_box[block.chunk + 1] - first_box;
-  const int bytes = (a.positions * a.x.channels + boxes * a.y_positions * a.y.channels) * 16;
+  const int bytes = a.positions * a.x.channels * 16 + boxes * a.y_box_bytes;
+  // The images of a stream are neighbours; pixels have one image.
+  const auto copy = [&](uint32_t to, const CUtensorMap* map, int c, int n, const int (&at)[kAxes],
+                        uint32_t full) {
+    if (a.unit == 1) {
+      CopyBox(to, map, c, n, at[2], at[1], at[0], full);
+    } else {
+      CopyBox(to, map, c, at[2], at[1], at[0], n, full);
+    }
+  };
   DenseCursor stage;
   for (int tile = block.begin; tile < block.end; ++tile) {
     int rest = tile, at[kAxes];
@@ -275,15 +284,15 @@ __device__ inline void CopyDenseGrad(const DenseGradArgs& a, const DenseGradMaps
     WaitFor(barriers.Empty(stage.at), stage.parity ^ 1);
     ArriveAndExpect(full, bytes);
     for (int i = 0; i < a.x.copies; ++i) {
-      CopyBox(x + i * a.x.copied, &maps.x, block.group * a.cig + block.ci + i * 64, n, at[2], at[1],
-              at[0], full);
+      copy(x + i * a.x.copied, &maps.x, block.group * a.cig + block.ci + i * 64, n, at, full);
     }
     for (int box = 0; box < boxes; ++box) {
       const int16_t (&first)[kAxes] = a.box_first[first_box + box];
+      const int y_at[kAxes] = {at[0] + first[0], at[1] + first[1], at[2] + first[2]};
       for (int i = 0; i < a.y.copies; ++i) {
-        CopyBox(x + a.y_offset + i * a.y.copied + box * a.y_positions * a.y.pitch,
-                &maps.y[a.box_map[first_box + box]], block.group * a.cog + block.co + i * 64, n,
-                at[2] + first[2], at[1] + first[1], at[0] + first[0], full);
+        copy(x + a.y_offset + i * a.y.copied + box * a.y_positions * a.y.pitch,
+             &maps.y[a.box_map[first_box + box]], block.group * a.cog + block.co + i * 64, n, y_at,
+             full);
       }
     }
     stage.Next(a.stages);
@@ -448,12 +457,22 @@ __device__ inline void SyncCluster() {
           : "memory");
 }
 
+// What lies at the same place in the shared memory of another block of the cluster.
+__device__ inline float LoadOfBlock(uint32_t from, int rank) {
+  float v;
+  uint32_t remote;
+  asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(remote) : "r"(from), "r"(rank));
+  asm volatile("ld.shared::cluster.f32 %0, [%1];" : "=f"(v) : "r"(remote) : "memory");
+  return v;
+}
+
 // The results of a cluster of blocks, added up in order; each block writes some of the rows, taps
 // next to each other, so that sectors are whole where taps are neighbours.
 template <class T, DenseGradFrom kFrom, class Out, int NT>
 __device__ inline void StoreDenseGrad(const DenseGradArgs& a, const DenseGradBlock& block,
                                       const char* shared) {
   constexpr int kColumns = 8 * NT, kPitch = kColumns + 8;
+  constexpr int kBatch = 8;  // loads of a thread under way: other blocks' memory is far
   const int lane = threadIdx.x % 32;
   const uint32_t results = SharedAddress(shared) + a.smem_stages;
   const int rows = min(64 * a.row_blocks, a.cig - block.ci);
@@ -463,20 +482,34 @@ __device__ inline void StoreDenseGrad(const DenseGradArgs& a, const DenseGradBlo
        r += kDenseGradThreads / 32 * a.cluster) {
     const int64_t row = (int64_t{block.group} * a.cig + block.ci + r) * a.cog + block.co;
     const int staged_row = DenseGradRow<T, kFrom>(r, 64 * a.row_blocks);
-    for (int e = lane; e < columns * a.chunk_taps; e += 32) {
-      const int c = Divide(e, a.by_chunk_taps), t = e - c * a.chunk_taps;
-      if (t >= block.taps) continue;
-      const uint32_t from = results + 4 * (t * a.tap_pitch + staged_row * kPitch +
-                                           DenseGradRow<T, kFrom>(c, kColumns));
-      float sum = 0;
-      for (int rank = 0; rank < a.cluster; ++rank) {
-        float v;
-        uint32_t remote;
-        asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(remote) : "r"(from), "r"(rank));
-        asm volatile("ld.shared::cluster.f32 %0, [%1];" : "=f"(v) : "r"(remote) : "memory");
-        sum += v;
+    const int elements = columns * a.chunk_taps;
+    for (int first = lane; first < elements; first += 32 * kBatch) {
+      uint32_t from[kBatch];
+      int to[kBatch];  // or -1
+      float sum[kBatch];
+#pragma unroll
+      for (int i = 0; i < kBatch; ++i) {
+        const int e = first + 32 * i, c = Divide(e, a.by_chunk_taps), t = e - c * a.chunk_taps;
+        const bool inside = e < elements && t < block.taps;
+        to[i] = inside ? c * a.taps + a.tap[block.first_tap + t] : -1;
+        from[i] = results;
+        if (inside) {
+          from[i] += 4 * (t * a.tap_pitch + staged_row * kPitch +
+                          DenseGradRow<T, kFrom>(c, kColumns));
+        }
+        sum[i] = 0;
       }
-      out[(row + c) * a.taps + a.tap[block.first_tap + t]] = FromAccumulator<Out>(sum);
+      for (int rank = 0; rank < a.cluster; ++rank) {
+        float v[kBatch];
+#pragma unroll
+        for (int i = 0; i < kBatch; ++i) v[i] = LoadOfBlock(from[i], rank);
+#pragma unroll
+        for (int i = 0; i < kBatch; ++i) sum[i] += v[i];
+      }
+#pragma unroll
+      for (int i = 0; i < kBatch; ++i) {
+        if (to[i] >= 0) out[row * a.taps + to[i]] = FromAccumulator<Out>(sum[i]);
+      }
     }
   }
 }
@@ -501,16 +534,16 @@ __global__ void __launch_bounds__(kDenseGradThreads, 1)
     FenceBarriers();
     ProxyFence();
   }
-  const auto locate = [](int p, const int (&box)[kAxes], int (&at)[kAxes]) {
-    const int up = p / box[2];
-    at[2] = p - up * box[2];
+  const auto locate = [](int p, const int (&box)[kAxes], int unit, int (&at)[kAxes]) {
+    const int row = box[2] / unit, up = p / row;
+    at[2] = (p - up * row) * unit;
     at[0] = up / box[1];
     at[1] = up - at[0] * box[1];
   };
   auto* x_table = reinterpret_cast<DenseGradPosition*>(shared + a.smem_x);
   for (int p = thread; p < a.positions; p += kDenseGradThreads) {
     DenseGradPosition e{0, {}};
-    locate(p, a.box, e.at);
+    locate(p, a.box, a.unit, e.at);
     for (int i = 0; i < kAxes; ++i) e.offset += e.at[i] * static_cast<int>(a.x.step[i]);
     if (!kCopies) x_table[p] = e;
     if (p % 2 == 0) {
@@ -524,7 +557,7 @@ __global__ void __launch_bounds__(kDenseGradThreads, 1)
   for (int p = thread; p < boxes * a.y_positions && !kCopies; p += kDenseGradThreads) {
     DenseGradPosition e{0, {}};
     const int box = p / a.y_positions;
-    locate(p - box * a.y_positions, a.y_box, e.at);
+    locate(p - box * a.y_positions, a.y_box, 1, e.at);
     for (int i = 0; i < kAxes; ++i) {
       e.at[i] = e.at[i] * a.stride[i] + a.box_first[first_box + box][i];
       e.offset += e.at[i] * static_cast<int>(a.y.step[i]);

@@ -8,6 +8,9 @@
 // bytes are the same position of as many images ("streams"; of few images an axis is cut into
 // segments, each a stream of its own). A tap then shifts by whole positions, whatever the axis, the
 // stride and the layout.
+//
+// Of 16 bits, products can also run across rows of channels, and then eight rows may be neighbours
+// in space as well: of one residue by the stride, a tap shifts by rows.
 #ifndef JAXCONV_CUDA_DENSE_GRAD_H_
 #define JAXCONV_CUDA_DENSE_GRAD_H_
 
@@ -80,9 +83,11 @@ struct DenseGradArgs {
   int row_blocks;                   // 64 input channels each that a block keeps: 1 or 2
   int chunk_taps;                   // of a block
   int tiles, tile_groups;           // boxes of positions; of them, sets of streams
-  int box[kAxes], tiles_of[kAxes];  // positions of a box, boxes of an axis
+  int box[kAxes], tiles_of[kAxes];  // pixels of a box, boxes of an axis
   int stride[kAxes];
-  int y_box[kAxes], y_positions;      // of one box of y
+  int unit;                           // pixels of the last axis that are a position
+  int y_box[kAxes], y_positions;      // of one box of y, in pixels
+  int y_box_bytes;                    // of bulk copies
   int y_pair;                         // places from a position's to the next one's, of two
   int image_groups;                   // images of a set of streams
   int positions, steps;               // of a box of x; products of a stage

@@ -42,6 +42,12 @@ constexpr bool HasWgmma(int compute_capability) {
   return compute_capability == 90 && CodeFor(90) == 90;
 }
 
+// Clusters of a size that run at once, a block a multiprocessor: as H100s of 132 say.
+constexpr int64_t ClustersAtOnce(int multiprocessors, int size) {
+  constexpr int kOf132[] = {132, 66, 39, 30, 22, 17, 15, 15};
+  return int64_t{kOf132[size - 1]} * multiprocessors / 132;
+}
+
 }  // namespace jaxconv::cuda
 
 #endif  // JAXCONV_CUDA_DEVICE_LIMITS_H_
