@@ -2,13 +2,15 @@
 
 Everything is timed by the wall clock over many calls between two synchronisations. On a GPU the
 calls are enqueued back to back and each holds many operations in one executable (or, for torch, one
-CUDA graph), so the queue is never empty and what counts is the device's time. On a CPU each call is
-waited for.
+CUDA graph). They queue up behind work that takes longer than the host needs to enqueue them, and
+whose time is subtracted: what counts is the device's time. On a CPU each call is waited for.
 """
 
 import dataclasses
+import functools
 import math
 import statistics
+import sys
 import time
 from collections.abc import Callable, Hashable, Mapping
 from typing import Any, TypeVar
@@ -30,6 +32,8 @@ class Runner:
     enqueue: Callable[[], Any]
     wait: Callable[[Any], Any]
     calls: int = 1
+    hold: Callable[[], Any] | None = None
+    """Enqueues a few milliseconds of the device's time in front of them."""
 
     def once(self) -> Any:
         out = self.enqueue()
@@ -61,21 +65,40 @@ class Timer:
     most_s: float
     wait_each: bool
 
-    def _sample(self, runner: Runner, enqueues: int) -> float:
+    def _sample(self, runner: Runner, enqueues: int, held: float = 0) -> float:
         start = time.perf_counter()
-        out = None
+        out = runner.hold() if runner.hold is not None else None
         for _ in range(enqueues):
             out = runner.enqueue()
             if self.wait_each:
                 runner.wait(out)
         runner.wait(out)
-        return (time.perf_counter() - start) / enqueues
+        return (time.perf_counter() - start - held) / enqueues
+
+    def _hold(self, runner: Runner) -> tuple[float, int]:
+        """The seconds that the device is held, and how many enqueues fit into them."""
+        if runner.hold is None:
+            return 0, sys.maxsize
+        held, host = [], []
+        for _ in range(3):
+            start = time.perf_counter()
+            runner.wait(runner.hold())
+            held.append(time.perf_counter() - start)
+            out, start = runner.hold(), time.perf_counter()
+            out = runner.enqueue()
+            host.append(time.perf_counter() - start)
+            runner.wait(out)
+        return statistics.median(held), max(1, int(0.7 * min(held) / min(host)))
 
     def time(self, runners: Mapping[Key, Runner]) -> dict[Key, Timing]:
         """Times runners that have run once. Their samples are taken in turn, so that what else the
         machine does hits all alike."""
-        first = {key: self._sample(runner, 1) for key, runner in runners.items()}
-        enqueues = {key: max(1, math.ceil(self.sample_s / t)) for key, t in first.items()}
+        hold = {key: self._hold(runner) for key, runner in runners.items()}
+        first = {key: self._sample(runner, 1, hold[key][0]) for key, runner in runners.items()}
+        enqueues = {
+            key: min(max(1, math.ceil(self.sample_s / max(t, 1e-6))), hold[key][1])
+            for key, t in first.items()
+        }
         samples: dict[Key, list[float]] = {
             key: [t] if t >= self.most_s else [] for key, t in first.items()
         }
@@ -91,7 +114,7 @@ class Timer:
                     time.sleep(0.02)
                     if first[key] < self.sample_s:
                         runner.once()
-                samples[key].append(self._sample(runner, enqueues[key]))
+                samples[key].append(self._sample(runner, enqueues[key], hold[key][0]))
                 used[key] += time.perf_counter() - start
         return {
             key: Timing([t / runners[key].calls for t in values]) for key, values in samples.items()
@@ -102,6 +125,37 @@ def timer(platform: str, rounds: int) -> Timer:
     if platform == "cuda":
         return Timer(rounds, sample_s=0.015, most_s=0.5, wait_each=False)
     return Timer(rounds, sample_s=0.005, most_s=1.0, wait_each=True)
+
+
+# ---------------------------------------------------------------------------------------------
+# What a device does while the host enqueues
+
+_HOLD_PRODUCTS, _HOLD_SIZE = 20, 4096  # about 4 ms on an H100
+
+
+@functools.cache
+def jax_hold() -> Callable[[], Any]:
+    def products(a: jax.Array) -> jax.Array:
+        for _ in range(_HOLD_PRODUCTS):
+            a = jnp.matmul(a, a) * _HOLD_SIZE**-0.5  # what is random stays of its size
+        return a
+
+    a = jax.random.normal(jax.random.key(0), (_HOLD_SIZE, _HOLD_SIZE), jnp.bfloat16)
+    compiled = jax.jit(products).lower(a).compile()
+    return lambda: compiled(a)
+
+
+@functools.cache
+def torch_hold(torch: Any) -> Callable[[], Any]:
+    source = torch.randn(_HOLD_SIZE, _HOLD_SIZE, dtype=torch.bfloat16, device="cuda")
+
+    def products() -> Any:
+        a = source
+        for _ in range(_HOLD_PRODUCTS):
+            a = a @ a * _HOLD_SIZE**-0.5
+        return a
+
+    return products
 
 
 # ---------------------------------------------------------------------------------------------

@@ -172,13 +172,16 @@ struct Chunks {
   int count, chunk_taps, most_boxes;
   std::array<int, kAxes> reach;
   double boxes, sectors;  // of a chunk: mean; of a (ci, co) in dw: all
+  double read;            // share of the outputs that some tap reads
 };
 
 Chunks ChunksOf(const Problem& p, const std::vector<Tap>& taps, int most) {
   const int all = static_cast<int>(taps.size());
-  Chunks c{&taps, static_cast<int>(CeilDiv(all, most)), 0, 0, {0, 0, 0}, 0, 0};
+  Chunks c{&taps, static_cast<int>(CeilDiv(all, most)), 0, 0, {0, 0, 0}, 0, 0, 0};
   c.chunk_taps = static_cast<int>(CeilDiv(all, c.count));
   c.count = static_cast<int>(CeilDiv(all, c.chunk_taps));
+  const std::vector<Box> residues = BoxesOf(taps, 0, all);
+  c.read = static_cast<double>(residues.size()) / static_cast<double>(Product(p.stride));
   for (int i = 0; i < c.count; ++i) {
     const int first = i * c.chunk_taps, mine = std::min(c.chunk_taps, all - first);
     const std::vector<Box> boxes = BoxesOf(taps, first, mine);
@@ -332,14 +335,17 @@ bool Fill(const Problem& p, const Device& device, const Shape& s, const Chunks& 
                 : std::min(32.0 / s.element, (bytes * static_cast<double>(stride) + 28) / bytes);
   };
   const double x_torn = torn(a.box[2], 1), y_torn = torn(a.y_box[2], a.stride[2]);
-  // Boxes of several residues from device memory took 1.1 to 2.6 times as long (H100).
-  const double apart = copies && !cached && chunks.most_boxes > 1 ? 3.0 : 1;
+  // Boxes of several residues took longer (H100).
+  const double apart = copies ? 1 + 0.08 * (chunks.most_boxes - 1) : 1;
   const double l2 = (x_vectors * x_torn + y_vectors * y_torn) * 16 / 22 * apart;
-  const double stage = std::max({1.1 * tensor, 1.1 * shared, load, l2}) + 300;
+  // Copies that are under way arrive late.
+  const double multiply = 1.1 * std::max(tensor, shared);
+  const double late = copies ? (3400 + l2 + multiply) / a.stages : 0;
+  const double stage = std::max({multiply, load, l2, late}) + 300;
   const auto waves = static_cast<double>(CeilDiv(blocks, at_once));
   const double results = 64.0 * c.row_blocks * columns * a.chunk_taps;
   const double least = (static_cast<double>(p.XElements()) * (1 + x_torn) +
-                        static_cast<double>(p.YElements()) * (1 + y_torn)) /
+                        static_cast<double>(p.YElements()) * (last ? 2 * chunks.read : 1 + y_torn)) /
                        2 * s.element / 4e12;
   double seconds = std::max(waves * static_cast<double>(block_tiles) * stage / kClock, least) +
                    waves * (3e-6 + results * 0.35 / kClock) + 6e-6;
