@@ -336,11 +336,12 @@ bool Fill(const Problem& p, const Device& device, const Shape& s, const Chunks& 
   };
   const double x_torn = torn(a.box[2], 1), y_torn = torn(a.y_box[2], a.stride[2]);
   // Boxes of several residues took longer (H100).
-  const double apart = copies ? 1 + 0.08 * (chunks.most_boxes - 1) : 1;
+  const double apart = copies ? 1 + 0.12 * (chunks.most_boxes - 1) : 1;
   const double l2 = (x_vectors * x_torn + y_vectors * y_torn) * 16 / 22 * apart;
   // Copies that are under way arrive late.
   const double multiply = 1.1 * std::max(tensor, shared);
-  const double late = copies ? (3400 + l2 + multiply) / a.stages : 0;
+  const double turn = copies && s.element == 4 ? 0.5 * vectors : 0;
+  const double late = copies ? (3400 + 0.5 * l2 + turn + multiply) / a.stages : 0;
   const double stage = std::max({multiply, load, l2, late}) + 300;
   const auto waves = static_cast<double>(CeilDiv(blocks, at_once));
   const double results = 64.0 * c.row_blocks * columns * a.chunk_taps;
