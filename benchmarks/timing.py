@@ -110,10 +110,13 @@ class Timer:
                 start = time.perf_counter()
                 if len(runners) > 1:
                     # OpenMP's threads of the one before spin for milliseconds, and caches hold its
-                    # data.
+                    # data. After the rest a kernel may wake threads on one core, for milliseconds.
                     time.sleep(0.02)
-                    if first[key] < self.sample_s:
+                    warm = time.perf_counter() + 2 * self.sample_s
+                    while first[key] < 10 * self.sample_s:
                         runner.once()
+                        if time.perf_counter() > warm:
+                            break
                 samples[key].append(self._sample(runner, enqueues[key], hold[key][0]))
                 used[key] += time.perf_counter() - start
         return {
