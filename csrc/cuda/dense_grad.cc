@@ -345,9 +345,10 @@ bool Fill(const Problem& p, const Device& device, const Shape& s, const Chunks& 
   const double stage = std::max({multiply, load, l2, late}) + 300;
   const auto waves = static_cast<double>(CeilDiv(blocks, at_once));
   const double results = 64.0 * c.row_blocks * columns * a.chunk_taps;
-  const double least = (static_cast<double>(p.XElements()) * (1 + x_torn) +
-                        static_cast<double>(p.YElements()) * (last ? 2 * chunks.read : 1 + y_torn)) /
-                       2 * s.element / 4e12;
+  const double least =
+      (static_cast<double>(p.XElements()) * (1 + x_torn) +
+       static_cast<double>(p.YElements()) * (last ? 2 * chunks.read : 1 + y_torn)) /
+      2 * s.element / 4e12;
   double seconds = std::max(waves * static_cast<double>(block_tiles) * stage / kClock, least) +
                    waves * (3e-6 + results * 0.35 / kClock) + 6e-6;
   seconds += a.parts * chunks.sectors * static_cast<double>(p.ci * p.cog()) / 170e9;

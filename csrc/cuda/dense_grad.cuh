@@ -494,8 +494,8 @@ __device__ inline void StoreDenseGrad(const DenseGradArgs& a, const DenseGradBlo
         to[i] = inside ? c * a.taps + a.tap[block.first_tap + t] : -1;
         from[i] = results;
         if (inside) {
-          from[i] += 4 * (t * a.tap_pitch + staged_row * kPitch +
-                          DenseGradRow<T, kFrom>(c, kColumns));
+          from[i] +=
+              4 * (t * a.tap_pitch + staged_row * kPitch + DenseGradRow<T, kFrom>(c, kColumns));
         }
         sum[i] = 0;
       }
