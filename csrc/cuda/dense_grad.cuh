@@ -450,13 +450,6 @@ __device__ inline void MultiplyDenseGrad(const DenseGradArgs& a, const DenseGrad
   }
 }
 
-__device__ inline void SyncCluster() {
-  asm volatile(
-      "barrier.cluster.arrive.release.aligned;\n"
-      "barrier.cluster.wait.acquire.aligned;" ::
-          : "memory");
-}
-
 // What lies at the same place in the shared memory of another block of the cluster.
 __device__ inline float LoadOfBlock(uint32_t from, int rank) {
   float v;
@@ -588,7 +581,7 @@ __global__ void __launch_bounds__(kDenseGradThreads, 1)
   // All store the results. None may take back registers that those who multiply still wait for.
   __syncthreads();
   if (kRegisters > 128 && !multiplies) TakeRegisters<128>();
-  SyncCluster();
+  MeetCluster();
   switch (static_cast<DType>(a.out_dtype)) {
     case DType::kBF16:
       StoreDenseGrad<T, kFrom, __nv_bfloat16, NT>(a, block, shared);
@@ -599,7 +592,7 @@ __global__ void __launch_bounds__(kDenseGradThreads, 1)
     default:
       StoreDenseGrad<T, kFrom, float, NT>(a, block, shared);
   }
-  SyncCluster();  // none leaves while others read its results
+  MeetCluster();  // none leaves while others read its results
 #endif
 }
 
