@@ -1,5 +1,5 @@
-// Bulk tensor copies, clusters of blocks and dependent launches, from compute capability 9.0 on:
-// what surrounds the products of "dense".
+// Bulk tensor copies and clusters of blocks, from compute capability 9.0 on: what surrounds the
+// products of "dense".
 #ifndef JAXCONV_CUDA_BULK_TENSORS_CUH_
 #define JAXCONV_CUDA_BULK_TENSORS_CUH_
 
@@ -11,16 +11,6 @@
 #include "cuda/wgmma.cuh"
 
 namespace jaxconv::cuda {
-
-// A kernel that depends on the one before it in the stream may start, and waits for all of its
-// writes.
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
-__device__ inline void LetNextStart() { asm volatile("griddepcontrol.launch_dependents;"); }
-__device__ inline void WaitForPrevious() { asm volatile("griddepcontrol.wait;" ::: "memory"); }
-#else
-__device__ inline void LetNextStart() {}
-__device__ inline void WaitForPrevious() {}
-#endif
 
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
 

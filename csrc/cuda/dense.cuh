@@ -10,6 +10,7 @@
 #include "cuda/bulk_tensors.cuh"
 #include "cuda/correlate.cuh"
 #include "cuda/dense.h"
+#include "cuda/dependent_launch.cuh"
 #include "cuda/dtypes.cuh"
 
 namespace jaxconv::cuda {

@@ -514,6 +514,7 @@ __global__ void __launch_bounds__(kDenseGradThreads, 1)
     DenseGrad(const __grid_constant__ DenseGradMaps maps, const __grid_constant__ DenseGradArgs a) {
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
   extern __shared__ __align__(1024) char shared[];
+  LetNextStart();  // SumParts
   const DenseGradBlock block(a, 8 * NT);
   const DenseGradBarriers barriers{SharedAddress(shared)};
   constexpr bool kCopies = kFrom == DenseGradFrom::kCopies;

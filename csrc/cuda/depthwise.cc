@@ -244,7 +244,7 @@ DepthwisePlan PlanDepthwise(const Problem& p, const Device& device) {
   int64_t parts = std::max<int64_t>(1, 8 * wanted / plan.channel_blocks);
   if (weight) {
     const int64_t limit = p.YElements() * SizeOf(p.in_dtype) / 10 / (4 * p.WElements());
-    parts = std::clamp<int64_t>(resident / (int64_t{plan.channel_blocks} * taps), 1,
+    parts = std::clamp<int64_t>(CeilDiv(resident, int64_t{plan.channel_blocks} * taps), 1,
                                 std::max<int64_t>(limit, 1));
   }
   parts = std::min(parts, tiles);

@@ -4,6 +4,7 @@
 
 #include <type_traits>
 
+#include "cuda/dependent_launch.cuh"
 #include "cuda/depthwise.h"
 #include "cuda/dtypes.cuh"
 
@@ -613,6 +614,7 @@ __global__ void __launch_bounds__(kThreads, 2) WeightGrad(const __grid_constant_
   constexpr int kJ2 = (K2 + S2 - 1) / S2, kSources = kJ2 + (S2 - 1 + kShift) / S2;
   constexpr int kLoads = kPairs ? 1 : S2, kEach = kPairs ? 2 : V;  // of a row of y
   constexpr int kNew = Min(S1, K1);                                // rows that a step brings
+  LetNextStart();                                                  // SumParts
   const Lane lane = LaneOf<V>(a);
   const int stride0 = a.stride[0], r0 = lane.residue;
   float w[J0][K1][K2][V] = {};
@@ -805,6 +807,7 @@ __global__ void __launch_bounds__(kThreads) AnyInputGrad(const __grid_constant__
 // Any window: a part of dw at the tap blockIdx.y. Positions: inputs.
 template <class In>
 __global__ void __launch_bounds__(kThreads) AnyWeightGrad(const __grid_constant__ DepthwiseArgs a) {
+  LetNextStart();  // SumParts
   const Lane lane = LaneOf<1>(a);
   const int tap = blockIdx.z,
             t[kAxes] = {tap / a.k[2] / a.k[1], tap / a.k[2] % a.k[1], tap % a.k[2]};

@@ -1,3 +1,4 @@
+#include "cuda/dependent_launch.cuh"
 #include "cuda/dtypes.cuh"
 #include "cuda/sum_parts.cuh"
 
@@ -11,6 +12,7 @@ template <class Out>
 __global__ void __launch_bounds__(kColumns* kRows)
     Sum(const float* __restrict__ from, int parts, int64_t count, Out* __restrict__ out) {
   __shared__ double sums[kRows][kColumns];
+  WaitForPrevious();
   const int64_t e = blockIdx.x * int64_t{kColumns} + threadIdx.x;
   double sum = 0;
   if (e < count) {
@@ -28,10 +30,21 @@ __global__ void __launch_bounds__(kColumns* kRows)
 
 template <class Out>
 cudaError_t Launch(const float* from, int parts, int64_t count, void* out, cudaStream_t stream) {
-  const unsigned blocks = static_cast<unsigned>((count + kColumns - 1) / kColumns);
-  Sum<Out>
-      <<<blocks, dim3(kColumns, kRows), 0, stream>>>(from, parts, count, static_cast<Out*>(out));
-  return cudaGetLastError();
+  int device = 0, major = 0;
+  cudaError_t status = cudaGetDevice(&device);
+  if (status != cudaSuccess) return status;
+  status = cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device);
+  if (status != cudaSuccess) return status;
+  cudaLaunchAttribute dependent{};
+  dependent.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  dependent.val.programmaticStreamSerializationAllowed = 1;
+  cudaLaunchConfig_t config{};
+  config.gridDim = dim3(static_cast<unsigned>((count + kColumns - 1) / kColumns));
+  config.blockDim = dim3(kColumns, kRows);
+  config.stream = stream;
+  config.attrs = &dependent;
+  config.numAttrs = major >= 9 ? 1 : 0;
+  return cudaLaunchKernelEx(&config, Sum<Out>, from, parts, count, static_cast<Out*>(out));
 }
 
 }  // namespace

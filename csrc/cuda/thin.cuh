@@ -7,6 +7,7 @@
 
 #include <type_traits>
 
+#include "cuda/dependent_launch.cuh"
 #include "cuda/dtypes.cuh"
 #include "cuda/mbarrier.cuh"
 #include "cuda/mma_sync.cuh"
@@ -862,6 +863,7 @@ __global__ void __launch_bounds__(kThinThreads, 1)
 template <class T, int MT, bool kLast>
 __global__ void __launch_bounds__(kThinThreads, 1)
     ThinWeightGrad(const __grid_constant__ ThinWeightGradArgs a) {
+  LetNextStart();  // SumParts
   constexpr int kNT = 4, kSize = sizeof(T), kPixels = 32 / kSize;
   constexpr int kSums = MT * kNT * 4;
   extern __shared__ __align__(128) char smem[];

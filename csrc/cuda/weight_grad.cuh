@@ -13,6 +13,7 @@
 
 #include <type_traits>
 
+#include "cuda/dependent_launch.cuh"
 #include "cuda/dtypes.cuh"
 #include "cuda/mbarrier.cuh"
 #include "cuda/weight_grad.h"
@@ -471,6 +472,7 @@ template <class In, bool kLast, int kStride, int kTaps, int kOctets, bool kGroup
 __global__ void __launch_bounds__(kThreads, 1)
     WeightGradKernel(const __grid_constant__ WeightGradArgs a) {
   if constexpr (kGroup && !kHasGroups) return;
+  LetNextStart();  // SumParts
   constexpr bool kHalf = sizeof(In) == 2;
   constexpr int kRun = WeightGradRun(kHalf, kStride);
   constexpr int kPairs = WeightGradPairs(kTaps, kOctets);
