@@ -1,5 +1,5 @@
-// Kernels that start while the one before them in the stream still runs, from compute capability 9.0
-// on. Elsewhere they start after it.
+// Kernels that start while the one before them in the stream still runs, from compute
+// capability 9.0 on. Elsewhere they start after it.
 #ifndef JAXCONV_CUDA_DEPENDENT_LAUNCH_CUH_
 #define JAXCONV_CUDA_DEPENDENT_LAUNCH_CUH_
 
