@@ -74,7 +74,7 @@ struct AxisGroup {
 struct Shape {
   bool forward, fused;
   int element, cg, jg, row_bytes, chunks, chunk_channels, terms, full_steps, last_steps;
-  int phases, columns;
+  int phases, programs, columns;  // programs: phases that have outputs, or one for all of them
   Sizes in_size, out_size, q_size;
   std::array<int, kAxes> si, so, reach;  // reach: places of the farthest tap
   std::array<std::vector<AxisGroup>, kAxes> groups;
@@ -138,6 +138,10 @@ Shape ShapeOf(const Problem& p, int row_bytes) {
     s.fused = s.fused && s.out_size[a] >= s.so[a];
   }
   s.fused = s.fused && s.phases > 1;
+  s.programs = 1;
+  for (int a = 0; a < kAxes && !s.fused; ++a) {
+    s.programs *= static_cast<int>(std::min<int64_t>(s.so[a], s.out_size[a]));
+  }
   s.columns = s.jg * (s.fused ? s.phases : 1);
   return s;
 }
@@ -149,6 +153,27 @@ bool HasOutputs(const Shape& s, const Sizes& phase) {
   return phase[0] < s.out_size[0] && phase[1] < s.out_size[1] && phase[2] < s.out_size[2];
 }
 
+// The phases that programs are for, those with the most taps first, so that the last round of
+// items is of short ones.
+std::vector<int> PhasesByWork(const Shape& s) {
+  if (s.fused) return {0};
+  std::vector<int> phases;
+  std::vector<int64_t> taps(static_cast<size_t>(s.phases), 1);
+  for (int phase = 0; phase < s.phases; ++phase) {
+    const Sizes r = PhaseOf(s, phase);
+    if (HasOutputs(s, r)) phases.push_back(phase);
+    for (int axis = 0; axis < kAxes; ++axis) {
+      int64_t mine = 0;
+      for (const AxisGroup& g : s.groups[axis]) {
+        if (g.phase == r[axis]) mine += static_cast<int64_t>(g.taps.size());
+      }
+      taps[phase] *= mine;
+    }
+  }
+  std::stable_sort(phases.begin(), phases.end(), [&](int a, int b) { return taps[a] > taps[b]; });
+  return phases;
+}
+
 // Lists programs, segments and shifts; a sentence's end where they are too many.
 std::string ListPrograms(const Shape& s, const Problem& p, DensePlan& plan) {
   DenseArgs& a = plan.args;
@@ -158,7 +183,6 @@ std::string ListPrograms(const Shape& s, const Problem& p, DensePlan& plan) {
   std::fill(std::begin(k.tap_segment), std::end(k.tap_segment), DensePack::kUnused);
   a.total_steps = 0;
   a.programs = 0;
-  const int64_t programs = s.fused ? 1 : s.phases;
   if (s.phases > DenseArgs::kMaxPhases) {
     return "takes at most " + std::to_string(DenseArgs::kMaxPhases) + " phases";
   }
@@ -170,11 +194,10 @@ std::string ListPrograms(const Shape& s, const Problem& p, DensePlan& plan) {
     }
     return mine;
   };
-  for (int program = 0; program < programs; ++program) {
-    const Sizes phase = PhaseOf(s, program);
-    if (!HasOutputs(s, phase)) continue;
+  for (const int of : PhasesByWork(s)) {
+    const Sizes phase = PhaseOf(s, of);
     DenseProgram& mine = a.program[a.programs++];
-    mine.phase = static_cast<int16_t>(program);
+    mine.phase = static_cast<int16_t>(of);
     mine.first_segment = static_cast<int16_t>(segments);
     mine.steps = a.total_steps;
     for (const AxisGroup* d : of_phase(0, phase[0])) {
@@ -404,8 +427,7 @@ bool Fill(const Problem& p, const Device& device, const Shape& s, const Candidat
   const int sums_bytes = c.shape.mt * c.shape.columns * 512;
   if (a.split > 1 && a.smem_ring + a.ring * quad_bytes - a.smem_in < sums_bytes) return false;
   a.resident = false;
-  const int64_t items =
-      CeilDiv(tiles, a.pair) * p.groups * (s.fused ? 1 : s.phases) * a.column_tiles;
+  const int64_t items = CeilDiv(tiles, a.pair) * p.groups * s.programs * a.column_tiles;
   if (items > kIntMax / 2) return false;  // a block's next item is counted in 32 bits, too
   a.items = static_cast<int>(items);
   a.groups = static_cast<int>(p.groups);
@@ -430,7 +452,7 @@ bool Fill(const Problem& p, const Device& device, const Shape& s, const Candidat
       }
     }
   }
-  const double programs = s.fused ? 1 : s.phases;
+  const double programs = s.programs;
   if (s.fused) {
     steps /= s.phases;
     stages /= s.phases;
@@ -561,6 +583,10 @@ void Complete(const Problem& p, const Shape& s, DensePlan& plan) {
   a.last_steps = s.last_steps;
   a.fused = s.fused;
   a.out_f32 = p.out_dtype == DType::kF32;
+  const int clusters = plan.grid / a.cluster;
+  a.tiles = a.items / a.column_tiles / a.programs;
+  a.band = a.programs == 1 ? a.tiles : static_cast<int>(CeilDiv(clusters, a.column_tiles));
+  a.band_items = a.band * a.column_tiles * a.programs;
   plan.smem = a.smem_ring + a.ring * kQuad * plan.columns * 32;
   const int64_t taps = Product(p.k), co_step = p.cog() * taps;
   k.w_g_step = p.cig() * co_step;
@@ -592,12 +618,11 @@ void Complete(const Problem& p, const Shape& s, DensePlan& plan) {
       plan.in.push_back(m);
     }
     a.in_maps = static_cast<int>(plan.in.size());
-    for (int phase = 0; phase < s.phases; ++phase) {
-      const Sizes r = PhaseOf(s, phase);
-      if (!HasOutputs(s, r)) continue;
+    for (int i = 0; i < (s.fused ? s.phases : a.programs); ++i) {
+      const Sizes r = PhaseOf(s, s.fused ? i : a.program[i].phase);
       DenseMap m =
           MapOf(p, out, s.out_size, r, so, a.store_bytes, static_cast<int>(SizeOf(p.out_dtype)));
-      for (int i = 0; i < kAxes; ++i) m.box[3 - i] = static_cast<uint32_t>(a.axis[i].part);
+      for (int x = 0; x < kAxes; ++x) m.box[3 - x] = static_cast<uint32_t>(a.axis[x].part);
       m.box[4] = static_cast<uint32_t>(a.part_n);
       m.size[0] = static_cast<uint64_t>(s.forward ? p.co : p.ci);
       if (a.images) PutImagesFirst(m);

@@ -74,15 +74,19 @@ struct DenseWalk {
 struct DenseItem {
   int column_tile, program, group, n, q[kAxes];
   __device__ DenseItem(const DenseArgs& a, int index) {
-    unsigned rest = index;
-    const auto take = [&](int count) {
+    const int band = index / a.band_items, first = band * a.band;
+    const unsigned tiles = min(a.band, a.tiles - first);
+    unsigned rest = index - band * a.band_items;
+    const auto take = [&](unsigned count) {
       const unsigned up = count == 1 ? rest : rest / count;
       const int mine = rest - up * count;
       rest = up;
       return mine;
     };
     column_tile = take(a.column_tiles);
-    program = take(a.programs);
+    const int tile = take(tiles);
+    program = rest;
+    rest = first + tile;
     group = take(a.groups);
     rest = rest * a.pair + DenseRank(a).pair;
 #pragma unroll

@@ -60,6 +60,10 @@ struct DenseArgs {
   int in_eights, out_eights;  // the same between a patch's groups of eight
   int pieces, piece_length;   // copies of a box, side by side along the last axis
   int groups, cg, jg, programs, column_tiles, items;
+  // Programs differ in work, and a block takes every so manieth item. So items come in bands of as
+  // many tiles of pixels (of a group; of a pair) as blocks take at once, program by program: each
+  // block gets all programs equally often. All tiles, those of a band, and a band's items.
+  int tiles, band, band_items;
   int columns;                 // of a group: jg, times the phases where `fused`
   int row_bytes, swizzle;      // of a staged pixel; which address bits are swizzled
   int chunks, chunk_channels;  // the last chunk may have fewer steps than the others
