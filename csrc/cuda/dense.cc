@@ -78,6 +78,8 @@ struct Shape {
   Sizes in_size, out_size, q_size;
   std::array<int, kAxes> si, so, reach;  // reach: places of the farthest tap
   std::array<std::vector<AxisGroup>, kAxes> groups;
+  bool folded;
+  AxisGroup fold;  // of the last axis, whose taps are columns
 };
 
 std::vector<AxisGroup> GroupsOf(const Problem& p, int axis, bool forward) {
@@ -106,8 +108,9 @@ std::vector<AxisGroup> GroupsOf(const Problem& p, int axis, bool forward) {
   return groups;
 }
 
-Shape ShapeOf(const Problem& p, int row_bytes) {
+Shape ShapeOf(const Problem& p, int row_bytes, bool folded) {
   Shape s;
+  s.folded = folded;
   s.forward = p.pass == Pass::kForward;
   s.element = static_cast<int>(SizeOf(p.in_dtype));
   s.cg = static_cast<int>(s.forward ? p.cig() : p.cog());
@@ -143,6 +146,13 @@ Shape ShapeOf(const Problem& p, int row_bytes) {
     s.programs *= static_cast<int>(std::min<int64_t>(s.so[a], s.out_size[a]));
   }
   s.columns = s.jg * (s.fused ? s.phases : 1);
+  if (folded) {
+    // Sources stay as they are, whatever the tap: the first one that exists is the first of all.
+    s.fold = s.groups[2][0];
+    s.groups[2] = {{0, std::max<int64_t>(s.fold.first, 0), {0}, {0}}};
+    s.columns *= static_cast<int>(s.fold.taps.size());
+    s.fused = false;
+  }
   return s;
 }
 
@@ -231,10 +241,15 @@ std::string ListPrograms(const Shape& s, const Problem& p, DensePlan& plan) {
                 a.shift[shifts] = static_cast<uint16_t>(d->places[td] * a.in_pitch[1] +
                                                         h->places[th] * a.in_pitch[2] +
                                                         w->places[tw] * a.in_pitch[3]);
-                const int64_t tap = (d->taps[td] * p.k[1] + h->taps[th]) * p.k[2] + w->taps[tw];
-                k.tap_segment[tap] = static_cast<uint8_t>(segments);
-                k.tap_phase[tap] = 0;
-                k.tap_position[tap] = static_cast<uint16_t>(shifts - segment.first_shift);
+                const int row = d->taps[td] * static_cast<int>(p.k[1]) + h->taps[th];
+                const std::vector<int> columns{w->taps[tw]};
+                int phase = 0;
+                for (int t : s.folded ? s.fold.taps : columns) {
+                  const int64_t tap = row * p.k[2] + t;
+                  k.tap_segment[tap] = static_cast<uint8_t>(segments);
+                  k.tap_phase[tap] = static_cast<uint8_t>(phase++);
+                  k.tap_position[tap] = static_cast<uint16_t>(shifts - segment.first_shift);
+                }
               }
             }
           }
@@ -282,6 +297,9 @@ struct TileShape {
 };
 constexpr TileShape kTileShapes[] = {{2, 32}, {4, 32}, {2, 48},  {2, 64},
                                      {4, 64}, {2, 96}, {1, 128}, {2, 128}};
+// Those of folded taps: all columns of some channels.
+constexpr TileShape kFoldedShapes[] = {{2, 48}, {2, 72}, {2, 80}, {2, 96}, {2, 112}};
+constexpr int kFoldedSources = 64;  // of a row
 // How blocks share work: see DenseArgs.
 struct Cluster {
   int split = 1, pair = 1;
@@ -316,6 +334,28 @@ struct Candidate {
   Cluster cluster;
 };
 
+// The last axis where its taps are columns: a tile has so many sources, and those outputs whose
+// sources all are in it, or outside of the tensor. Hence the outputs before those of the first
+// source are the first tile's, and the last tile has those that reach beyond the last source.
+bool FoldAxis(const Shape& s, DenseArgs& a) {
+  DenseAxis& x = a.axis[2];
+  if (x.box != kFoldedSources) return false;
+  const std::vector<int>& places = s.fold.places;
+  const int64_t reach = s.reach[2], source = s.groups[2][0].first, lead = source - s.fold.first;
+  const int64_t box = kFoldedSources - reach;
+  if (box < 8 || lead > reach) return false;
+  const int64_t outputs = CeilDiv(s.q_size[2] - lead, box);
+  const int64_t sources = CeilDiv(s.in_size[2] - source - reach, box);
+  x.q_tiles = static_cast<int>(std::max<int64_t>(1, std::min(outputs, sources)));
+  x.box = static_cast<int>(box);
+  x.length = kFoldedSources;
+  a.fold_taps = static_cast<int>(places.size());
+  a.fold_lead = static_cast<int>(lead);
+  a.fold_first = places[0];
+  a.fold_step = a.fold_taps > 1 ? places[1] - places[0] : 0;
+  return true;
+}
+
 // Fills what depends on the tile; false where it does not fit.
 bool Fill(const Problem& p, const Device& device, const Shape& s, const Candidate& c,
           DensePlan& plan, bool& l2_limits) {
@@ -337,6 +377,7 @@ bool Fill(const Problem& p, const Device& device, const Shape& s, const Candidat
     x.box = x.part * (c.halved == i + 1 ? 2 : 1);
     x.q_tiles = static_cast<int>(CeilDiv(s.q_size[i], x.box));
     x.length = x.box + s.reach[i];
+    if (i == 2 && s.folded && !FoldAxis(s, a)) return false;
     x.si = s.si[i];
     x.so = s.so[i];
     x.in_size = static_cast<int>(s.in_size[i]);
@@ -392,20 +433,33 @@ bool Fill(const Problem& p, const Device& device, const Shape& s, const Candidat
   a.column_tiles = static_cast<int>(CeilDiv(s.columns, c.shape.columns));
   a.columns = s.columns;
 
+  a.fold_channels = 0;
+  if (s.folded) {
+    a.fold_channels = c.shape.columns / a.fold_taps;
+    if (a.fold_channels * a.fold_taps != c.shape.columns || a.fold_channels % 8 != 0) return false;
+    if (s.jg % a.fold_channels != 0) return false;
+  }
   const int out_element = static_cast<int>(SizeOf(p.out_dtype));
   a.store_columns = c.store_bytes / out_element;
   if (a.store_columns < 8) return false;
-  if (s.jg % a.store_columns != 0 || c.shape.columns % a.store_columns != 0) return false;
+  if (!s.folded && (s.jg % a.store_columns != 0 || c.shape.columns % a.store_columns != 0)) {
+    return false;
+  }
   a.store_bytes = c.store_bytes;
   a.store_swizzle = c.store_bytes > 16 ? c.store_bytes - 16 : 0;
   const int64_t part_rows = int64_t{c.shape.mt} * 64;
   a.store_pitch = static_cast<int>(RoundUp(
       a.rows ? a.store_columns * (part_rows * out_element + 16) : part_rows * c.store_bytes, 1024));
 
+  if (s.folded) {
+    a.store_pitch = static_cast<int>(RoundUp(kFoldedSources * (c.shape.columns + 8) * 2, 1024));
+  }
+
   const int quad_bytes = kQuad * c.shape.columns * 32;
   int64_t entries = 0, segments = 1;
   for (int i = 0; i < kAxes; ++i) segments *= static_cast<int64_t>(s.groups[i].size());
-  entries = 16 * (Product(p.k) * (s.full_steps + s.last_steps) + 2 * kQuad * segments) / 4;
+  const int64_t places = Product(p.k) / (s.folded ? p.k[2] : 1);
+  entries = 16 * (places * (s.full_steps + s.last_steps) + 2 * kQuad * segments) / 4;
   int64_t smem = 8 * (3 * DenseArgs::kMaxBuffers + 2 * DenseArgs::kMaxRing);
   const auto place = [&](int& at, int64_t bytes, int64_t alignment) {
     smem = RoundUp(smem, alignment);
@@ -479,8 +533,10 @@ bool Fill(const Problem& p, const Device& device, const Shape& s, const Candidat
   const double staged =
       stages * std::max({each, (late + each) / c.buffers, a.rows ? loads : rounding});
   const double results = groups_m * 64.0 * c.shape.columns;
-  const double stores = a.rows ? results / 32 * (4 + 7 * lines(a.axis[2].part, s.so[2]))
-                               : results / 8 + 900.0 * c.shape.columns / a.store_columns;
+  // Folded sums are stored and read again, the stores by two ways at once.
+  const double stores = a.rows     ? results / 32 * (4 + 7 * lines(a.axis[2].part, s.so[2]))
+                        : s.folded ? results * 12 / 128 + 300.0 * groups_m
+                                   : results / 8 + 900.0 * c.shape.columns / a.store_columns;
   const double fetched = stages * stage_bytes + (a.resident ? 0 : weights / a.pair);
   const double l2 = fetched / (kL2Bandwidth / kClock / device.multiprocessors);
   // Of blocks that share an item, each multiplies and stores a part; each sends and reads all sums.
@@ -599,6 +655,7 @@ void Complete(const Problem& p, const Shape& s, DensePlan& plan) {
   k.column_tiles = a.column_tiles;
   k.tiles = plan.columns / 8;
   k.used_tiles = s.columns / 8;
+  k.phase_tiles = (s.folded ? a.fold_channels : s.jg) / 8;
   PlanPack(s, k, plan.pack_grid);
   k.chunks = s.chunks;
   k.chunk_channels = s.chunk_channels;
@@ -618,7 +675,8 @@ void Complete(const Problem& p, const Shape& s, DensePlan& plan) {
       plan.in.push_back(m);
     }
     a.in_maps = static_cast<int>(plan.in.size());
-    for (int i = 0; i < (s.fused ? s.phases : a.programs); ++i) {
+    // Folded sums do not leave by copies.
+    for (int i = 0; i < (s.fused ? s.phases : a.programs) && !s.folded; ++i) {
       const Sizes r = PhaseOf(s, s.fused ? i : a.program[i].phase);
       DenseMap m =
           MapOf(p, out, s.out_size, r, so, a.store_bytes, static_cast<int>(SizeOf(p.out_dtype)));
@@ -640,9 +698,12 @@ void SearchTiles(const Problem& p, const Device& device, const Shape& s, const D
   if (!best.refusal.empty()) return;
   bool better = false;
   const auto allowed = [](int want, int64_t have) { return want == 0 || want == have; };
-  const bool can_cluster = p.channels_last && s.terms == 1;
+  const bool can_cluster = p.channels_last && s.terms == 1 && !s.folded;
   const bool can_pair = s.element == 4;  // of 16 bits no pair was faster
-  for (const TileShape& shape : kTileShapes) {
+  const std::vector<TileShape> shapes =
+      s.folded ? std::vector<TileShape>(std::begin(kFoldedShapes), std::end(kFoldedShapes))
+               : std::vector<TileShape>(std::begin(kTileShapes), std::end(kTileShapes));
+  for (const TileShape& shape : shapes) {
     // Split operands have two sets of sums, which leaves no registers for large tiles.
     if (s.terms > 1 && (shape.mt > 2 || shape.mt * shape.columns > 128)) continue;
     if (!allowed(forced.mt, shape.mt) || !allowed(forced.columns, shape.columns)) continue;
@@ -653,12 +714,14 @@ void SearchTiles(const Problem& p, const Device& device, const Shape& s, const D
       // Images where eight neighbours along the last axis are often too many.
       const bool short_rows = forced.inside == 2 || s.q_size[2] % 8 != 0;
       if (patch.images && (!p.channels_last || p.n < 8 || !short_rows)) continue;
+      if (s.folded && patch.size[3] != kFoldedSources) continue;
       for (int code = 0; code < 1 << 2 * doublings; ++code) {
         std::array<int, 4> part = patch.size;
         for (int i = 1; i < doublings; ++i) part[3 - (code >> 2 * i & 3)] *= 2;
         const int halved = 3 - (code & 3);
         std::array<int, 4> box = part;
         box[halved] *= 2;
+        if (s.folded && box[3] != kFoldedSources) continue;
         if (!allowed(forced.box[0], box[1]) || !allowed(forced.box[1], box[2]) ||
             !allowed(forced.box[2], box[3])) {
           continue;
@@ -705,7 +768,13 @@ DensePlan PlanMerged(const Problem& p, const Device& device, const DenseTile& fo
   const int row_bytes = bytes > 64 ? 128 : bytes > 32 ? 64 : 32;
   // Shorter rows make more but smaller stages.
   for (int rows = row_bytes; rows >= std::max(32, row_bytes / (Terms(p) + 1)); rows /= 2) {
-    SearchTiles(p, device, ShapeOf(p, rows), forced, best);
+    if (forced.fold == 2) break;
+    SearchTiles(p, device, ShapeOf(p, rows, false), forced, best);
+    if (!best.refusal.empty()) return best;
+  }
+  const bool can_fold = p.channels_last && Terms(p) == 1 && p.stride[2] == 1 && p.k[2] > 1;
+  for (int rows = row_bytes; can_fold && forced.fold != 1 && rows >= 32; rows /= 2) {
+    SearchTiles(p, device, ShapeOf(p, rows, true), forced, best);
     if (!best.refusal.empty()) return best;
   }
   if (best.seconds == std::numeric_limits<double>::infinity()) {

@@ -21,7 +21,7 @@ inline constexpr int kDenseLoaders = 224;             // threads that stage rows
 inline constexpr int kDenseRounders = 192;            // threads that round to TF32
 inline constexpr int kDenseQuad = 4;
 
-enum class DenseMode { kPlain, kRows, kExact, kShare, kSplit };
+enum class DenseMode { kPlain, kRows, kExact, kShare, kSplit, kFold };
 
 // Whether tensors have their channels first: known at compile time, but for kExact.
 template <DenseMode kMode>
@@ -202,13 +202,15 @@ __global__ void __launch_bounds__(32 * kDensePackWarps)
       const int t = i >> log_units, unit = i & ((1 << log_units) - 1), tap = tap0 + t;
       const int my_tile = p.columns_inside ? unit : 0, my_step = p.columns_inside ? 0 : unit;
       const int mine = tile0 + my_tile, step = step0 + my_step;
-      const int segment = p.tap_segment[tap], phase_tiles = p.tap_phase[tap] * channel_tiles;
+      const int segment = p.tap_segment[tap], phase = p.tap_phase[tap];
       tiles[i].to = -1;
       if (segment == DensePack::kUnused || mine >= p.all_tiles || step >= p.channel_steps) continue;
       // Tiles beyond the channels put zeros into columns beyond the last one.
-      if (mine >= channel_tiles && phase_tiles != 0) continue;
-      const int column =
-          mine < channel_tiles ? phase_tiles + mine : p.used_tiles + mine - channel_tiles;
+      if (mine >= channel_tiles && phase != 0) continue;
+      const int beside = mine / p.phase_tiles;
+      const int column = mine < channel_tiles ? beside * p.tiles + phase * p.phase_tiles + mine -
+                                                    beside * p.phase_tiles
+                                              : p.used_tiles + mine - channel_tiles;
       const int column_tile = column / p.tiles, chunk = step >> p.log_chunk;
       const int steps = chunk == p.chunks - 1 ? p.last_steps : p.full_steps;
       const int all = p.segment_taps[segment] * steps;
@@ -668,6 +670,81 @@ __device__ inline void StoreDense(const DenseArgs& a, const DenseMaps& maps, con
   store(std::integral_constant<int, 1>{});
 }
 
+// Where the taps of the last axis are columns: a group's rows of 64 sources go to shared memory one
+// after the other, [source][tap][channel], and an output adds up what each tap has at its source.
+// A tile's outputs are those whose sources are all in it, or outside of the tensor.
+template <class Out, int MT, int NT>
+__device__ inline void StoreFolded(const DenseArgs& a, const DenseItem& item, float* products,
+                                   int group, const float (&acc)[MT][4 * NT], int thread) {
+  constexpr int kSources = 64;
+  constexpr int kPitch = NT * 8 + 8;  // keeps stores of accumulators free of bank conflicts
+  const int warp = thread / 32, lane = thread % 32;
+  float* to = products + (warp * 16 + lane / 4) * kPitch + lane % 4 * 2;
+  const DenseAxis& w = a.axis[2];
+  // A thread adds up four channels of every so manieth output of a row.
+  const int fours = a.fold_channels / 4, hop = 128 / fours;
+  const int mine = thread / fours, four = thread - mine * fours;
+  const int channel = item.group * a.jg + item.column_tile * a.fold_channels + four * 4;
+  float bias[4] = {};
+  if (a.bias != nullptr) {
+#pragma unroll
+    for (int i = 0; i < 4; ++i)
+      bias[i] = ToAccumulator(static_cast<const Out*>(a.bias)[channel + i]);
+  }
+  const int origin = item.q[2] + a.fold_lead;  // the output whose lowest source is the first
+  const int begin = item.q[2] == 0 ? 0 : origin;
+  const int end = item.q[2] / w.box + 1 == w.q_tiles ? w.out_size : min(origin + w.box, w.out_size);
+  const int phase = a.program[item.program].phase / w.so, up = phase / a.axis[1].so;
+#pragma unroll
+  for (int mt = 0; mt < MT; ++mt) {
+#pragma unroll
+    for (int j = 0; j < NT; ++j) {
+#pragma unroll
+      for (int h = 0; h < 2; ++h) {
+        *reinterpret_cast<float2*>(to + h * 8 * kPitch + j * 8) =
+            make_float2(acc[mt][4 * j + 2 * h], acc[mt][4 * j + 2 * h + 1]);
+      }
+    }
+    SyncGroup(group);
+    const DensePatch patch(a, mt);
+    const int n = item.n + patch.at[0] + PartStart(a.part_n, a.box_n, group);
+    int o[2];
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      const DenseAxis& x = a.axis[i];
+      o[i] = (item.q[i] + patch.at[i + 1] + PartStart(x.part, x.box, group)) * x.so +
+             (i == 0 ? up : phase - up * a.axis[1].so);
+    }
+    const bool inside = n < a.n && o[0] < a.axis[0].out_size && o[1] < a.axis[1].out_size;
+    Out* out = static_cast<Out*>(a.out) + n * a.out_n_step + o[0] * a.axis[0].out_step +
+               o[1] * a.axis[1].out_step + channel;
+    for (int q = begin + mine; inside && mine < hop && q < end; q += hop) {
+      float sum[4] = {bias[0], bias[1], bias[2], bias[3]};
+      int source = q - origin + a.fold_first;
+      const float* from = products + source * kPitch + four * 4;
+#pragma unroll 4
+      for (int t = 0; t < a.fold_taps; ++t) {
+        if (static_cast<unsigned>(source) < kSources) {
+          const float4 v = *reinterpret_cast<const float4*>(from);
+          sum[0] += v.x;
+          sum[1] += v.y;
+          sum[2] += v.z;
+          sum[3] += v.w;
+        }
+        source += a.fold_step;
+        from += a.fold_step * kPitch + a.fold_channels;
+      }
+      struct alignas(4 * sizeof(Out)) Four {
+        Out v[4];
+      };
+      *reinterpret_cast<Four*>(out + q * w.out_step) = {
+          {FromAccumulator<Out>(sum[0]), FromAccumulator<Out>(sum[1]), FromAccumulator<Out>(sum[2]),
+           FromAccumulator<Out>(sum[3])}};
+    }
+    SyncGroup(group);
+  }
+}
+
 // kExact: the tensor cores cut off what they add to, so each quad starts from zero and is added to
 // the sums in float32. kShare: neighbours fetch weights for each other. kSplit:
 // besides, blocks of a cluster share each item's stages; a block has but one item, since sums take
@@ -820,8 +897,13 @@ __device__ inline void MultiplyDense(const DenseArgs& a, const DenseMaps& maps,
       }
     };
     const auto store = [&](auto out, auto rows) {
-      StoreDense<T, decltype(out), MT, NT, decltype(rows)::value, kSplit>(
-          a, maps, rank, item, pixels, stage, place, group, results(), stage_buffer, thread);
+      if constexpr (kMode == DenseMode::kFold) {
+        StoreFolded<decltype(out), MT, NT>(a, item, reinterpret_cast<float*>(stage), group, acc,
+                                           thread);
+      } else {
+        StoreDense<T, decltype(out), MT, NT, decltype(rows)::value, kSplit>(
+            a, maps, rank, item, pixels, stage, place, group, results(), stage_buffer, thread);
+      }
     };
     const auto store_as = [&](auto out) {
       if constexpr (kMode == DenseMode::kExact) {
@@ -1005,6 +1087,13 @@ cudaError_t EnqueueDense(const DensePlan& plan, const DenseLaunch& launch, bool 
   JAXCONV_TILE(2, 16, kMode); \
   JAXCONV_TILE(4, 4, kMode);  \
   JAXCONV_TILE(4, 8, kMode)
+  } else if (args.fold_taps > 0) {
+    constexpr auto kMode = DenseMode::kFold;
+    JAXCONV_TILE(2, 6, kMode);
+    JAXCONV_TILE(2, 9, kMode);
+    JAXCONV_TILE(2, 10, kMode);
+    JAXCONV_TILE(2, 12, kMode);
+    JAXCONV_TILE(2, 14, kMode);
   } else if (args.rows) {
     JAXCONV_TILES(DenseMode::kRows);
   } else {

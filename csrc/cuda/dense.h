@@ -81,6 +81,10 @@ struct DenseArgs {
   int store_columns, store_bytes, store_swizzle, store_pitch;  // of results on their way out
   int smem_pixels, smem_sources, smem_entries, smem_in, smem_out, smem_ring;  // byte offsets
   bool images, fused, resident, rows, out_f32;  // images: they are innermost in boxes
+  // Where the taps of the last axis are columns ("folded"): how many taps and how many channels
+  // beside each other; outputs in front of those of the first tile's first source; and where, from
+  // that of an output's lowest source, the first tap's source lies, and each next one's.
+  int fold_taps, fold_channels, fold_lead, fold_first, fold_step;
   DenseProgram program[kMaxPhases];
   DenseSegment segment[kMaxSegments];
   uint16_t shift[kMaxTaps];  // of the taps, in pixels of the staged box, segment by segment
@@ -96,6 +100,7 @@ struct DensePack {
   int64_t w_g_step, w_c_step, w_j_step;
   int taps, groups, cg, jg, column_tiles;
   int tiles, used_tiles;  // of eight columns: in a column tile, and all that are stored
+  int phase_tiles;        // that lie beside each other: of a phase, or of a folded tap
   int all_tiles;          // of a phase: those of its channels, and those that no phase stores
   // A block packs so many tiles of columns, steps of channels and taps. Its weights lie in memory
   // in rows, of columns by taps (forward) or of channels by taps, and in shared memory c_pitch and
@@ -108,8 +113,8 @@ struct DensePack {
   int terms;
   int steps[DenseArgs::kMaxSegments];
   int16_t segment_taps[DenseArgs::kMaxSegments];
-  uint8_t tap_segment[DenseArgs::kMaxTaps];  // or kUnused: of a phase without outputs
-  uint8_t tap_phase[DenseArgs::kMaxTaps];
+  uint8_t tap_segment[DenseArgs::kMaxTaps];    // or kUnused: of a phase without outputs
+  uint8_t tap_phase[DenseArgs::kMaxTaps];      // or its place among folded taps
   uint16_t tap_position[DenseArgs::kMaxTaps];  // within its segment
 };
 
@@ -148,6 +153,7 @@ struct DensePlan {
 struct DenseTile {
   int mt = 0, columns = 0, buffers = 0, split = 0, pair = 0;
   int inside = 0;  // of boxes: 1 for pixels along the last axis, 2 for images
+  int fold = 0;    // 1: no taps are folded, 2: those of the last axis are
   int box[kAxes] = {0, 0, 0};
 };
 DensePlan PlanDense(const Problem&, const Device&, const DenseTile& = {});

@@ -62,6 +62,19 @@ __device__ inline void GiveRegisters() {
 #define JAXCONV_BOTH_8 "%32, %33"
 #define JAXCONV_ADD_8 "%34"
 #define JAXCONV_ROWS_8 "{%32,%33,%34,%35}, %36"
+#define JAXCONV_SUMS_9(d) JAXCONV_ACC32(d, 0), JAXCONV_ACC4(d, 32)
+#define JAXCONV_LIST_9                                                  \
+  "{%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15,%16,%17,%18," \
+  "%19,%20,%21,%22,%23,%24,%25,%26,%27,%28,%29,%30,%31,%32,%33,%34,%35}"
+#define JAXCONV_BOTH_9 "%36, %37"
+#define JAXCONV_ADD_9 "%38"
+#define JAXCONV_SUMS_10(d) JAXCONV_ACC32(d, 0), JAXCONV_ACC8(d, 32)
+#define JAXCONV_LIST_10                                                  \
+  "{%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15,%16,%17,%18,"  \
+  "%19,%20,%21,%22,%23,%24,%25,%26,%27,%28,%29,%30,%31,%32,%33,%34,%35," \
+  "%36,%37,%38,%39}"
+#define JAXCONV_BOTH_10 "%40, %41"
+#define JAXCONV_ADD_10 "%42"
 #define JAXCONV_SUMS_12(d) JAXCONV_ACC32(d, 0), JAXCONV_ACC16(d, 32)
 #define JAXCONV_LIST_12                                                      \
   "{%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15,%16,%17,%18,%19,"  \
@@ -69,6 +82,14 @@ __device__ inline void GiveRegisters() {
   "%38,%39,%40,%41,%42,%43,%44,%45,%46,%47}"
 #define JAXCONV_BOTH_12 "%48, %49"
 #define JAXCONV_ADD_12 "%50"
+#define JAXCONV_SUMS_14(d) JAXCONV_ACC32(d, 0), JAXCONV_ACC16(d, 32), JAXCONV_ACC8(d, 48)
+#define JAXCONV_LIST_14                                                  \
+  "{%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15,%16,%17,%18,"  \
+  "%19,%20,%21,%22,%23,%24,%25,%26,%27,%28,%29,%30,%31,%32,%33,%34,%35," \
+  "%36,%37,%38,%39,%40,%41,%42,%43,%44,%45,%46,%47,%48,%49,%50,%51,%52," \
+  "%53,%54,%55}"
+#define JAXCONV_BOTH_14 "%56, %57"
+#define JAXCONV_ADD_14 "%58"
 #define JAXCONV_SUMS_16(d) JAXCONV_ACC32(d, 0), JAXCONV_ACC32(d, 32)
 #define JAXCONV_LIST_16                                                      \
   "{%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15,%16,%17,%18,%19,"  \
@@ -142,7 +163,10 @@ struct GroupMmaRows;
 JAXCONV_MMAS(4, 32)
 JAXCONV_MMAS(6, 48)
 JAXCONV_MMAS(8, 64)
+JAXCONV_MMAS(9, 72)
+JAXCONV_MMAS(10, 80)
 JAXCONV_MMAS(12, 96)
+JAXCONV_MMAS(14, 112)
 JAXCONV_MMAS(16, 128)
 JAXCONV_MMAS_ACROSS(8, 64)
 JAXCONV_MMAS_ACROSS(16, 128)
@@ -161,10 +185,22 @@ JAXCONV_MMAS_ROWS(8, 64)
 #undef JAXCONV_BOTH_16
 #undef JAXCONV_LIST_16
 #undef JAXCONV_SUMS_16
+#undef JAXCONV_ADD_14
+#undef JAXCONV_BOTH_14
+#undef JAXCONV_LIST_14
+#undef JAXCONV_SUMS_14
 #undef JAXCONV_ADD_12
 #undef JAXCONV_BOTH_12
 #undef JAXCONV_LIST_12
 #undef JAXCONV_SUMS_12
+#undef JAXCONV_ADD_10
+#undef JAXCONV_BOTH_10
+#undef JAXCONV_LIST_10
+#undef JAXCONV_SUMS_10
+#undef JAXCONV_ADD_9
+#undef JAXCONV_BOTH_9
+#undef JAXCONV_LIST_9
+#undef JAXCONV_SUMS_9
 #undef JAXCONV_ROWS_8
 #undef JAXCONV_ADD_8
 #undef JAXCONV_BOTH_8
