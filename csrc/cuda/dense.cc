@@ -58,6 +58,18 @@ std::string Refuse(const Problem& p, const Device& device) {
   return "";
 }
 
+// The same of taps of the last axis as columns.
+std::string RefuseFolding(const Problem& p) {
+  if (!p.channels_last) return "takes channels last";
+  if (p.stride[2] != 1 || p.k[2] == 1) {
+    return "needs several taps and no stride along the last axis";
+  }
+  if (p.in_dtype == DType::kF32 && p.precision == Precision::kHighest) {
+    return "has no registers for split operands";
+  }
+  return "";
+}
+
 // Products of a step: float32 operands at the highest precision are split in two.
 int Terms(const Problem& p) {
   return p.in_dtype == DType::kF32 && p.precision == Precision::kHighest ? 3 : 1;
@@ -550,10 +562,12 @@ bool Fill(const Problem& p, const Device& device, const Shape& s, const Candidat
   // H100).
   const bool torn = s.si[2] > 1 || s.so[2] > 1;
   const double slower = a.rows && s.element == 4 && torn ? 1.3 : 1.0;
-  // Channels last, four tiles of pixels a group took less (24 layers, both passes, TF32 and bf16,
-  // H100).
-  const double taller = c.shape.mt == 4 && !a.rows ? 0.97 : 1.0;
-  const double compute = slower * taller * turns * mean / kClock;
+  // Channels last, four tiles of pixels a group took less than that, folded taps and weights that
+  // stay in shared memory more (28 layers, both passes, TF32 and bf16, H100).
+  const double fitted =
+      a.rows ? 1.0
+             : (c.shape.mt == 4 ? 0.94 : 1.0) * (s.folded ? 1.1 : 1.0) * (a.resident ? 1.06 : 1.0);
+  const double compute = slower * fitted * turns * mean / kClock;
   const double out_bytes = static_cast<double>(s.forward ? p.YElements() : p.XElements()) *
                            static_cast<double>(SizeOf(p.out_dtype));
   const double in_bytes =
@@ -762,23 +776,27 @@ void SearchTiles(const Problem& p, const Device& device, const Shape& s, const D
 DensePlan PlanMerged(const Problem& p, const Device& device, const DenseTile& forced) {
   DensePlan best{};
   best.refusal = Refuse(p, device);
+  const std::string cannot_fold = RefuseFolding(p);
+  const bool plain = forced.folding != Folding::kLastAxis;
+  const bool folded = forced.folding != Folding::kNone && cannot_fold.empty();
+  if (best.refusal.empty() && !plain) best.refusal = cannot_fold;
   if (!best.refusal.empty()) return best;
   best.seconds = std::numeric_limits<double>::infinity();
   const int64_t bytes = (p.pass == Pass::kForward ? p.cig() : p.cog()) * SizeOf(p.in_dtype);
   const int row_bytes = bytes > 64 ? 128 : bytes > 32 ? 64 : 32;
   // Shorter rows make more but smaller stages.
-  for (int rows = row_bytes; rows >= std::max(32, row_bytes / (Terms(p) + 1)); rows /= 2) {
-    if (forced.fold == 2) break;
+  const int least = std::max(32, row_bytes / (Terms(p) + 1));
+  for (int rows = row_bytes; plain && rows >= least; rows /= 2) {
     SearchTiles(p, device, ShapeOf(p, rows, false), forced, best);
     if (!best.refusal.empty()) return best;
   }
-  const bool can_fold = p.channels_last && Terms(p) == 1 && p.stride[2] == 1 && p.k[2] > 1;
-  for (int rows = row_bytes; can_fold && forced.fold != 1 && rows >= 32; rows /= 2) {
+  for (int rows = row_bytes; folded && rows >= 32; rows /= 2) {
     SearchTiles(p, device, ShapeOf(p, rows, true), forced, best);
     if (!best.refusal.empty()) return best;
   }
   if (best.seconds == std::numeric_limits<double>::infinity()) {
-    best.refusal = "finds no tile whose inputs fit into shared memory";
+    best.refusal = plain ? "finds no tile whose inputs fit into shared memory"
+                         : "finds no tile for these taps and channels";
   }
   return best;
 }
@@ -807,22 +825,31 @@ DensePlan MakePlan(const Problem& p, const Device& device, const DenseTile& forc
   }
   return best;
 }
-const DensePlan& PlanOf(const Problem& p, const Device& d) {
-  return Remember<DensePlan>(p, d, [&] { return MakePlan(p, d, {}); });
-}
-
-std::string RefuseRow(const Problem& p, const Device& d) { return PlanOf(p, d).refusal; }
-
-int64_t Workspace(const Problem& p, const Device& d) { return PlanOf(p, d).Workspace(); }
-
-double Seconds(const Problem& p, const Device& d) { return PlanOf(p, d).seconds; }
-
-cudaError_t LaunchRow(const Problem& p, const Operands& ops, const Device& d, cudaStream_t stream) {
-  const DensePlan& plan = PlanOf(p, d);
-  DenseLaunch launch;
-  const cudaError_t status = PrepareDense(p, ops, plan, launch);
-  return status == cudaSuccess ? RunDense(p, plan, launch, true, stream) : status;
-}
+// The rows "dense" and "fold" are one kernel. How many columns an output is the sum of is the
+// difference, so each has a name, and is chosen, and tested, by it.
+template <Folding kFolding>
+struct DenseRow {
+  static const DensePlan& PlanOf(const Problem& p, const Device& d) {
+    return Remember<DensePlan>(p, d, [&] {
+      DenseTile tile;
+      tile.folding = kFolding;
+      return MakePlan(p, d, tile);
+    });
+  }
+  static std::string Refusal(const Problem& p, const Device& d) { return PlanOf(p, d).refusal; }
+  static int64_t Workspace(const Problem& p, const Device& d) { return PlanOf(p, d).Workspace(); }
+  static double Seconds(const Problem& p, const Device& d) { return PlanOf(p, d).seconds; }
+  static cudaError_t Launch(const Problem& p, const Operands& ops, const Device& d,
+                            cudaStream_t stream) {
+    const DensePlan& plan = PlanOf(p, d);
+    DenseLaunch launch;
+    const cudaError_t status = PrepareDense(p, ops, plan, launch);
+    return status == cudaSuccess ? RunDense(p, plan, launch, true, stream) : status;
+  }
+  static Row Of(const char* name, Pass pass) {
+    return {name, pass, Refusal, Workspace, Seconds, Launch};
+  }
+};
 
 }  // namespace
 
@@ -902,7 +929,8 @@ cudaError_t RunDense(const Problem& p, const DensePlan& plan, const DenseLaunch&
 
 void AddDense(std::vector<Row>& rows) {
   for (Pass pass : {Pass::kForward, Pass::kInputGrad}) {
-    rows.push_back({"dense", pass, RefuseRow, Workspace, Seconds, LaunchRow});
+    rows.push_back(DenseRow<Folding::kNone>::Of("dense", pass));
+    rows.push_back(DenseRow<Folding::kLastAxis>::Of("fold", pass));
   }
 }
 

@@ -129,6 +129,37 @@ struct SplitTF32 {
 
 inline constexpr int kDensePackLoaders = 8, kDensePackWarps = kDensePackLoaders + 1;
 
+// Eight columns by a step of channels of a tap: in the weights as wgmma reads them, two cores, each
+// of 16 bytes of channels a column.
+struct alignas(16) PackedTile {
+  int64_t to;  // in words, or -1
+  int from;    // in elements, of what a block has staged
+  int zeros;   // steps of padding after it
+};
+
+// `mine`: which eight columns of a phase.
+__device__ inline PackedTile PlaceTile(const DensePack& p, int group, int tap, int mine, int step) {
+  const auto padded = [](int n) { return (n + kDenseQuad - 1) / kDenseQuad * kDenseQuad; };
+  const int segment = p.tap_segment[tap], phase = p.tap_phase[tap], channel_tiles = p.jg / 8;
+  if (segment == DensePack::kUnused || mine >= p.all_tiles || step >= p.channel_steps) {
+    return {-1, 0, 0};
+  }
+  // Tiles beyond the channels put zeros into columns beyond the last one.
+  if (mine >= channel_tiles && phase != 0) return {-1, 0, 0};
+  const int beside = mine / p.phase_tiles, rest = mine - beside * p.phase_tiles;
+  const int column = mine < channel_tiles ? beside * p.tiles + phase * p.phase_tiles + rest
+                                          : p.used_tiles + mine - channel_tiles;
+  const int column_tile = column / p.tiles, chunk = step >> p.log_chunk;
+  const int steps = chunk == p.chunks - 1 ? p.last_steps : p.full_steps;
+  const int all = p.segment_taps[segment] * steps;
+  const int position = p.tap_position[tap] * steps + (step - (chunk << p.log_chunk)) * p.terms;
+  const int64_t at = (int64_t{group} * p.column_tiles + column_tile) * p.total_steps +
+                     p.steps[segment] + position +
+                     chunk * padded(p.segment_taps[segment] * p.full_steps);
+  return {(at * p.tiles + column - column_tile * p.tiles) * 64, 0,
+          position + p.terms == all ? padded(all) - all : 0};
+}
+
 // Weights as wgmma reads them: a core is eight columns by 16 bytes of channels. A block of threads
 // packs a few tiles of eight columns or steps of channels, and up to 32 taps. Eight warps read rows
 // as they lie in memory while one finds out where the tiles of each step of a tap go; then each
@@ -141,13 +172,8 @@ __global__ void __launch_bounds__(32 * kDensePackWarps)
   using Bits = std::conditional_t<sizeof(T) == 4, uint32_t, uint16_t>;
   using Two = std::conditional_t<sizeof(T) == 4, uint2, uint32_t>;
   using Loaded = std::conditional_t<V == 2, Two, Bits>;
-  struct alignas(16) Tile {
-    int64_t to;  // in words, or -1
-    int from;    // in elements
-    int zeros;   // steps of padding after it
-  };
   __shared__ Bits staged[kStaged + 2];
-  __shared__ Tile tiles[DensePack::kUnits];
+  __shared__ PackedTile tiles[DensePack::kUnits];
   LetNextStart();
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   const int group = blockIdx.z / p.ranges, tap0 = blockIdx.z % p.ranges * p.range;
@@ -196,38 +222,18 @@ __global__ void __launch_bounds__(32 * kDensePackWarps)
       }
     }
   } else {
-    const auto padded = [](int n) { return (n + kDenseQuad - 1) / kDenseQuad * kDenseQuad; };
-    const int channel_tiles = p.jg / 8;
     for (int i = lane; i < taps << log_units; i += 32) {
-      const int t = i >> log_units, unit = i & ((1 << log_units) - 1), tap = tap0 + t;
+      const int t = i >> log_units, unit = i & ((1 << log_units) - 1);
       const int my_tile = p.columns_inside ? unit : 0, my_step = p.columns_inside ? 0 : unit;
-      const int mine = tile0 + my_tile, step = step0 + my_step;
-      const int segment = p.tap_segment[tap], phase = p.tap_phase[tap];
-      tiles[i].to = -1;
-      if (segment == DensePack::kUnused || mine >= p.all_tiles || step >= p.channel_steps) continue;
-      // Tiles beyond the channels put zeros into columns beyond the last one.
-      if (mine >= channel_tiles && phase != 0) continue;
-      const int beside = mine / p.phase_tiles;
-      const int column = mine < channel_tiles ? beside * p.tiles + phase * p.phase_tiles + mine -
-                                                    beside * p.phase_tiles
-                                              : p.used_tiles + mine - channel_tiles;
-      const int column_tile = column / p.tiles, chunk = step >> p.log_chunk;
-      const int steps = chunk == p.chunks - 1 ? p.last_steps : p.full_steps;
-      const int all = p.segment_taps[segment] * steps;
-      const int position = p.tap_position[tap] * steps + (step - (chunk << p.log_chunk)) * p.terms;
-      const int64_t to = (int64_t{group} * p.column_tiles + column_tile) * p.total_steps +
-                         p.steps[segment] + position +
-                         chunk * padded(p.segment_taps[segment] * p.full_steps);
-      tiles[i].to = (to * p.tiles + column - column_tile * p.tiles) * 64;
+      tiles[i] = PlaceTile(p, group, tap0 + t, tile0 + my_tile, step0 + my_step);
       tiles[i].from = my_step * kC * p.c_pitch + my_tile * 8 * p.j_pitch + t;
-      tiles[i].zeros = position + p.terms == all ? padded(all) - all : 0;
     }
   }
   __syncthreads();
   const int step_words = p.tiles * 64;
   const Bits* mine = staged + lane / 4 * p.j_pitch + lane % 4 * (kC / 8) * p.c_pitch;
   for (int i = warp; i < taps << log_units; i += kDensePackWarps) {
-    const Tile tile = tiles[i];
+    const PackedTile tile = tiles[i];
     if (tile.to < 0) continue;
     uint32_t* to = static_cast<uint32_t*>(p.weights) + tile.to + lane;
 #pragma unroll
@@ -246,6 +252,77 @@ __global__ void __launch_bounds__(32 * kDensePackWarps)
 #pragma unroll 1
       for (int z = 0; z < tile.zeros; ++z) to[(p.terms + z) * step_words] = 0;
     }
+  }
+}
+
+// Where taps come in whole vectors: what a thread loads of a few channels is what it stores of a
+// few taps, 16 bytes of channels each, and nothing goes through shared memory. Sixteen threads have
+// the eight columns of a tile, and a core each eight.
+inline constexpr int kPackUnits = 8;  // of so many threads, of a block
+
+template <class T, int V>
+__global__ void __launch_bounds__(16 * kPackUnits) PackTaps(const __grid_constant__ DensePack p) {
+  constexpr int kC = 16 / sizeof(T), kWords = V * sizeof(T) / 4;
+  static_assert(kPackUnits * V <= 16 * kPackUnits);
+  using Vector = std::conditional_t<kWords == 4, uint4, uint2>;
+  union Loaded {
+    Vector vector;
+    uint32_t word[kWords];
+  };
+  __shared__ PackedTile tiles[kPackUnits * V];
+  LetNextStart();
+  const int vectors = p.taps / V, step = blockIdx.y, group = blockIdx.z;
+  const auto unit_of = [&](int unit, int& tile, int& tap) {
+    const int index = blockIdx.x * kPackUnits + unit;
+    tile = index / vectors;
+    tap = (index - tile * vectors) * V;
+  };
+  int tile, tap;
+  const int unit = threadIdx.x / 16, column = threadIdx.x % 8, core = threadIdx.x / 8 % 2;
+  unit_of(unit, tile, tap);
+  const int first = (step * 2 + core) * kC;
+  const int channels = tile < p.jg / 8 ? p.cg - first : 0;
+  const T* w = static_cast<const T*>(p.w);
+  const T* from =
+      w + group * p.w_g_step + first * p.w_c_step + (tile * 8 + column) * p.w_j_step + tap;
+  Loaded v[kC];
+#pragma unroll
+  for (int c = 0; c < kC; ++c) {
+    const T* loaded = c < channels ? from + c * p.w_c_step : w;  // no branches
+    v[c].vector = __ldg(reinterpret_cast<const Vector*>(loaded));
+    if (c >= channels) v[c].vector = {};
+  }
+  if (threadIdx.x < kPackUnits * V) {
+    int its_tile, its_tap;
+    unit_of(threadIdx.x / V, its_tile, its_tap);
+    tiles[threadIdx.x] = PlaceTile(p, group, its_tap + threadIdx.x % V, its_tile, step);
+  }
+  __syncthreads();
+  const int step_words = p.tiles * 64;
+#pragma unroll
+  for (int t = 0; t < V; ++t) {
+    const PackedTile& mine = tiles[unit * V + t];
+    if (mine.to < 0) continue;
+    const auto store = [&](int to, uint32_t a, uint32_t b, uint32_t c, uint32_t d) {
+      uint32_t* words = static_cast<uint32_t*>(p.weights) + mine.to + core * 32 + column * 4;
+      *reinterpret_cast<uint4*>(words + to * step_words) = make_uint4(a, b, c, d);
+    };
+    if constexpr (sizeof(T) == 4) {
+      const SplitTF32 a(__uint_as_float(v[0].word[t])), b(__uint_as_float(v[1].word[t])),
+          c(__uint_as_float(v[2].word[t])), d(__uint_as_float(v[3].word[t]));
+      store(0, a.high, b.high, c.high, d.high);
+      if (p.terms > 1) {
+        store(1, a.high, b.high, c.high, d.high);
+        store(2, a.Low(), b.Low(), c.Low(), d.Low());
+      }
+    } else {
+      const auto pair = [&](int c) {
+        return __byte_perm(v[c].word[t / 2], v[c + 1].word[t / 2], t % 2 == 0 ? 0x5410 : 0x7632);
+      };
+      store(0, pair(0), pair(2), pair(4), pair(6));
+    }
+#pragma unroll 1
+    for (int z = 0; z < mine.zeros; ++z) store(p.terms + z, 0, 0, 0, 0);
   }
 }
 
@@ -1044,12 +1121,26 @@ cudaError_t EnqueueDense(const DensePlan& plan, const DenseLaunch& launch, bool 
                          cudaStream_t stream) {
   if (packs) {
     const DensePack& pack = launch.pack;
-    const dim3 grid(plan.pack_grid[0], plan.pack_grid[1], plan.pack_grid[2]);
     // Taps in twos stay together, in memory and in what a block packs.
-    const bool twos = pack.taps % 2 == 0 && pack.range % 2 == 0 &&
-                      reinterpret_cast<uintptr_t>(pack.w) % (2 * sizeof(T)) == 0;
-    const auto kernel = twos ? PackDense<T, 2> : PackDense<T, 1>;
-    kernel<<<grid, 32 * kDensePackWarps, 0, stream>>>(pack);
+    const auto in = [&](int v) {
+      return pack.taps % v == 0 && reinterpret_cast<uintptr_t>(pack.w) % (v * sizeof(T)) == 0;
+    };
+    const auto by_vectors = [&](auto v) {
+      constexpr int kV = decltype(v)::value;
+      const int units = pack.all_tiles * (pack.taps / kV);
+      const dim3 grid((units + kPackUnits - 1) / kPackUnits, pack.channel_steps, pack.groups);
+      PackTaps<T, kV><<<grid, 16 * kPackUnits, 0, stream>>>(pack);
+    };
+    constexpr int kMost = 16 / sizeof(T);
+    if (in(kMost)) {
+      by_vectors(std::integral_constant<int, kMost>{});
+    } else if (in(4)) {
+      by_vectors(std::integral_constant<int, 4>{});
+    } else {
+      const auto kernel = in(2) && pack.range % 2 == 0 ? PackDense<T, 2> : PackDense<T, 1>;
+      const dim3 grid(plan.pack_grid[0], plan.pack_grid[1], plan.pack_grid[2]);
+      kernel<<<grid, 32 * kDensePackWarps, 0, stream>>>(pack);
+    }
     if (const cudaError_t status = cudaGetLastError(); status != cudaSuccess) return status;
   }
   const int tile = plan.mt * 1000 + plan.columns;

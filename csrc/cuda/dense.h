@@ -149,11 +149,14 @@ struct DensePlan {
   int64_t Workspace() const { return weights_bytes + expanded_bytes; }
 };
 
+// Whether taps are columns: each tap's products are kept apart, and outputs add them up ("fold").
+enum class Folding { kAny, kNone, kLastAxis };
+
 // A tile: 0 means that the cost model chooses.
 struct DenseTile {
   int mt = 0, columns = 0, buffers = 0, split = 0, pair = 0;
   int inside = 0;  // of boxes: 1 for pixels along the last axis, 2 for images
-  int fold = 0;    // 1: no taps are folded, 2: those of the last axis are
+  Folding folding = Folding::kAny;
   int box[kAxes] = {0, 0, 0};
 };
 DensePlan PlanDense(const Problem&, const Device&, const DenseTile& = {});
