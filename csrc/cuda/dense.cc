@@ -312,7 +312,6 @@ constexpr TileShape kTileShapes[] = {{2, 32}, {4, 32}, {2, 48},  {2, 64},
 // Those of folded taps: all columns of some channels.
 constexpr TileShape kFoldedShapes[] = {{2, 48}, {2, 72}, {2, 80}, {2, 96}, {2, 112}};
 constexpr int kFoldedSources = 64;  // of a row
-constexpr int kMostRoundsWithTail = 6;
 // How blocks share work: see DenseArgs.
 struct Cluster {
   int split = 1, pair = 1;
@@ -345,7 +344,6 @@ struct Candidate {
   Patch patch;
   std::array<int, 4> part;  // n, d, h, w
   Cluster cluster;
-  int tail_split = 1;  // see DensePlan
 };
 
 // The last axis where its taps are columns: a tile has so many sources, and those outputs whose
@@ -493,11 +491,11 @@ bool Fill(const Problem& p, const Device& device, const Shape& s, const Candidat
       std::min<int64_t>((kSharedMemory - a.smem_ring) / quad_bytes, DenseArgs::kMaxRing));
   // The sums that blocks of a cluster add up take the place of what they multiplied.
   const int sums_bytes = c.shape.mt * c.shape.columns * 512;
-  const bool splits = a.split > 1 || c.tail_split > 1;
-  if (splits && a.smem_ring + a.ring * quad_bytes - a.smem_in < sums_bytes) return false;
+  if (a.split > 1 && a.smem_ring + a.ring * quad_bytes - a.smem_in < sums_bytes) return false;
   a.resident = false;
   const int64_t items = CeilDiv(tiles, a.pair) * p.groups * s.programs * a.column_tiles;
   if (items > kIntMax / 2) return false;  // a block's next item is counted in 32 bits, too
+  a.items = static_cast<int>(items);
   a.groups = static_cast<int>(p.groups);
   a.n = static_cast<int>(p.n);
   plan.mt = c.shape.mt;
@@ -505,11 +503,6 @@ bool Fill(const Problem& p, const Device& device, const Shape& s, const Candidat
   const int64_t clusters = ClustersAtOnce(device.multiprocessors, a.cluster);
   if (a.split > 1 && items > clusters) return false;
   plan.grid = static_cast<int>(std::min(items, clusters)) * a.cluster;
-  plan.tail_split = c.tail_split;
-  plan.tail_items = c.tail_split > 1 ? static_cast<int>(items % clusters) : 0;
-  if (c.tail_split > 1 && (plan.tail_items == 0 || items < clusters)) return false;
-  if (plan.tail_items > ClustersAtOnce(device.multiprocessors, c.tail_split)) return false;
-  a.items = static_cast<int>(items) - plan.tail_items;
 
   // The model counts cycles of a tile: of the tensor cores, of shared memory, of stages that arrive
   // late, of stores, and of copies from the L2 cache; against the bytes of device memory. Its
@@ -559,15 +552,12 @@ bool Fill(const Problem& p, const Device& device, const Shape& s, const Candidat
   const double fetched = stages * stage_bytes + (a.resident ? 0 : weights / a.pair);
   const double l2 = fetched / (kL2Bandwidth / kClock / device.multiprocessors);
   // Of blocks that share an item, each multiplies and stores a part; each sends and reads all sums.
-  const double adds = sums_bytes / 6.7;
-  const double sends = (a.split > 1 ? adds : 0) + 60.0 * (a.pair - 1);
+  const double sends = (a.split > 1 ? sums_bytes / 6.7 : 0) + 60.0 * (a.pair - 1);
   const double others = staged + programs * (stores + (a.rows ? 1500 : 0));
   l2_limits = l2 > 0.5 * others;
   const double cycles = std::max(others, l2) + (a.rows ? 0 : 0.06 * std::min(others, l2));
   const double mean = cycles / programs / a.split + sends;
-  const double turns = std::ceil(static_cast<double>(a.items) * a.cluster / plan.grid);
-  // A tail starts when all else is done.
-  const double tail = plan.tail_items > 0 ? mean / c.tail_split + adds + 5000 : 0;
+  const double turns = std::ceil(static_cast<double>(items) * a.cluster / plan.grid);
   // Rows of float32 took longer than that, most where the stride tears them apart (52 layers,
   // H100).
   const bool torn = s.si[2] > 1 || s.so[2] > 1;
@@ -577,7 +567,7 @@ bool Fill(const Problem& p, const Device& device, const Shape& s, const Candidat
   const double fitted =
       a.rows ? 1.0
              : (c.shape.mt == 4 ? 0.94 : 1.0) * (s.folded ? 1.1 : 1.0) * (a.resident ? 1.06 : 1.0);
-  const double compute = slower * fitted * (turns * mean + tail) / kClock;
+  const double compute = slower * fitted * turns * mean / kClock;
   const double out_bytes = static_cast<double>(s.forward ? p.YElements() : p.XElements()) *
                            static_cast<double>(SizeOf(p.out_dtype));
   const double in_bytes =
@@ -664,7 +654,7 @@ void Complete(const Problem& p, const Shape& s, DensePlan& plan) {
   a.fused = s.fused;
   a.out_f32 = p.out_dtype == DType::kF32;
   const int clusters = plan.grid / a.cluster;
-  a.tiles = (a.items + plan.tail_items) / a.column_tiles / a.programs;
+  a.tiles = a.items / a.column_tiles / a.programs;
   a.band = a.programs == 1 ? a.tiles : static_cast<int>(CeilDiv(clusters, a.column_tiles));
   a.band_items = a.band * a.column_tiles * a.programs;
   plan.smem = a.smem_ring + a.ring * kQuad * plan.columns * 32;
@@ -760,12 +750,6 @@ void SearchTiles(const Problem& p, const Device& device, const Shape& s, const D
             if (fits) break;
           }
           if (!fits) continue;
-          const auto consider = [&] {
-            if (Fill(p, device, s, c, plan, l2_limits) && plan.seconds < best.seconds) {
-              best = plan;
-              better = true;
-            }
-          };
           // Clusters pay where items are few, or where copies from the L2 cache take longest.
           const bool share = l2_limits || forced.pair > 1;
           const int64_t items = plan.args.items;
@@ -776,23 +760,11 @@ void SearchTiles(const Problem& p, const Device& device, const Shape& s, const D
             if (cluster.split > 1 && items * cluster.split > device.multiprocessors) continue;
             if (cluster.pair > 1 && !(share && can_pair)) continue;
             if (!HasKernel(shape, cluster) || (cluster.Blocks() > 1 && !can_cluster)) continue;
-            if (!allowed(forced.tail_split, 1)) continue;
             c.cluster = cluster;
-            consider();
-          }
-          // A tail pays where rounds are few.
-          if (items < device.multiprocessors ||
-              items > kMostRoundsWithTail * device.multiprocessors) {
-            continue;
-          }
-          c.cluster = {};
-          for (const Cluster& tail : kClusters) {
-            if (tail.split == 1 || tail.pair > 1 || !can_cluster || !HasKernel(shape, tail))
-              continue;
-            if (!allowed(forced.split, 1) || !allowed(forced.pair, 1)) continue;
-            if (!allowed(forced.tail_split, tail.split)) continue;
-            c.tail_split = tail.split;
-            consider();
+            if (Fill(p, device, s, c, plan, l2_limits) && plan.seconds < best.seconds) {
+              best = plan;
+              better = true;
+            }
           }
         }
       }

@@ -66,7 +66,7 @@ __device__ inline int PartStart(int part, int box, int group) {
 struct DenseWalk {
   int index, hop;
   __device__ explicit DenseWalk(const DenseArgs& a)
-      : index(a.first_item + blockIdx.x / a.cluster), hop(gridDim.x / a.cluster) {}
+      : index(blockIdx.x / a.cluster), hop(gridDim.x / a.cluster) {}
   __device__ void Next() { index += hop; }
 };
 
@@ -1063,8 +1063,8 @@ __global__ void __launch_bounds__(kDenseThreads, 1)
     }
   }
   constexpr bool kShare = kMode == DenseMode::kShare || kMode == DenseMode::kSplit;
-  if (kShare && a.pair > 1) {
-    MeetCluster();  // before others use its barriers
+  if constexpr (kShare) {
+    MeetCluster();
   } else {
     __syncthreads();
   }
@@ -1094,35 +1094,60 @@ __global__ void __launch_bounds__(kDenseThreads, 1)
 // The main kernel may start while the weights are still packed: it waits before it fetches them.
 // What it reads otherwise was there before they were. Where nothing is packed, that is not known.
 template <class T, int MT, int NT, DenseMode kMode>
-cudaError_t EnqueueDenseTile(const DenseMaps& maps, const DenseArgs& args, int grid, int smem,
-                             bool early, cudaStream_t stream) {
+cudaError_t EnqueueDenseTile(const DensePlan& plan, const DenseLaunch& launch, bool packs,
+                             cudaStream_t stream) {
   const auto kernel = Dense<T, MT, NT, kMode>;
   const cudaError_t status =
-      cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, smem);
+      cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, plan.smem);
   if (status != cudaSuccess) return status;
   cudaLaunchAttribute attributes[2]{};
   attributes[0].id = cudaLaunchAttributeProgrammaticStreamSerialization;
-  attributes[0].val.programmaticStreamSerializationAllowed = early;
+  attributes[0].val.programmaticStreamSerializationAllowed = packs;
   attributes[1].id = cudaLaunchAttributeClusterDimension;
-  attributes[1].val.clusterDim.x = args.cluster;
+  attributes[1].val.clusterDim.x = launch.args.cluster;
   attributes[1].val.clusterDim.y = attributes[1].val.clusterDim.z = 1;
   cudaLaunchConfig_t config{};
-  config.gridDim = dim3(grid);
+  config.gridDim = dim3(plan.grid);
   config.blockDim = dim3(kDenseThreads);
-  config.dynamicSmemBytes = smem;
+  config.dynamicSmemBytes = plan.smem;
   config.stream = stream;
   config.attrs = attributes;
-  config.numAttrs = args.cluster > 1 ? 2 : 1;
-  return cudaLaunchKernelEx(&config, kernel, maps, args);
+  config.numAttrs = launch.args.cluster > 1 ? 2 : 1;
+  return cudaLaunchKernelEx(&config, kernel, launch.maps, launch.args);
 }
 
 template <class T>
-cudaError_t EnqueueDenseItems(const DensePlan& plan, const DenseMaps& maps, const DenseArgs& args,
-                              int grid, bool early, cudaStream_t stream) {
+cudaError_t EnqueueDense(const DensePlan& plan, const DenseLaunch& launch, bool packs,
+                         cudaStream_t stream) {
+  if (packs) {
+    const DensePack& pack = launch.pack;
+    // Taps in twos stay together, in memory and in what a block packs.
+    const auto in = [&](int v) {
+      return pack.taps % v == 0 && reinterpret_cast<uintptr_t>(pack.w) % (v * sizeof(T)) == 0;
+    };
+    const auto by_vectors = [&](auto v) {
+      constexpr int kV = decltype(v)::value;
+      const int units = pack.all_tiles * (pack.taps / kV);
+      const dim3 grid((units + kPackUnits - 1) / kPackUnits, pack.channel_steps, pack.groups);
+      PackTaps<T, kV><<<grid, 16 * kPackUnits, 0, stream>>>(pack);
+    };
+    constexpr int kMost = 16 / sizeof(T);
+    if (in(kMost)) {
+      by_vectors(std::integral_constant<int, kMost>{});
+    } else if (in(4)) {
+      by_vectors(std::integral_constant<int, 4>{});
+    } else {
+      const auto kernel = in(2) && pack.range % 2 == 0 ? PackDense<T, 2> : PackDense<T, 1>;
+      const dim3 grid(plan.pack_grid[0], plan.pack_grid[1], plan.pack_grid[2]);
+      kernel<<<grid, 32 * kDensePackWarps, 0, stream>>>(pack);
+    }
+    if (const cudaError_t status = cudaGetLastError(); status != cudaSuccess) return status;
+  }
   const int tile = plan.mt * 1000 + plan.columns;
 #define JAXCONV_TILE(MT, NT, kMode) \
   if (tile == MT * 1000 + NT * 8)   \
-  return EnqueueDenseTile<T, MT, NT, kMode>(maps, args, grid, plan.smem, early, stream)
+  return EnqueueDenseTile<T, MT, NT, kMode>(plan, launch, packs, stream)
+  const DenseArgs& args = launch.args;
   if (args.split > 1) {
     constexpr auto kMode = DenseMode::kSplit;
     JAXCONV_TILE(2, 4, kMode);
@@ -1168,45 +1193,6 @@ cudaError_t EnqueueDenseItems(const DensePlan& plan, const DenseMaps& maps, cons
 #undef JAXCONV_TILES
 #undef JAXCONV_TILE
   return cudaErrorInvalidConfiguration;
-}
-
-template <class T>
-cudaError_t EnqueueDense(const DensePlan& plan, const DenseLaunch& launch, bool packs,
-                         cudaStream_t stream) {
-  if (packs) {
-    const DensePack& pack = launch.pack;
-    // Taps in twos stay together, in memory and in what a block packs.
-    const auto in = [&](int v) {
-      return pack.taps % v == 0 && reinterpret_cast<uintptr_t>(pack.w) % (v * sizeof(T)) == 0;
-    };
-    const auto by_vectors = [&](auto v) {
-      constexpr int kV = decltype(v)::value;
-      const int units = pack.all_tiles * (pack.taps / kV);
-      const dim3 grid((units + kPackUnits - 1) / kPackUnits, pack.channel_steps, pack.groups);
-      PackTaps<T, kV><<<grid, 16 * kPackUnits, 0, stream>>>(pack);
-    };
-    constexpr int kMost = 16 / sizeof(T);
-    if (in(kMost)) {
-      by_vectors(std::integral_constant<int, kMost>{});
-    } else if (in(4)) {
-      by_vectors(std::integral_constant<int, 4>{});
-    } else {
-      const auto kernel = in(2) && pack.range % 2 == 0 ? PackDense<T, 2> : PackDense<T, 1>;
-      const dim3 grid(plan.pack_grid[0], plan.pack_grid[1], plan.pack_grid[2]);
-      kernel<<<grid, 32 * kDensePackWarps, 0, stream>>>(pack);
-    }
-    if (const cudaError_t status = cudaGetLastError(); status != cudaSuccess) return status;
-  }
-  cudaError_t status =
-      EnqueueDenseItems<T>(plan, launch.maps, launch.args, plan.grid, packs, stream);
-  if (status != cudaSuccess || plan.tail_items == 0) return status;
-  DenseArgs tail = launch.args;
-  tail.first_item = tail.items;
-  tail.items += plan.tail_items;
-  tail.split = tail.cluster = plan.tail_split;
-  tail.resident = false;
-  return EnqueueDenseItems<T>(plan, launch.maps, tail, plan.tail_items * plan.tail_split, false,
-                              stream);
 }
 
 }  // namespace jaxconv::cuda

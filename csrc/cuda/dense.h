@@ -60,7 +60,6 @@ struct DenseArgs {
   int in_eights, out_eights;  // the same between a patch's groups of eight
   int pieces, piece_length;   // copies of a box, side by side along the last axis
   int groups, cg, jg, programs, column_tiles, items;
-  int first_item;  // of `items`, of this launch
   // Programs differ in work, and a block takes every so manieth item. So items come in bands of as
   // many tiles of pixels (of a group; of a pair) as blocks take at once, program by program: each
   // block gets all programs equally often. All tiles, those of a band, and a band's items.
@@ -138,9 +137,6 @@ struct DensePlan {
   std::string refusal;  // the sentence's end; empty: the rest is meant
   int mt, columns;      // a group of warps multiplies mt * 64 pixels by this many columns
   int grid, smem;
-  // Items of the last round, if they are few, are a launch of their own: blocks of a cluster share
-  // each. How many items, and blocks of a cluster; or 0 and 1.
-  int tail_items, tail_split;
   int merged;  // groups that run as one, with zeros between them
   int pack_grid[3];
   int64_t weights_bytes, expanded_bytes;
@@ -158,7 +154,7 @@ enum class Folding { kAny, kNone, kLastAxis };
 
 // A tile: 0 means that the cost model chooses.
 struct DenseTile {
-  int mt = 0, columns = 0, buffers = 0, split = 0, pair = 0, tail_split = 0;
+  int mt = 0, columns = 0, buffers = 0, split = 0, pair = 0;
   int inside = 0;  // of boxes: 1 for pixels along the last axis, 2 for images
   Folding folding = Folding::kAny;
   int box[kAxes] = {0, 0, 0};
