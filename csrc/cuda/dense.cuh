@@ -1063,8 +1063,8 @@ __global__ void __launch_bounds__(kDenseThreads, 1)
     }
   }
   constexpr bool kShare = kMode == DenseMode::kShare || kMode == DenseMode::kSplit;
-  if constexpr (kShare) {
-    MeetCluster();
+  if (kShare && a.pair > 1) {
+    MeetCluster();  // before others use its barriers
   } else {
     __syncthreads();
   }
