@@ -5,13 +5,10 @@
 #include <exception>
 #include <memory>
 #include <mutex>
-#include <utility>
-
-#if defined(__linux__)
-#include <sys/mman.h>
-#endif
+#include <new>
 
 #include "bindings.h"
+#include "cpu/scratch.h"
 #include "cpu/table.h"
 #include "dispatch.h"
 
@@ -67,18 +64,6 @@ class PoolParallel final : public Parallel {
   ffi::ThreadPool& pool_;
 };
 
-// A large result is fresh memory in every call, and finding its 4 KiB pages one by one can take
-// longer than the kernel. Where the system lets programs ask, larger pages come 8 times faster.
-void AskForLargePages(void* data, int64_t bytes) {
-#if defined(__linux__)
-  constexpr uintptr_t kPage = uintptr_t{2} << 20;
-  const auto begin = reinterpret_cast<uintptr_t>(data), end = begin + static_cast<uintptr_t>(bytes);
-  const uintptr_t first = (begin + kPage - 1) / kPage * kPage, last = end / kPage * kPage;
-  // A refusal only means that pages stay small.
-  if (first < last) madvise(reinterpret_cast<void*>(first), last - first, MADV_HUGEPAGE);
-#endif
-}
-
 template <Pass pass>
 ffi::Error Handle(ffi::ThreadPool pool, ffi::RemainingArgs args, ffi::RemainingRets rets,
                   ffi::Span<const int64_t> stride, ffi::Span<const int64_t> dilation,
@@ -88,16 +73,29 @@ ffi::Error Handle(ffi::ThreadPool pool, ffi::RemainingArgs args, ffi::RemainingR
                               stack,  channels_last, precision, kernel};
   const auto call = DecodeCall(pass, args, rets, attributes);
   if (!call.has_value()) return call.error();
-  for (const auto& [data, bytes] : {std::pair{call->operands.out, call->out_bytes},
-                                    std::pair{call->operands.workspace, call->workspace_bytes}}) {
-    AskForLargePages(data, bytes);
+  const auto poison = [](void* data, int64_t bytes) {
     if (bytes > 0 && Poisoned()) std::memset(data, kPoison, static_cast<size_t>(bytes));
-  }
+  };
+  // A large result is fresh memory in every call, whose small pages can take longer than the
+  // kernel.
+  AskForLargePages(call->operands.out, call->out_bytes);
+  poison(call->operands.out, call->out_bytes);
   const Device device{static_cast<int>(std::max<int64_t>(pool.num_threads(), 1)), VectorBytes()};
   const PoolParallel parallel(pool);
-  return Dispatch(Table(), device, *call,
-                  [&](const Row& row, const Problem& problem, const Operands& operands) {
-                    row.launch(problem, operands, parallel);
+  return Dispatch(Table(), device, *call, kNoWorkspaceLimit,
+                  [&](const Row& row, const Problem& problem, Operands operands) {
+                    // XLA's would be fresh memory, too.
+                    const int64_t bytes = row.workspace(problem, device);
+                    try {
+                      const CallScratch workspace(bytes);
+                      poison(workspace.data(), bytes);
+                      operands.workspace = workspace.data();
+                      row.launch(problem, operands, parallel);
+                    } catch (const std::bad_alloc&) {
+                      return ffi::Error(ffi::ErrorCode::kResourceExhausted,
+                                        "jaxconv: no memory for a workspace of " +
+                                            std::to_string(bytes) + " bytes, or for a thread's");
+                    }
                     return ffi::Error::Success();
                   });
 }

@@ -45,7 +45,7 @@ ffi::Error Handle(cudaStream_t stream, int32_t ordinal, ffi::RemainingArgs args,
     }
   }
   const Device device{10 * major + minor, multiprocessors};
-  return Dispatch(Table(), device, *call,
+  return Dispatch(Table(), device, *call, call->workspace_bytes,
                   [&](const Row& row, const Problem& problem, const Operands& operands) {
                     const cudaError_t status = row.launch(problem, operands, device, stream);
                     return status == cudaSuccess ? ffi::Error::Success()

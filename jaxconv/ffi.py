@@ -205,10 +205,10 @@ def kernel_names(platform: str, result: Role) -> list[str]:
 def choose(
     platform: str, result: Role, x: Any, w: Any, y: Any, out: Any, bias: bool, spec: ConvSpec
 ) -> tuple[str, int]:
-    """The kernel that runs the problem and the workspace it wants, in bytes.
+    """The kernel that runs the problem and the workspace that XLA allocates for it, in bytes.
 
     Where the batch is symbolic the name is empty: a kernel is chosen at each call, among those that
-    need no workspace. "xla" is XLA's own convolution: chosen on a GPU, if nothing is forced, where
+    need no workspace of XLA's. "xla" is XLA's own convolution: chosen on a GPU, if nothing is forced, where
     only "direct" takes the problem and XLA is expected to be faster.
     """
     batch = x.shape[spec.stack : x.ndim - 1 - spec.rank]
@@ -234,7 +234,9 @@ def choose(
             f"jaxconv: implementation={forced!r} cannot run the {PASS_NAME[result]} of "
             f"x {x.shape}, w {w.shape}, y {y.shape} on {platform}; its kernels: {why}"
         )
-    return chosen, max(ws for n, _, _, ws in rows if n == chosen)
+    # On a CPU the handler has memory of its own, kept between calls.
+    workspace = 0 if platform == "cpu" else max(ws for n, _, _, ws in rows if n == chosen)
+    return chosen, workspace
 
 
 _explained: set[tuple[Any, ...]] = set()
