@@ -3,6 +3,7 @@
 #include "cpu/direct.h"
 #include "cpu/phases.h"
 #include "cpu/pixels.h"
+#include "cpu/taps.h"
 
 namespace jaxconv::cpu {
 
@@ -25,6 +26,7 @@ const std::vector<Row>& Table() {
     std::vector<Row> rows;
     AddPixels(rows);
     AddPhases(rows);
+    AddTaps(rows);
     AddDirect(rows);
     return rows;
   }();
