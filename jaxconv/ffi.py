@@ -208,8 +208,8 @@ def choose(
     """The kernel that runs the problem and the workspace that XLA allocates for it, in bytes.
 
     Where the batch is symbolic the name is empty: a kernel is chosen at each call, among those that
-    need no workspace of XLA's. "xla" is XLA's own convolution: chosen on a GPU, if nothing is forced, where
-    only "direct" takes the problem and XLA is expected to be faster.
+    need no workspace of XLA's. "xla" is XLA's own convolution: chosen on a GPU, if nothing is
+    forced, where only "direct" takes the problem and XLA is expected to be faster.
     """
     batch = x.shape[spec.stack : x.ndim - 1 - spec.rank]
     if not all(isinstance(d, int) for d in (*batch, *x.shape[: spec.stack])):

@@ -171,10 +171,10 @@ CASES = [
     case("big_kernel", 1, 8, 8, 1, (4, 6, 10), (3, 5, 7), 1, 0),
     case("big_stride_big_kernel", 1, 8, 4, 1, (8, 8), 32, 16),
     case("big_stride_many_channels", 1, 8, 256, 1, (30,), 16, 16),
-    case("taps_fill_vectors", 1, 40, 7, 1, (9,), 16, 8, 4),
-    case("taps_fill_vectors_2d", 2, 26, 10, 2, (2, 3), (5, 16), (2, 8), (1, 4), (1, 0)),
-    case("taps_fill_vectors_dilated", 1, 30, 3, 1, (2, 2, 3), (2, 3, 32), (1, 2, 5), (0, -1, 7), 0, (2, 1, 1)),
-    case("taps_fill_vectors_in_place", 2, 9, 8, 1, (3, 4), (16, 32), 16),
+    case("taps", 1, 40, 7, 1, (9,), 16, 8, 4),
+    case("taps_2d", 2, 26, 10, 2, (2, 3), (5, 16), (2, 8), (1, 4), (1, 0)),
+    case("taps_3d", 1, 30, 3, 1, (2, 2, 3), (2, 3, 32), (1, 2, 5), (0, -1, 7), 0, (2, 1, 1)),
+    case("taps_in_place", 2, 9, 8, 1, (3, 4), (16, 32), 16),
 ]
 # fmt: on
 
