@@ -1,11 +1,16 @@
 """The CPU kernels with different numbers of threads."""
 
+import concurrent.futures
 import os
 import subprocess
 import sys
 
+import jax
+import jax.numpy as jnp
+import numpy as np
 import pytest
 
+import jaxconv
 from workloads import select
 
 # Prints a digest of every result. Threads are those of the processors that the process may use.
@@ -56,3 +61,29 @@ def test_same_bits_with_any_number_of_threads():
     # At least one kernel for each workload, layout and operation.
     assert len(one) >= 6 * len(select(["cpu"]))
     assert one == two
+
+
+def test_calls_at_the_same_time_have_memory_of_their_own():
+    """Packed weights lie in memory that calls give back for others to take."""
+    rng = np.random.default_rng(0)
+    sizes = (64, 48, 96, 80, 32, 64, 112, 48)  # channels: some alike, most not
+    cpu = jax.devices("cpu")[0]
+    arrays = [
+        tuple(
+            jax.device_put(rng.standard_normal(shape, np.float32), cpu)
+            for shape in ((1, c, 12, 12), (c, c, 3, 3))
+        )
+        for c in sizes
+    ]
+    with jax.default_device(cpu):
+        layer = jax.jit(lambda x, w: jaxconv.conv_transpose2d(x, w, stride=2, implementation="cpu"))
+        alone = [np.asarray(layer(x, w)) for x, w in arrays]
+
+        def repeated(index: int) -> bool:
+            with jax.default_device(cpu):
+                x, w = arrays[index]
+                wanted = jnp.asarray(alone[index])
+                return all(bool((layer(x, w) == wanted).all()) for _ in range(20))
+
+        with concurrent.futures.ThreadPoolExecutor(len(sizes)) as pool:
+            assert all(pool.map(repeated, range(len(sizes))))
