@@ -58,7 +58,7 @@ std::string Refuse(const Problem& p, const Device& device) {
   return "";
 }
 
-// The same of taps of the last axis as columns.
+// Why taps of the last axis cannot be columns: a sentence's end. Empty: they can.
 std::string RefuseFolding(const Problem& p) {
   if (!p.channels_last) return "takes channels last";
   if (p.stride[2] != 1 || p.k[2] == 1) {
@@ -828,8 +828,8 @@ DensePlan MakePlan(const Problem& p, const Device& device, const DenseTile& forc
   }
   return best;
 }
-// The rows "dense" and "fold" are one kernel. How many columns an output is the sum of is the
-// difference, so each has a name, and is chosen, and tested, by it.
+// The rows "dense" and "fold" are one kernel. What refuses them and what they cost differ, so each
+// has a name by which it is chosen, forced and tested.
 template <Folding kFolding>
 struct DenseRow {
   static const DensePlan& PlanOf(const Problem& p, const Device& d) {
