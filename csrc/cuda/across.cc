@@ -36,7 +36,8 @@ std::string Refuse(const Problem& p, const Device& device) {
   if (!HasWgmma(device.compute_capability)) return "needs compute capability 9.0";
   if (SizeOf(p.in_dtype) != kElement) return "takes operands of 16 bits";
   if (!p.channels_last) return "takes channels last";
-  if (p.ci > kMostChannels || p.co > kMostChannels) return "takes at most 64 channels, of all groups";
+  if (p.ci > kMostChannels || p.co > kMostChannels)
+    return "takes at most 64 channels, of all groups";
   if (p.ci % 8 != 0 || p.co % 8 != 0) return "takes a multiple of 8 channels";
   if (Product(p.k) > AcrossArgs::kMaxEntries) {
     return "takes at most " + std::to_string(AcrossArgs::kMaxEntries) + " taps";
@@ -111,7 +112,7 @@ struct Tile {
 
 struct Box {
   std::array<int, kAxes> residue;
-  int piece;  // of y
+  int piece;                         // of y
   std::array<int, kAxes> low, high;  // places
 };
 
@@ -125,8 +126,8 @@ struct Products {
   double sectors;  // of a (ci, co) in dw
 };
 
-// With shifts of x by a * pitch (a < count) and of y by place + b * pitch, a product has the taps at
-// place + b * pitch - a * pitch. Where both go along one axis, those of y are apart by all of x.
+// With shifts of x by a * pitch (a < count) and of y by place + b * pitch, a product has the taps
+// at place + b * pitch - a * pitch. Where both go along one axis, those of y are apart by all of x.
 Products ProductsOf(const Problem& p, const std::array<Axis, kAxes>& axes, const Cut& c) {
   Products all{};
   std::array<int, kAxes> group{1, 1, 1};
@@ -262,13 +263,12 @@ bool Fill(const Problem& p, const Device& device, const Cut& c, const Products& 
   const int x_pieces = c.rows_x ? 1 : c.pieces;
   // Swizzled rows begin at multiples of 1024 bytes.
   a.stage_y = static_cast<int>(x_pieces * RoundUp(a.box_bytes[0], 1024));
-  a.stage_bytes =
-      static_cast<int>(a.stage_y + products.most_boxes * RoundUp(a.box_bytes[1], 1024));
+  a.stage_bytes = static_cast<int>(a.stage_y + products.most_boxes * RoundUp(a.box_bytes[1], 1024));
   a.smem_steps = 16 * kAcrossStages;
   a.smem_stages = static_cast<int>(RoundUp(a.smem_steps + 8 * a.steps, 1024));
   const int64_t limit = SharedMemoryOfBlock(device.compute_capability);
-  a.stages = static_cast<int>(
-      std::min<int64_t>((limit - a.smem_stages) / a.stage_bytes, kAcrossStages));
+  a.stages =
+      static_cast<int>(std::min<int64_t>((limit - a.smem_stages) / a.stage_bytes, kAcrossStages));
   if (a.stages < 2) return false;
   const int slots = c.variant.products * (c.split == 1 ? kAcrossGroups : 1);
   a.smem = a.smem_stages + std::max(a.stages * a.stage_bytes, slots * 64 * (columns + 8) * 4);
@@ -307,8 +307,7 @@ bool Fill(const Problem& p, const Device& device, const Cut& c, const Products& 
   const double late = (2000 + 0.5 * l2 + multiply) / a.stages;
   const double stage = std::max({multiply, l2, late}) + 200;
   const double waves = static_cast<double>(CeilDiv(plan.blocks, at_once));
-  const double bytes =
-      static_cast<double>(p.XElements() + p.YElements()) * kElement;
+  const double bytes = static_cast<double>(p.XElements() + p.YElements()) * kElement;
   const double least = bytes / (bytes > 40e6 ? 3.0e12 : 4e12);
   const double stored = static_cast<double>(p.WElements()) / a.chunks;
   double seconds = std::max(waves * static_cast<double>(block_tiles) * stage / kClock, least) +

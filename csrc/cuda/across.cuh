@@ -74,8 +74,8 @@ template <class T, int NT, int P>
 __device__ inline void MultiplyAcross(const AcrossArgs& a, const AcrossBlock& block,
                                       const AcrossBarriers& barriers, char* shared, int group,
                                       int thread) {
-  const int slot = a.split == 1 ? group * P : 0;     // of the first product
-  const int first = a.split == 1 ? 0 : group;        // step
+  const int slot = a.split == 1 ? group * P : 0;  // of the first product
+  const int first = a.split == 1 ? 0 : group;     // step
   const uint32_t stages = SharedAddress(shared) + a.smem_stages;
   const int2* steps = reinterpret_cast<const int2*>(shared + a.smem_steps);  // of rows, columns
   uint32_t rows[P], columns[P];
@@ -92,8 +92,8 @@ __device__ inline void MultiplyAcross(const AcrossArgs& a, const AcrossBlock& bl
 #pragma unroll
     for (int i = 0; i < 4 * NT; ++i) acc[p][i] = 0;
   }
-  float* kept = a.kept + int64_t{blockIdx.x} * (P * NT * 4 * kAcrossMultipliers) + group * 128 +
-                thread;
+  float* kept =
+      a.kept + int64_t{blockIdx.x} * (P * NT * 4 * kAcrossMultipliers) + group * 128 + thread;
   const auto each = [&](auto visit) {
 #pragma unroll
     for (int p = 0; p < P; ++p) {
@@ -143,9 +143,7 @@ __device__ inline void MultiplyAcross(const AcrossArgs& a, const AcrossBlock& bl
   WaitForProducts<0>();
   if (flushed) each([](float& sum, float& from) { sum += from; });
   // All products are done before results take the place of what they read.
-  const auto meet = [] {
-    asm volatile("bar.sync 1, %0;" ::"n"(kAcrossMultipliers) : "memory");
-  };
+  const auto meet = [] { asm volatile("bar.sync 1, %0;" ::"n"(kAcrossMultipliers) : "memory"); };
   meet();
   float* results = reinterpret_cast<float*>(shared + a.smem_stages) +
                    (slot * 64 + thread / 32 * 16 + thread % 32 / 4) * kAcrossPitch<NT> +
@@ -314,9 +312,9 @@ cudaError_t EnqueueAcrossVariant(const AcrossPlan& plan, const AcrossArgs& args,
 template <class T>
 cudaError_t EnqueueAcross(const AcrossPlan& plan, const AcrossArgs& args, const AcrossMaps& maps,
                           cudaStream_t stream) {
-#define JAXCONV_CASE(NT, P)                                              \
-  if (plan.variant.tiles == NT && plan.variant.products == P) {          \
-    return EnqueueAcrossVariant<T, NT, P>(plan, args, maps, stream);     \
+#define JAXCONV_CASE(NT, P)                                          \
+  if (plan.variant.tiles == NT && plan.variant.products == P) {      \
+    return EnqueueAcrossVariant<T, NT, P>(plan, args, maps, stream); \
   }
   JAXCONV_ACROSS_VARIANTS(JAXCONV_CASE)
 #undef JAXCONV_CASE

@@ -29,10 +29,10 @@ struct AcrossVariant {
   X(4, 4)                          \
   X(6, 7) X(8, 3) X(8, 6) X(12, 2) X(12, 3) X(14, 3) X(16, 2) X(16, 3) X(20, 2)
 
-inline constexpr int kAcrossGroups = 2;   // that multiply
-inline constexpr int kAcrossStages = 6;   // at most
-inline constexpr int kAcrossStep = 16;    // pixels of a product: neighbours of the last axis
-inline constexpr int kAcrossMaps = 32;    // residues of y by the stride, at most
+inline constexpr int kAcrossGroups = 2;  // that multiply
+inline constexpr int kAcrossStages = 6;  // at most
+inline constexpr int kAcrossStep = 16;   // pixels of a product: neighbours of the last axis
+inline constexpr int kAcrossMaps = 32;   // residues of y by the stride, at most
 
 // A bulk copy of a stage.
 struct AcrossBox {
@@ -55,9 +55,9 @@ struct AcrossEntry {
 
 // An operand as products see it.
 struct AcrossOperand {
-  int channels;         // in all
-  int group_channels;   // of a group: groups are merged
-  uint32_t high, low;   // of a descriptor, but for the address
+  int channels;        // in all
+  int group_channels;  // of a group: groups are merged
+  uint32_t high, low;  // of a descriptor, but for the address
 };
 
 struct AcrossArgs {
@@ -72,9 +72,9 @@ struct AcrossArgs {
   // Blocks: chunks of products; parts of the pixels, of which `cluster` are added up by a cluster.
   int chunks, parts, cluster;
   int products, chunk_products;
-  int split;        // 2: groups of warps share the steps of a stage, 1: its products
-  int log_piece;    // channels of a piece of the columns
-  int tiles;        // boxes of positions
+  int split;      // 2: groups of warps share the steps of a stage, 1: its products
+  int log_piece;  // channels of a piece of the columns
+  int tiles;      // boxes of positions
   int box[kAxes], tiles_of[kAxes], before[kAxes];  // of all tiles; positions in front of x's first
   int steps, flush;  // products of a stage; flushed after as many stages, or 0: never
   int x_box[kAxes], y_box[kAxes], x_row, y_row;  // as staged; bytes of a pixel
