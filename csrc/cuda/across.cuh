@@ -105,13 +105,15 @@ __device__ inline void MultiplyAcross(const AcrossArgs& a, const AcrossBlock& bl
   };
   const auto descriptor = [](uint32_t high, uint32_t low) { return uint64_t{high} << 32 | low; };
   DenseCursor stage;
+  int2 next = steps[first];
   int used = -1, until_flush = a.flush;
   bool flushed = false;
   for (int tile = block.begin; tile < block.end; ++tile) {
     WaitFor(barriers.Full(stage.at), stage.parity);
     const uint32_t at = stage.at * (a.stage_bytes / 16);
     const auto multiply = [&](int step) {
-      const int2 of = steps[step];
+      const int2 of = next;
+      next = steps[step + a.split < a.steps ? step + a.split : first];
       GroupFence();
 #pragma unroll
       for (int p = 0; p < P; ++p) {
