@@ -78,13 +78,15 @@ __device__ inline void MultiplyAcross(const AcrossArgs& a, const AcrossBlock& bl
   const int first = a.split == 1 ? 0 : group;     // step
   const uint32_t stages = SharedAddress(shared) + a.smem_stages;
   const int2* steps = reinterpret_cast<const int2*>(shared + a.smem_steps);  // of rows, columns
+  // The address within the block: above it is the block's place in its cluster.
+  const uint32_t at_stages = (stages & 0x3ffff) / 16;
   uint32_t rows[P], columns[P];
 #pragma unroll
   for (int p = 0; p < P; ++p) {
     // Products beyond the last repeat it; nothing is stored of them.
     const AcrossProduct& product = a.product[block.first + min(slot + p, block.products - 1)];
-    rows[p] = a.rows.low + stages / 16 + product.rows;
-    columns[p] = a.columns.low + stages / 16 + product.columns;
+    rows[p] = a.rows.low + at_stages + product.rows;
+    columns[p] = a.columns.low + at_stages + product.columns;
   }
   float acc[P][4 * NT];
 #pragma unroll
