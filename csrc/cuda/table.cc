@@ -1,5 +1,6 @@
 #include "cuda/table.h"
 
+#include "cuda/across.h"
 #include "cuda/correlate.h"
 #include "cuda/dense.h"
 #include "cuda/dense_grad.h"
@@ -21,6 +22,7 @@ const std::vector<Row>& Table() {
     AddWeightGrad(rows);
     AddDense(rows);
     AddDenseGrad(rows);
+    AddAcross(rows);
     AddCorrelate(rows);
     AddRows(rows);
     AddThin(rows);

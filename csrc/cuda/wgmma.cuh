@@ -98,6 +98,13 @@ __device__ inline void GiveRegisters() {
   "%56,%57,%58,%59,%60,%61,%62,%63}"
 #define JAXCONV_BOTH_16 "%64, %65"
 #define JAXCONV_ADD_16 "%66"
+#define JAXCONV_SUMS_20(d) JAXCONV_ACC32(d, 0), JAXCONV_ACC32(d, 32), JAXCONV_ACC16(d, 64)
+#define JAXCONV_LIST_20                                                              \
+  "{%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15,%16,%17,%18,%19,"          \
+  "%20,%21,%22,%23,%24,%25,%26,%27,%28,%29,%30,%31,%32,%33,%34,%35,%36,%37,%38,%39," \
+  "%40,%41,%42,%43,%44,%45,%46,%47,%48,%49,%50,%51,%52,%53,%54,%55,%56,%57,%58,%59," \
+  "%60,%61,%62,%63,%64,%65,%66,%67,%68,%69,%70,%71,%72,%73,%74,%75,%76,%77,%78,%79}"
+#define JAXCONV_BOTH_20 "%80, %81"
 
 // d = a * b (+ d, if `add`; or always), both in shared memory.
 template <class T, int NT>
@@ -168,8 +175,13 @@ JAXCONV_MMAS(10, 80)
 JAXCONV_MMAS(12, 96)
 JAXCONV_MMAS(14, 112)
 JAXCONV_MMAS(16, 128)
+JAXCONV_MMAS_ACROSS(4, 32)
+JAXCONV_MMAS_ACROSS(6, 48)
 JAXCONV_MMAS_ACROSS(8, 64)
+JAXCONV_MMAS_ACROSS(12, 96)
+JAXCONV_MMAS_ACROSS(14, 112)
 JAXCONV_MMAS_ACROSS(16, 128)
+JAXCONV_MMAS_ACROSS(20, 160)
 JAXCONV_MMAS_ROWS(4, 32)
 JAXCONV_MMAS_ROWS(8, 64)
 #undef JAXCONV_MMAS_ROWS
@@ -181,6 +193,9 @@ JAXCONV_MMAS_ROWS(8, 64)
 #undef JAXCONV_MMA_ROWS
 #undef JAXCONV_MMA_ACROSS
 #undef JAXCONV_MMA
+#undef JAXCONV_BOTH_20
+#undef JAXCONV_LIST_20
+#undef JAXCONV_SUMS_20
 #undef JAXCONV_ADD_16
 #undef JAXCONV_BOTH_16
 #undef JAXCONV_LIST_16
