@@ -13,6 +13,7 @@ namespace jaxconv::cpu {
 namespace {
 
 constexpr int64_t kMaxScratch = int64_t{16} << 20;  // bytes a task
+constexpr int64_t kLeastTaps = 16;                  // of a row
 constexpr int64_t kMaxChunk = 192;                  // positions: their sums stay near
 
 constexpr int64_t CeilDiv(int64_t a, int64_t b) { return (a + b - 1) / b; }
@@ -80,8 +81,10 @@ std::string Refuse(const Problem& q, const Device& device) {
   if (q.in_dtype != q.out_dtype || SizeOf(q.in_dtype) < 4) return "takes float32 and float64";
   if (q.Empty()) return "takes no empty arrays";
   const int64_t lanes = kernels.vector_bytes / SizeOf(q.in_dtype);
-  if (q.k[2] % lanes != 0 || q.dilation[2] != 1) {
-    return "needs rows of a multiple of " + std::to_string(lanes) + " taps, without dilation";
+  // Of shorter rows the others' packed weight is small.
+  if (q.k[2] < kLeastTaps || q.k[2] % lanes != 0 || q.dilation[2] != 1) {
+    return "needs rows of 16 taps or more, a multiple of " + std::to_string(lanes) +
+           ", without dilation";
   }
   double plane = 1;
   for (int a = 0; a < kAxes; ++a) {
