@@ -176,15 +176,6 @@ __device__ inline void MultiplyAcross(const AcrossArgs& a, const AcrossBlock& bl
   }
 }
 
-// What lies at the same place in the shared memory of another block of the cluster.
-__device__ inline float LoadOfRank(uint32_t from, int rank) {
-  float v;
-  uint32_t remote;
-  asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(remote) : "r"(from), "r"(rank));
-  asm volatile("ld.shared::cluster.f32 %0, [%1];" : "=f"(v) : "r"(remote) : "memory");
-  return v;
-}
-
 // The results of a cluster of blocks, added up in order. A warp takes a row of the products, that
 // is a channel, and writes the taps of each channel of the columns next to each other.
 template <class Out, int NT>
@@ -223,7 +214,7 @@ __device__ inline void StoreAcross(const AcrossArgs& a, const AcrossBlock& block
       for (int rank = 0; rank < a.cluster; ++rank) {
         float v[kBatch];
 #pragma unroll
-        for (int i = 0; i < kBatch; ++i) v[i] = LoadOfRank(from[i], rank);
+        for (int i = 0; i < kBatch; ++i) v[i] = LoadOfBlock(from[i], rank);
 #pragma unroll
         for (int i = 0; i < kBatch; ++i) sum[i] += v[i];
       }

@@ -89,7 +89,14 @@ __device__ inline void StoreShared(uint32_t to, float4 v) {
                "f"(v.w)
                : "memory");
 }
-// What another block of the cluster has at the same place.
+// What another block of the cluster has at the same place: one value, or four.
+__device__ inline float LoadOfBlock(uint32_t from, int rank) {
+  float v;
+  uint32_t remote;
+  asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(remote) : "r"(from), "r"(rank));
+  asm volatile("ld.shared::cluster.f32 %0, [%1];" : "=f"(v) : "r"(remote) : "memory");
+  return v;
+}
 __device__ inline float4 LoadRemote(uint32_t from, int rank) {
   float4 v;
   asm volatile(

@@ -450,15 +450,6 @@ __device__ inline void MultiplyDenseGrad(const DenseGradArgs& a, const DenseGrad
   }
 }
 
-// What lies at the same place in the shared memory of another block of the cluster.
-__device__ inline float LoadOfBlock(uint32_t from, int rank) {
-  float v;
-  uint32_t remote;
-  asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(remote) : "r"(from), "r"(rank));
-  asm volatile("ld.shared::cluster.f32 %0, [%1];" : "=f"(v) : "r"(remote) : "memory");
-  return v;
-}
-
 // The results of a cluster of blocks, added up in order; each block writes some of the rows, taps
 // next to each other, so that sectors are whole where taps are neighbours.
 template <class T, DenseGradFrom kFrom, class Out, int NT>
