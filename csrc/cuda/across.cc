@@ -27,6 +27,7 @@ constexpr AcrossVariant kVariants[] = {
 };
 
 constexpr int kMostChannels = 64, kElement = 2;  // bytes
+constexpr int kMostBox = 256;                    // pixels of a bulk copy along an axis
 
 constexpr int64_t CeilDiv(int64_t a, int64_t b) { return (a + b - 1) / b; }
 constexpr int64_t RoundUp(int64_t a, int64_t b) { return CeilDiv(a, b) * b; }
@@ -248,7 +249,7 @@ bool Fill(const Problem& p, const Device& device, const Cut& c, const Products& 
     a.before[i] = i == c.x.axis ? (c.x.count - 1) * c.x.pitch : 0;
     a.x_box[i] = a.box[i] + a.before[i];
     a.y_box[i] = a.box[i] + products.reach[i];
-    if (a.x_box[i] > 256 || a.y_box[i] > 256) return false;
+    if (a.x_box[i] > kMostBox || a.y_box[i] > kMostBox) return false;
     a.tiles_of[i] = static_cast<int>(CeilDiv(p.isize[i] + a.before[i], a.box[i]));
     tiles *= a.tiles_of[i];
   }
@@ -494,11 +495,11 @@ std::vector<AcrossPlan> Search(const Problem& p, const Device& device, int most)
     const Products products = ProductsOf(p, axes, c);
     Candidate mine{c, {}, std::numeric_limits<double>::infinity()};
     std::set<int> widths;
-    for (int pieces = 1; pieces <= 1024; pieces += pieces < 4 ? 1 : pieces / 4) {
-      const int64_t reach = c.x.axis == 2 ? (c.x.count - 1) * c.x.pitch : 0;
-      const int64_t width = RoundUp(CeilDiv(p.isize[2] + reach, pieces), kAcrossStep);
-      if (width <= 256) widths.insert(static_cast<int>(width));
-      if (width <= 32) break;
+    const int64_t row = p.isize[2] + (c.x.axis == 2 ? (c.x.count - 1) * c.x.pitch : 0);
+    for (int64_t pieces = CeilDiv(row, kMostBox), width = kMostBox; width > 32;
+         pieces += std::max<int64_t>(pieces / 4, 1)) {
+      width = RoundUp(CeilDiv(row, pieces), kAcrossStep);
+      if (width <= kMostBox) widths.insert(static_cast<int>(width));
     }
     for (const int width : widths) {
       for (int height = 1; height < 2 * p.isize[1] && height <= 32; height *= 2) {
