@@ -6,6 +6,7 @@
 #include <memory>
 #include <mutex>
 #include <new>
+#include <vector>
 
 #include "bindings.h"
 #include "cpu/scratch.h"
@@ -22,29 +23,46 @@ class PoolParallel final : public Parallel {
   explicit PoolParallel(ffi::ThreadPool& pool) : pool_(pool) {}
 
   void For(int64_t count, const std::function<void(int64_t)>& task) const override {
-    struct State {
+    struct alignas(64) Range {
       std::atomic<int64_t> next{0};
+      int64_t end = 0;
+    };
+    struct State {
+      explicit State(int64_t workers) : ranges(static_cast<size_t>(workers)) {}
+      std::vector<Range> ranges;
+      std::atomic<int64_t> joined{0};
       std::mutex mutex;
       std::condition_variable all_done;
       int64_t done = 0;
       std::exception_ptr error;
     };
-    const int64_t helpers = std::min<int64_t>(pool_.num_threads(), count) - 1;
-    if (helpers <= 0) {
+    const int64_t workers = std::min<int64_t>(pool_.num_threads(), count);
+    if (workers <= 1) {
       for (int64_t i = 0; i < count; ++i) task(i);
       return;
     }
     // A helper that starts after everything is done touches only the state, which it shares, and
     // never the task, which belongs to this call's stack.
-    const auto state = std::make_shared<State>();
-    const auto work = [state, count, &task] {
+    const auto state = std::make_shared<State>(workers);
+    for (int64_t w = 0; w < workers; ++w) {
+      Range& range = state->ranges[static_cast<size_t>(w)];
+      range.next = count * w / workers;
+      range.end = count * (w + 1) / workers;
+    }
+    // Neighbouring tasks read what is near in memory: each thread has a range of them, and then
+    // takes those that others have not come to.
+    const auto work = [state, count, workers, &task] {
+      const int64_t self = state->joined.fetch_add(1);
       int64_t finished = 0;
       std::exception_ptr error;
-      for (int64_t i; (i = state->next.fetch_add(1)) < count; ++finished) {
-        try {
-          if (!error) task(i);
-        } catch (...) {
-          error = std::current_exception();
+      for (int64_t w = 0; w < workers; ++w) {
+        Range& range = state->ranges[static_cast<size_t>((self + w) % workers)];
+        for (int64_t i; (i = range.next.fetch_add(1)) < range.end; ++finished) {
+          try {
+            if (!error) task(i);
+          } catch (...) {
+            error = std::current_exception();
+          }
         }
       }
       if (finished == 0) return;
@@ -53,7 +71,7 @@ class PoolParallel final : public Parallel {
       state->done += finished;
       if (state->done == count) state->all_done.notify_all();
     };
-    for (int64_t h = 0; h < helpers; ++h) pool_.Schedule([work] { work(); });
+    for (int64_t w = 1; w < workers; ++w) pool_.Schedule([work] { work(); });
     work();
     std::unique_lock<std::mutex> lock(state->mutex);
     state->all_done.wait(lock, [&] { return state->done == count; });

@@ -373,6 +373,44 @@ void PackWeight(const PhasePlan& p, const void* weight, void* packed, int64_t ta
 // ---------------------------------------------------------------------------------------------
 // Forward and input gradient
 
+// What the next panel reads, line by line. It is asked for into the second-level cache while this
+// one is multiplied, or memory would be idle meanwhile: a core has few requests under way, and
+// packing alone waits for them. Runs of `bytes`, [2] after [1] after [0].
+struct Ahead {
+  const char *at = nullptr, *end = nullptr;
+  int64_t each = 0;  // lines at a time
+  int64_t bytes = 0;
+  const char* begin[3] = {};
+  int64_t count[3] = {}, stride[3] = {}, left[3] = {};
+
+  JAXCONV_INLINE void Ask() {
+    for (int64_t i = 0; i < each; ++i) {
+      AskFor(at);
+      at += kLine;
+      if (at >= end) Next();
+    }
+  }
+
+  __attribute__((noinline)) void Next() {
+    int level = 2;
+    while (--left[level] == 0) {
+      if (--level < 0) {
+        each = 0;
+        return;
+      }
+    }
+    begin[level] += stride[level];
+    for (; level < 2; ++level) {
+      begin[level + 1] = begin[level];
+      left[level + 1] = count[level + 1];
+    }
+    at = begin[2];
+    end = at + bytes;
+  }
+
+  static constexpr int64_t kLine = 64;
+};
+
 // What one panel is multiplied by: taps, each of `channels` rows of the weight.
 struct Factors {
   const Tap* taps;
@@ -398,7 +436,7 @@ constexpr int64_t kMaxLiveRows = 1024, kMaxListed = 512;
 template <class T, int mr, int nr>
 __attribute__((noinline)) void Multiply(const T* weight, const T* panel, const Factors& f,
                                         const int32_t* listed, int64_t count, T* sums, int64_t row,
-                                        bool add) {
+                                        bool add, Ahead& ahead) {
   constexpr int lanes = kLanes<T>;
   Vec<T> acc[mr][nr];
 #pragma GCC unroll 8
@@ -412,6 +450,7 @@ __attribute__((noinline)) void Multiply(const T* weight, const T* panel, const F
   const auto multiply = [&](int64_t k0, int64_t k1) {
     for (int64_t i = 0; i < count; ++i) {
       const int64_t t = listed != nullptr ? listed[i] : i;
+      ahead.Ask();
       const T* from = panel + f.taps[t].slot * f.slot_size + f.taps[t].rel + k0 * plane;
       const T* w_row = weight + (t * channels + k0) * mr;
       for (int64_t k = k0; k < k1; ++k) {
@@ -455,7 +494,7 @@ constexpr int MaxNr(int mr) { return mr == 4 ? 3 : mr == 2 ? 4 : 6; }
 // Positions [begin, begin + span) of one block. Taps that hear nothing but zeros are left out.
 template <class T, int mr>
 void MultiplySpan(const T* weight, const T* panel, const Factors& f, const LiveRows& live,
-                  int64_t begin, int64_t span, T* sums, int64_t row, bool add) {
+                  int64_t begin, int64_t span, T* sums, int64_t row, bool add, Ahead& ahead) {
   constexpr int lanes = kLanes<T>, max_nr = MaxNr(mr);
   const int64_t vectors = (span + lanes - 1) / lanes, runs = (vectors + max_nr - 1) / max_nr;
   for (int64_t r = 0; r < runs; ++r) {  // runs of nearly equal length
@@ -477,7 +516,7 @@ void MultiplySpan(const T* weight, const T* panel, const Factors& f, const LiveR
     }
     const auto run = [&](auto kernel) {
       kernel(weight, panel + q, f, live.before != nullptr ? listed : nullptr, count, sums + q, row,
-             add);
+             add, ahead);
     };
     switch (vectors * (r + 1) / runs - v) {
       case 1:
@@ -659,17 +698,81 @@ int64_t CountLive(const PhasePlan& p, const Tile& tile, int64_t rows, int32_t* b
   return count;
 }
 
+// A task of forward or input gradient.
+struct Part {
+  int64_t split, group, groups, n;
+  Tile tile;
+};
+Part PartAt(const PhasePlan& p, int64_t task) {
+  const int64_t tiles = p.tiles[0] * p.tiles[1] * p.tiles[2];
+  const int64_t group_chunks = (p.groups + p.group_chunk - 1) / p.group_chunk;
+  Part part;
+  part.split = task % p.splits;
+  part.group = task / p.splits % group_chunks * p.group_chunk;
+  part.groups = Min(p.group_chunk, p.groups - part.group);
+  part.tile = TileAt(p, task / p.splits / group_chunks % tiles);
+  part.n = task / p.splits / tiles / group_chunks;
+  return part;
+}
+
+// What PackPanel reads, to be asked for in `times` steps.
+template <class T>
+Ahead AheadOf(const PhasePlan& p, const void* src, const Part& part, int64_t k0, int64_t ks,
+              int64_t s0, int64_t s1, int64_t times) {
+  Ahead ahead;
+  // Parts of rows, or residues that no tap reads, would make it more than is read.
+  const bool rows = p.tiles[2] == 1 || p.src_size[0] * p.src_size[1] == 1;
+  const int64_t residues = p.src_step[0] * p.src_step[1] * p.src_step[2];
+  if (p.src_last != 0 || !rows || p.nslots < residues || part.n >= p.n || times == 0) return ahead;
+  int64_t first[3], count[3], step[3];
+  bool same = true;  // all slots have the residue of the first
+  for (int a = 0; a < 3; ++a) {
+    const int64_t r0 = p.slots[s0].phase[a], r1 = p.slots[s1 - 1].phase[a];
+    const int64_t origin = (part.tile.begin[a] + p.lo[a]) * p.src_step[a] - p.src_origin[a];
+    const int64_t size = (part.tile.size[a] + p.span[a]) * p.src_step[a];
+    same = same && r0 == r1;
+    step[a] = same ? p.src_step[a] : 1;
+    const Valid valid =
+        ValidOf(same ? origin + r0 : origin, step[a], p.src_size[a], size / step[a]);
+    if (valid.end <= valid.begin) return ahead;
+    first[a] = origin + (same ? r0 : 0) + valid.begin * step[a];
+    count[a] = valid.end - valid.begin;
+  }
+  WithElement<T>(p.in_type, [&](auto element) {
+    constexpr int64_t size = sizeof element;
+    const int64_t offset = part.n * p.src.n + (part.group * p.k + k0) * p.src.c +
+                           first[0] * p.src.s[0] + first[1] * p.src.s[1] + first[2];
+    ahead.at = static_cast<const char*>(src) + offset * size;
+    ahead.bytes = ((count[2] - 1) * step[2] + 1) * size;
+    ahead.stride[0] = p.src.c * size;
+    ahead.stride[1] = step[0] * p.src.s[0] * size;
+    ahead.stride[2] = step[1] * p.src.s[1] * size;
+  });
+  ahead.count[0] = part.groups * ks;
+  ahead.count[1] = count[0];
+  ahead.count[2] = count[1];
+  for (int level = 2; level > 0; --level) {
+    if (ahead.stride[level] > ahead.bytes + Ahead::kLine) break;
+    ahead.bytes += (ahead.count[level] - 1) * ahead.stride[level];
+    ahead.count[level] = 1;
+  }
+  for (int level = 0; level < 3; ++level) {
+    ahead.begin[level] = ahead.at;
+    ahead.left[level] = ahead.count[level];
+  }
+  ahead.end = ahead.at + ahead.bytes;
+  const int64_t runs = ahead.count[0] * ahead.count[1] * ahead.count[2];
+  ahead.each = (runs * (ahead.bytes / Ahead::kLine + 1) + times - 1) / times;
+  return ahead;
+}
+
 template <class T>
 void Correlate(const PhasePlan& p, const PhaseOperands& ops, int64_t task, void* scratch) {
   T* panel = static_cast<T*>(scratch);
   T* sums = panel + p.panel_size;
-  const int64_t tiles = p.tiles[0] * p.tiles[1] * p.tiles[2];
-  const int64_t split = task % p.splits;
-  const int64_t group_chunks = (p.groups + p.group_chunk - 1) / p.group_chunk;
-  const int64_t group = task / p.splits % group_chunks * p.group_chunk;
-  const Tile tile = TileAt(p, task / p.splits / group_chunks % tiles);
-  const int64_t n = task / p.splits / tiles / group_chunks;
-  const int64_t groups = Min(p.group_chunk, p.groups - group);
+  const Part part = PartAt(p, task);
+  const Tile& tile = part.tile;
+  const int64_t split = part.split, group = part.group, groups = part.groups, n = part.n;
 
   // The blocks of all groups of the task, one after the other.
   const int64_t first_block = p.nblocks * split / p.splits;
@@ -686,6 +789,15 @@ void Correlate(const PhasePlan& p, const PhaseOperands& ops, int64_t task, void*
       live.before = live_before;
     }
   }
+  // A panel is asked for while the one before it is multiplied, in so many steps a tap.
+  const Part next = PartAt(p, task + 1);
+  const int64_t vectors = (span + kLanes<T> - 1) / kLanes<T>;
+  const int64_t runs = vectors / MaxNr(static_cast<int>(p.blocks[0].mr)) + 1;
+  const int64_t steps = groups * blocks * segments * runs;
+  Ahead ahead;
+  if (p.one_panel() && next.split == 0) {
+    ahead = AheadOf<T>(p, ops.src, next, 0, p.k, 0, p.nslots, steps * p.ntaps);
+  }
   for (int64_t r01 = 0; r01 < p.dst_step[0] * p.dst_step[1]; ++r01) {
     for (int64_t b0 = 0; b0 < groups * blocks; b0 += p.acc_blocks) {
       const int64_t b1 = Min(b0 + p.acc_blocks, groups * blocks);
@@ -696,6 +808,13 @@ void Correlate(const PhasePlan& p, const PhaseOperands& ops, int64_t task, void*
           const int64_t s1 = Min(s0 + p.slot_chunk, p.nslots);
           if (!p.one_panel()) {
             PackPanel<T>(p, ops.src, n, group, groups, tile, k0, ks, s0, s1, panel);
+            int64_t s_next = s1 < p.nslots ? s1 : 0, k_next = s1 < p.nslots ? k0 : k0 + ks;
+            const bool last = k_next >= p.k;
+            if (last) k_next = 0;
+            ahead = AheadOf<T>(p, ops.src, last && b1 == groups * blocks ? next : part, k_next,
+                               Min(p.k_chunk, p.k - k_next), s_next,
+                               Min(s_next + p.slot_chunk, p.nslots),
+                               steps * p.ntaps * (s1 - s0) / Max(p.nslots, 1));
           }
           channels = 0;
           for (int64_t b = b0; b < b1; ++b) {
@@ -715,7 +834,7 @@ void Correlate(const PhasePlan& p, const PhaseOperands& ops, int64_t task, void*
                 for (int64_t i = 0; i < segments; ++i) {
                   kernel(weight, panel + g * ks * p.plane - s0 * slot_size, factors, live,
                          i * p.box[1] * p.box[2], span, sums + (channels * step + r2) * p.row,
-                         step * p.row, k0 > 0 || s0 > 0);
+                         step * p.row, k0 > 0 || s0 > 0, ahead);
                 }
               };
               switch (block.mr) {

@@ -1,5 +1,6 @@
 #include "cpu/table.h"
 
+#include "cpu/depthwise.h"
 #include "cpu/direct.h"
 #include "cpu/phases.h"
 #include "cpu/pixels.h"
@@ -27,6 +28,7 @@ const std::vector<Row>& Table() {
     AddPixels(rows);
     AddPhases(rows);
     AddTaps(rows);
+    AddDepthwise(rows);
     AddDirect(rows);
     return rows;
   }();

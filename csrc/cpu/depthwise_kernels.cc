@@ -1,0 +1,209 @@
+// The "depthwise" kernels, compiled once for each instruction set. See depthwise_plan.h for what
+// they compute and phase_plan.h for why nothing here may be shared with other files.
+#include "cpu/depthwise_plan.h"
+#include "cpu/vec.h"
+
+namespace jaxconv::cpu {
+namespace {
+
+using T = float;
+constexpr int64_t lanes = kLanes<T>;
+// Sums in registers: vectors of a row, or rows of fewer.
+constexpr int kVectors = JAXCONV_REGISTERS == 32 ? 4 : 2;
+constexpr uint32_t kWhole = (uint32_t{1} << lanes) - 1;  // a mask
+
+// The masks of a vector's taps, [vector][tap]; a row's copy.
+struct Scratch {
+  uint32_t* masks;
+  T* row;
+};
+
+// A block of rows of dx: (plane, i0, i1 ...), where a plane is a channel of an image.
+struct Place {
+  int64_t plane, i0, block;
+
+  void Advance(const DepthwisePlan& p) {
+    if (++block < p.blocks) return;
+    block = 0;
+    if (++i0 < p.problem.isize[0]) return;
+    i0 = 0;
+    ++plane;
+  }
+};
+
+Place PlaceOf(const DepthwisePlan& p, int64_t step) {
+  const int64_t planes = step / p.blocks;
+  return {planes / p.problem.isize[0], planes % p.problem.isize[0], step % p.blocks};
+}
+
+// Asks for the rows of y that a block hears and the ones before it did not.
+void AskForRows(const DepthwisePlan& p, const T* y, const Place& at) {
+  const Problem& q = p.problem;
+  if (at.plane >= q.n * q.ci) return;
+  const int64_t step = p.rows * q.stride[1];
+  const int64_t end =
+      at.block * step + (p.rows - 1) * q.stride[1] + (q.k[1] - 1) * q.dilation[1] - q.pad[1] + 1;
+  const int64_t begin = Max(at.block == 0 ? 0 : end - step, 0),
+                count = Min(end, q.osize[1]) - begin;
+  const int64_t heard = (at.i0 - 1) * q.stride[0] + (q.k[0] - 1) * q.dilation[0] - q.pad[0];
+  for (int64_t t0 = 0; t0 < q.k[0]; ++t0) {
+    const int64_t o0 = at.i0 * q.stride[0] + t0 * q.dilation[0] - q.pad[0];
+    if (o0 < 0 || o0 >= q.osize[0] || (p.keeps && at.i0 > 0 && o0 <= heard)) continue;
+    const T* row = y + ((at.plane * q.osize[0] + o0) * q.osize[1] + begin) * q.osize[2];
+    for (int64_t e = 0; e < count * q.osize[2]; e += 64 / sizeof(T)) AskFor(row + e);
+  }
+}
+
+// Vectors may reach beyond a row, but not beyond the array: a copy of one near its ends.
+__attribute__((noinline, cold)) const T* CopyOf(const T* row, int64_t size, T* copy) {
+  std::memcpy(copy, row, static_cast<size_t>(size) * sizeof(T));
+  return copy;
+}
+
+// Some vectors of some rows of dx, from vector `first` on.
+template <int stride, int taps, int vectors, int rows>
+__attribute__((noinline)) void Sum(const DepthwisePlan& p, const Place& at, int64_t first,
+                                   const T* y, const T* weight, const Scratch& scratch, T* dx) {
+  const Problem& q = p.problem;
+  const int64_t i1 = at.block * rows, o1 = i1 * q.stride[1] - q.pad[1], step = q.stride[1];
+  const int64_t width = q.osize[2], from = first * lanes * stride - q.pad[2];
+  const uint64_t height = static_cast<uint64_t>(q.osize[1]);
+  const int64_t taps0 = q.k[0], taps1 = q.k[1], dilation = q.dilation[1];
+  const uint32_t* masks = scratch.masks + first * taps;
+  // Rows that are far enough from the ends of the array.
+  const int64_t away = (p.margin + width - 1) / width;
+  const uint64_t inside =
+      static_cast<uint64_t>(Max(q.n * q.ci * q.osize[0] * q.osize[1] - 2 * away, 0));
+  // Two sums each, as a sum waits for the one before.
+  Vec<T> sums[rows][vectors][2] = {};
+  for (int64_t t0 = 0; t0 < taps0; ++t0) {
+    const int64_t o0 = at.i0 * q.stride[0] + t0 * q.dilation[0] - q.pad[0];
+    if (o0 < 0 || o0 >= q.osize[0]) continue;
+    const int64_t plane = (at.plane * q.osize[0] + o0) * q.osize[1];
+    const T* w = weight + t0 * taps1 * taps;
+    for (int64_t t1 = 0, o = o1; t1 < taps1; ++t1, o += dilation, w += taps) {
+      Vec<T> ws[taps];
+#pragma GCC unroll 8
+      for (int t = 0; t < taps; ++t) ws[t] = Broadcast(w[t]);
+#pragma GCC unroll 4
+      for (int r = 0; r < rows; ++r) {
+        const int64_t mine = o + r * step;
+        if (static_cast<uint64_t>(mine) >= height) continue;
+        const T* row = y + (plane + mine) * width;
+        if (__builtin_expect(static_cast<uint64_t>(plane + mine - away) >= inside, false)) {
+          row = CopyOf(row, width, scratch.row);
+        }
+        row += from;
+#pragma GCC unroll 4
+        for (int v = 0; v < vectors; ++v) {
+          const uint32_t* mask = masks + v * taps;
+#pragma GCC unroll 8
+          for (int t = 0; t < taps; t += stride) {
+            const T* x = row + v * lanes * stride + t;
+            // Whole vectors without a mask, which would have to be moved to where masks are.
+            if constexpr (stride == 1) {
+              const Vec<T> a = Load<T>(x);
+              sums[r][v][t % 2] += ws[t] * (mask[t] == kWhole ? a : Masked<T>(a, mask[t]));
+            } else {
+              const Vec<T> a = Load<T>(x), b = Load<T>(x + lanes);
+              const Vec<T> even = Unzip<T, false>(a, b), odd = Unzip<T, true>(a, b);
+              sums[r][v][0] += ws[t] * (mask[t] == kWhole ? even : Masked<T>(even, mask[t]));
+              if (t + 1 < taps) {
+                sums[r][v][1] +=
+                    ws[t + 1] * (mask[t + 1] == kWhole ? odd : Masked<T>(odd, mask[t + 1]));
+              }
+            }
+          }
+        }
+      }
+    }
+  }
+#pragma GCC unroll 4
+  for (int r = 0; r < rows; ++r) {
+    if (i1 + r >= q.isize[1]) break;
+    T* to = dx + ((at.plane * q.isize[0] + at.i0) * q.isize[1] + i1 + r) * q.isize[2];
+#pragma GCC unroll 4
+    for (int v = 0; v < vectors; ++v) {
+      const int64_t i = (first + v) * lanes;
+      StoreSome<T>(to + i, sums[r][v][0] + sums[r][v][1], q.isize[2] - i);
+    }
+  }
+}
+
+template <int stride, int taps>
+void SumAll(const DepthwisePlan& p, const T* y, const T* w, T* dx, int64_t task, void* memory) {
+  const Problem& q = p.problem;
+  const Scratch scratch{
+      static_cast<uint32_t*>(memory),
+      reinterpret_cast<T*>(static_cast<uint32_t*>(memory) + p.vectors * taps) + p.margin};
+  for (int t = 0; t < taps; ++t) {
+    const Valid valid = ValidOf(t - q.pad[2], stride, q.osize[2], q.isize[2]);
+    for (int64_t v = 0; v < p.vectors; ++v) {
+      const int64_t i = v * lanes;
+      // What lanes behind the row hear does not matter.
+      scratch.masks[v * taps + t] =
+          MaskOf<T>(valid.begin - i, valid.end - i) | (kWhole & ~MaskOf<T>(0, q.isize[2] - i));
+    }
+  }
+  const int64_t begin = p.steps * task / p.tasks, end = p.steps * (task + 1) / p.tasks;
+  constexpr int64_t kAhead = 2;
+  Place at = PlaceOf(p, begin), ahead = PlaceOf(p, begin + kAhead);
+  const int64_t window = q.k[0] * q.k[1] * taps;
+  const int64_t runs = (p.vectors + kVectors - 1) / kVectors;
+  for (int64_t step = begin; step < end; ++step) {
+    if (p.asks) AskForRows(p, y, ahead);
+    const T* weight = w + at.plane % q.ci * window;
+    for (int64_t run = 0; run < runs; ++run) {  // of nearly equal length
+      const int64_t v = p.vectors * run / runs;
+      const auto sum = [&](auto kernel) { kernel(p, at, v, y, weight, scratch, dx); };
+      switch (p.vectors * (run + 1) / runs - v) {
+        case 1:
+          p.rows == kVectors ? sum(Sum<stride, taps, 1, kVectors>) : sum(Sum<stride, taps, 1, 1>);
+          break;
+        case 2:
+          p.rows == 2 ? sum(Sum<stride, taps, 2, kVectors / 2>) : sum(Sum<stride, taps, 2, 1>);
+          break;
+        case 3:
+          if constexpr (kVectors == 4) sum(Sum<stride, taps, 3, 1>);
+          break;
+        case 4:
+          if constexpr (kVectors == 4) sum(Sum<stride, taps, 4, 1>);
+          break;
+      }
+    }
+    at.Advance(p);
+    ahead.Advance(p);
+  }
+}
+
+template <int stride>
+void SumTaps(const DepthwisePlan& p, const T* y, const T* w, T* dx, int64_t task, void* memory) {
+  switch (p.problem.k[2]) {
+    case 1:
+      return SumAll<stride, 1>(p, y, w, dx, task, memory);
+    case 2:
+      return SumAll<stride, 2>(p, y, w, dx, task, memory);
+    case 3:
+      return SumAll<stride, 3>(p, y, w, dx, task, memory);
+    case 4:
+      return SumAll<stride, 4>(p, y, w, dx, task, memory);
+    case 5:
+      return SumAll<stride, 5>(p, y, w, dx, task, memory);
+    case 6:
+      return SumAll<stride, 6>(p, y, w, dx, task, memory);
+    case kDepthwiseTaps:
+      return SumAll<stride, kDepthwiseTaps>(p, y, w, dx, task, memory);
+  }
+}
+
+void InputGrad(const DepthwisePlan& p, const void* y, const void* w, void* dx, int64_t task,
+               void* scratch) {
+  const auto run = p.problem.stride[2] == 1 ? SumTaps<1> : SumTaps<2>;
+  run(p, static_cast<const T*>(y), static_cast<const T*>(w), static_cast<T*>(dx), task, scratch);
+}
+
+}  // namespace
+
+extern const DepthwiseKernels JAXCONV_DEPTHWISE = {kBytes, kVectors, InputGrad};
+
+}  // namespace jaxconv::cpu

@@ -1,0 +1,50 @@
+// What the host and the code for each instruction set share of "depthwise": see depthwise.cc. Plain
+// data, for the reason given in phase_plan.h.
+#ifndef JAXCONV_CPU_DEPTHWISE_PLAN_H_
+#define JAXCONV_CPU_DEPTHWISE_PLAN_H_
+
+#include <cstdint>
+
+#include "problem.h"
+
+namespace jaxconv::cpu {
+
+// Input gradient of one input and one output channel a group, channels first:
+//
+//   dx[i] = sum over t of w[t] * y[i * stride + t * dilation - pad]
+//
+// Vectors hold neighbouring inputs of the last axis. With a stride of 1 there, the first
+// tap of a vector hears a vector of y; with 2, the first two taps hear the even and the odd
+// elements of two vectors. So y is read where it lies. Elements that are not of the row become
+// zeros.
+struct DepthwisePlan {
+  Problem problem;
+  int64_t vectors;  // of a row of dx
+  int64_t rows;     // of a block: as many as fill the registers
+  int64_t blocks;   // of a plane
+  int64_t steps;    // blocks of all planes of all channels
+  int64_t tasks;    // equal shares of them
+  int64_t margin;   // elements around a row that vectors may read
+  bool asks;        // for the rows of y that come next
+  bool keeps;       // the planes of y that neighbouring planes of dx hear stay in the cache
+  int64_t scratch;  // bytes of a task
+};
+
+inline constexpr int64_t kDepthwiseTaps = 7;  // of a row, at most
+
+// The code for one instruction set.
+struct DepthwiseKernels {
+  int64_t vector_bytes;
+  int64_t vectors;  // of a block, at most
+  void (*input_grad)(const DepthwisePlan&, const void* y, const void* w, void* dx, int64_t task,
+                     void* scratch);
+};
+
+extern const DepthwiseKernels kDepthwisePortable;
+#if defined(__x86_64__)
+extern const DepthwiseKernels kDepthwiseAvx2, kDepthwiseAvx512;
+#endif
+
+}  // namespace jaxconv::cpu
+
+#endif  // JAXCONV_CPU_DEPTHWISE_PLAN_H_
