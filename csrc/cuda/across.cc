@@ -273,7 +273,11 @@ bool Fill(const Problem& p, const Device& device, const Cut& c, const Products& 
       static_cast<int>(std::min<int64_t>((limit - a.smem_stages) / a.stage_bytes, kAcrossStages));
   if (a.stages < 2) return false;
   const int slots = c.variant.products * (c.split == 1 ? kAcrossGroups : 1);
-  a.smem = a.smem_stages + std::max(a.stages * a.stage_bytes, slots * 64 * (columns + 8) * 4);
+  // Results take the place of the stages, with the chunk's entries behind them.
+  a.smem_entries = a.smem_stages + slots * 64 * (columns + 8) * 4;
+  a.smem =
+      std::max(a.smem_stages + a.stages * a.stage_bytes,
+               a.smem_entries + AcrossArgs::kMaxEntries * static_cast<int>(sizeof(AcrossEntry)));
   if (a.smem > limit) return false;
 
   // Parts: of clusters as many as run at once, and as have room.

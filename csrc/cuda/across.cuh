@@ -176,52 +176,61 @@ __device__ inline void MultiplyAcross(const AcrossArgs& a, const AcrossBlock& bl
   }
 }
 
-// The results of a cluster of blocks, added up in order. A warp takes a row of the products, that
-// is a channel, and writes the taps of each channel of the columns next to each other.
+// The block's entries, behind its staged results: lanes read different ones, which constant memory
+// serves one by one.
+__device__ inline AcrossEntry* EntriesOf(const AcrossArgs& a, char* shared) {
+  return reinterpret_cast<AcrossEntry*>(shared + a.smem_entries);
+}
+
+// The results of a cluster of blocks, added up in order. A warp takes some taps and channels of the
+// columns of a row of the products, that is a channel, and writes the taps next to each other.
 template <class Out, int NT>
-__device__ inline void StoreAcross(const AcrossArgs& a, const AcrossBlock& block,
-                                   const char* shared) {
-  constexpr int kBatch = 8;  // loads of a thread under way: other blocks' memory is far
+__device__ inline void StoreAcross(const AcrossArgs& a, const AcrossBlock& block, char* shared) {
+  constexpr int kBatch = 4;  // loads of a thread from each of two blocks: others' memory is far
   const int lane = threadIdx.x % 32, warps = kAcrossMultipliers / 32;
   const uint32_t results = SharedAddress(shared) + a.smem_stages;
-  const int first = a.first_entry[block.chunk], entries = a.first_entry[block.chunk + 1] - first;
-  const SmallDivisor by_entries = DivisorOf(entries);
+  const int entries = a.first_entry[block.chunk + 1] - a.first_entry[block.chunk];
+  const AcrossEntry* entry_of = EntriesOf(a, shared);
   const int elements = a.columns.group_channels * entries;
+  const int batches = (elements + 32 * kBatch - 1) / (32 * kBatch);
+  const SmallDivisor by_entries = DivisorOf(entries);
   Out* out = static_cast<Out*>(a.out) + block.part * a.w_elements;
-  for (int row = threadIdx.x / 32 * a.cluster + block.rank; row < a.rows.channels;
-       row += warps * a.cluster) {
+  for (int unit = threadIdx.x / 32 * a.cluster + block.rank; unit < a.rows.channels * batches;
+       unit += warps * a.cluster) {
+    const int row = unit / batches, start = (unit - row * batches) * 32 * kBatch + lane;
     const int group = row / a.rows.group_channels;
     const int column = group * a.columns.group_channels;  // the group's first
-    for (int start = lane; start < elements; start += 32 * kBatch) {
-      uint32_t from[kBatch];
-      int to[kBatch];  // or -1
-      float sum[kBatch];
+    uint32_t from[kBatch];
+    int to[kBatch];  // or -1
+    float sum[kBatch];
 #pragma unroll
-      for (int i = 0; i < kBatch; ++i) {
-        const int e = start + 32 * i, c = Divide(e, by_entries);
-        to[i] = -1;
-        from[i] = results;
-        sum[i] = 0;
-        if (e >= elements) continue;
-        const AcrossEntry& entry = a.entry[first + e - c * entries];
-        if ((column + c) >> a.log_piece != entry.piece) continue;
-        const int in_piece = (column + c) & ((1 << a.log_piece) - 1);
-        from[i] += 4 * (entry.place + row * kAcrossPitch<NT> + in_piece);
-        const int ci = a.rows_x ? row : column + c;
-        const int co = a.rows_x ? c : row - group * a.rows.group_channels;
-        to[i] = (ci * a.cog + co) * a.taps + entry.tap;
-      }
-      for (int rank = 0; rank < a.cluster; ++rank) {
-        float v[kBatch];
+    for (int i = 0; i < kBatch; ++i) {
+      const int e = start + 32 * i, c = Divide(e, by_entries);
+      to[i] = -1;
+      from[i] = results;
+      sum[i] = 0;
+      if (e >= elements) continue;
+      const AcrossEntry& entry = entry_of[e - c * entries];
+      if ((column + c) >> a.log_piece != entry.piece) continue;
+      const int in_piece = (column + c) & ((1 << a.log_piece) - 1);
+      from[i] += 4 * (entry.place + row * kAcrossPitch<NT> + in_piece);
+      const int ci = a.rows_x ? row : column + c;
+      const int co = a.rows_x ? c : row - group * a.rows.group_channels;
+      to[i] = (ci * a.cog + co) * a.taps + entry.tap;
+    }
+    for (int rank = 0; rank < a.cluster; rank += 2) {
+      const bool pair = rank + 1 < a.cluster;
+      float v[kBatch], w[kBatch];
 #pragma unroll
-        for (int i = 0; i < kBatch; ++i) v[i] = LoadOfBlock(from[i], rank);
+      for (int i = 0; i < kBatch; ++i) v[i] = LoadOfBlock(from[i], rank);
 #pragma unroll
-        for (int i = 0; i < kBatch; ++i) sum[i] += v[i];
-      }
+      for (int i = 0; i < kBatch; ++i) w[i] = pair ? LoadOfBlock(from[i], rank + 1) : 0.0f;
 #pragma unroll
-      for (int i = 0; i < kBatch; ++i) {
-        if (to[i] >= 0) out[to[i]] = FromAccumulator<Out>(sum[i]);
-      }
+      for (int i = 0; i < kBatch; ++i) sum[i] = (sum[i] + v[i]) + w[i];
+    }
+#pragma unroll
+    for (int i = 0; i < kBatch; ++i) {
+      if (to[i] >= 0) out[to[i]] = FromAccumulator<Out>(sum[i]);
     }
   }
 }
@@ -268,6 +277,10 @@ __global__ void __launch_bounds__(kAcrossThreads, 1)
   }
   TakeRegisters<232>();
   MultiplyAcross<T, NT, P>(a, block, barriers, shared, thread / 128, thread % 128);
+  const int first = a.first_entry[block.chunk], entries = a.first_entry[block.chunk + 1] - first;
+  for (int i = thread; i < entries; i += kAcrossMultipliers) {
+    EntriesOf(a, shared)[i] = a.entry[first + i];
+  }
   MeetCluster();
   switch (static_cast<DType>(a.out_dtype)) {
     case DType::kBF16:

@@ -79,7 +79,7 @@ struct AcrossArgs {
   int steps, flush;  // products of a stage; flushed after as many stages, or 0: never
   int x_box[kAxes], y_box[kAxes], x_row, y_row;  // as staged; bytes of a pixel
   int stages, stage_bytes, stage_y;
-  int smem_steps, smem_stages, smem;
+  int smem_steps, smem_stages, smem_entries, smem;
   uint16_t first_box[kMaxEntries + 1], first_entry[kMaxEntries + 1];  // of a chunk
   int box_bytes[2];                                                   // of x and y
   AcrossBox boxes[kMaxEntries];
