@@ -431,19 +431,23 @@ constexpr int64_t kMaxLiveRows = 1024, kMaxListed = 512;
 
 // sums[m][q] (+)= sum over taps and channels of weight[m] * panel[channel][q + rel], for mr
 // channels and nr vectors of positions. The weight is one value a lane-wide multiply-add, the
-// panel's vectors are used mr times, the sums stay in registers. `listed`: the taps to take; null:
-// all of them.
-template <class T, int mr, int nr>
+// panel's vectors are used mr times, the sums stay in registers. `apart`: they do not follow each
+// other, but have `distances` from the first. `listed`: the taps to take; null: all of them.
+template <class T, int mr, int nr, bool apart>
 __attribute__((noinline)) void Multiply(const T* weight, const T* panel, const Factors& f,
-                                        const int32_t* listed, int64_t count, T* sums, int64_t row,
-                                        bool add, Ahead& ahead) {
+                                        const int64_t* distances, const int32_t* listed,
+                                        int64_t count, T* sums, int64_t row, bool add,
+                                        Ahead& ahead) {
   constexpr int lanes = kLanes<T>;
+  int64_t at[nr];
+#pragma GCC unroll 8
+  for (int v = 0; v < nr; ++v) at[v] = apart ? distances[v] : v * lanes;
   Vec<T> acc[mr][nr];
 #pragma GCC unroll 8
   for (int m = 0; m < mr; ++m) {
 #pragma GCC unroll 8
     for (int v = 0; v < nr; ++v) {
-      acc[m][v] = add ? Load<T>(sums + m * row + v * lanes) : Vec<T>{};
+      acc[m][v] = add ? Load<T>(sums + m * row + at[v]) : Vec<T>{};
     }
   }
   const int64_t channels = f.channels, plane = f.plane;
@@ -456,7 +460,7 @@ __attribute__((noinline)) void Multiply(const T* weight, const T* panel, const F
       for (int64_t k = k0; k < k1; ++k) {
         Vec<T> x[nr];
 #pragma GCC unroll 8
-        for (int v = 0; v < nr; ++v) x[v] = Load<T>(from + v * lanes);
+        for (int v = 0; v < nr; ++v) x[v] = Load<T>(from + at[v]);
 #pragma GCC unroll 8
         for (int m = 0; m < mr; ++m) {
           const Vec<T> w = Broadcast(w_row[m]);
@@ -479,7 +483,7 @@ __attribute__((noinline)) void Multiply(const T* weight, const T* panel, const F
 #pragma GCC unroll 8
   for (int m = 0; m < mr; ++m) {
 #pragma GCC unroll 8
-    for (int v = 0; v < nr; ++v) Store<T>(sums + m * row + v * lanes, acc[m][v]);
+    for (int v = 0; v < nr; ++v) Store<T>(sums + m * row + at[v], acc[m][v]);
   }
 }
 
@@ -491,18 +495,39 @@ constexpr int kMaxMr = 4;
 constexpr int MaxNr(int mr) { return mr == 4 ? 3 : mr == 2 ? 4 : 6; }
 #endif
 
-// Positions [begin, begin + span) of one block. Taps that hear nothing but zeros are left out.
-template <class T, int mr>
+// Rows of a tile that are whole vectors, so that no position between them need be computed.
+struct WholeRows {
+  int64_t vectors = 0;  // of a row; 0: rows are not
+  int64_t rows = 0, planes = 0, pitch = 0, plane = 0;
+
+  int64_t PositionOf(int64_t v, int64_t lanes) const {
+    const int64_t r = v / vectors;
+    return r / rows * plane + r % rows * pitch + v % vectors * lanes;
+  }
+};
+
+// Positions [begin, begin + span) of one block, or those of whole rows. Taps that hear nothing but
+// zeros are left out.
+template <class T, int mr, bool apart>
 void MultiplySpan(const T* weight, const T* panel, const Factors& f, const LiveRows& live,
-                  int64_t begin, int64_t span, T* sums, int64_t row, bool add, Ahead& ahead) {
+                  const WholeRows& whole, int64_t begin, int64_t span, T* sums, int64_t row,
+                  bool add, Ahead& ahead) {
   constexpr int lanes = kLanes<T>, max_nr = MaxNr(mr);
-  const int64_t vectors = (span + lanes - 1) / lanes, runs = (vectors + max_nr - 1) / max_nr;
+  const int64_t vectors =
+      apart ? whole.vectors * whole.rows * whole.planes : (span + lanes - 1) / lanes;
+  const int64_t runs = (vectors + max_nr - 1) / max_nr;
   for (int64_t r = 0; r < runs; ++r) {  // runs of nearly equal length
-    const int64_t v = vectors * r / runs, q = begin + v * lanes;
+    const int64_t v = vectors * r / runs, v_end = vectors * (r + 1) / runs;
+    int64_t q = begin + v * lanes, end = begin + Min(v_end * lanes, span) - 1;
+    int64_t distances[max_nr] = {};
+    if constexpr (apart) {
+      q = whole.PositionOf(v, lanes);
+      for (int64_t i = v; i < v_end; ++i) distances[i - v] = whole.PositionOf(i, lanes) - q;
+      end = q + distances[v_end - 1 - v] + lanes - 1;
+    }
     int32_t listed[kMaxListed];
     int64_t count = f.ntaps;
     if (live.before != nullptr) {
-      const int64_t end = begin + Min(vectors * (r + 1) / runs * lanes, span) - 1;
       const int64_t row0 = q / live.pitch, column0 = q % live.pitch;
       const int64_t row1 = end / live.pitch, column1 = end % live.pitch;
       count = 0;
@@ -515,33 +540,33 @@ void MultiplySpan(const T* weight, const T* panel, const Factors& f, const LiveR
       }
     }
     const auto run = [&](auto kernel) {
-      kernel(weight, panel + q, f, live.before != nullptr ? listed : nullptr, count, sums + q, row,
-             add, ahead);
+      kernel(weight, panel + q, f, distances, live.before != nullptr ? listed : nullptr, count,
+             sums + q, row, add, ahead);
     };
-    switch (vectors * (r + 1) / runs - v) {
+    switch (v_end - v) {
       case 1:
-        run(Multiply<T, mr, 1>);
+        run(Multiply<T, mr, 1, apart>);
         break;
       case 2:
-        run(Multiply<T, mr, 2>);
+        run(Multiply<T, mr, 2, apart>);
         break;
       case 3:
-        run(Multiply<T, mr, 3>);
+        run(Multiply<T, mr, 3, apart>);
         break;
       case 4:
-        if constexpr (max_nr >= 4) run(Multiply<T, mr, 4>);
+        if constexpr (max_nr >= 4) run(Multiply<T, mr, 4, apart>);
         break;
       case 5:
-        if constexpr (max_nr >= 5) run(Multiply<T, mr, 5>);
+        if constexpr (max_nr >= 5) run(Multiply<T, mr, 5, apart>);
         break;
       case 6:
-        if constexpr (max_nr >= 6) run(Multiply<T, mr, 6>);
+        if constexpr (max_nr >= 6) run(Multiply<T, mr, 6, apart>);
         break;
       case 7:
-        if constexpr (max_nr >= 7) run(Multiply<T, mr, 7>);
+        if constexpr (max_nr >= 7) run(Multiply<T, mr, 7, apart>);
         break;
       case 8:
-        if constexpr (max_nr >= 8) run(Multiply<T, mr, 8>);
+        if constexpr (max_nr >= 8) run(Multiply<T, mr, 8, apart>);
         break;
     }
   }
@@ -779,6 +804,10 @@ void Correlate(const PhasePlan& p, const PhaseOperands& ops, int64_t task, void*
   const int64_t blocks = p.nblocks * (split + 1) / p.splits - first_block;
   const int64_t segments = p.segments == 1 ? 1 : tile.size[0], step = p.dst_step[2];
   const int64_t span = SpanOf(p, tile);
+  WholeRows whole;
+  if (tile.size[2] % kLanes<T> == 0 && (p.box[2] > tile.size[2] || segments > 1)) {
+    whole = {tile.size[2] / kLanes<T>, tile.size[1], tile.size[0], p.box[2], p.box[1] * p.box[2]};
+  }
   int32_t live_before[kMaxLiveRows + 1];
   LiveRows live{nullptr, p.box[2]};
   if (p.one_panel()) {
@@ -828,27 +857,28 @@ void Correlate(const PhasePlan& p, const PhaseOperands& ops, int64_t task, void*
                                 (group + g) * p.k * p.m * p.ntaps +
                                 p.k * (first * p.m + block.m0 * taps) +
                                 (k0 * taps + (t.begin - first) * ks) * block.mr;
-              const auto run = [&](auto kernel) {
+              const auto run = [&](auto kernel, int64_t count) {
                 const int64_t slot_size = groups * ks * p.plane;
                 const Factors factors{p.taps + t.begin, t.end - t.begin, ks, p.plane, slot_size};
-                for (int64_t i = 0; i < segments; ++i) {
-                  kernel(weight, panel + g * ks * p.plane - s0 * slot_size, factors, live,
+                for (int64_t i = 0; i < count; ++i) {
+                  kernel(weight, panel + g * ks * p.plane - s0 * slot_size, factors, live, whole,
                          i * p.box[1] * p.box[2], span, sums + (channels * step + r2) * p.row,
                          step * p.row, k0 > 0 || s0 > 0, ahead);
                 }
               };
               switch (block.mr) {
                 case 1:
-                  run(MultiplySpan<T, 1>);
+                  run(MultiplySpan<T, 1, false>, segments);
                   break;
                 case 2:
-                  run(MultiplySpan<T, 2>);
+                  run(MultiplySpan<T, 2, false>, segments);
                   break;
                 case 4:
-                  run(MultiplySpan<T, 4>);
+                  run(MultiplySpan<T, 4, false>, segments);
                   break;
                 default:
-                  run(MultiplySpan<T, kMaxMr>);
+                  whole.vectors > 0 ? run(MultiplySpan<T, kMaxMr, true>, 1)
+                                    : run(MultiplySpan<T, kMaxMr, false>, segments);
               }
             }
             channels += block.mr;
