@@ -1,4 +1,4 @@
-// "depthwise": input gradient, channels first, of one input and one output channel a group.
+// "depthwise": input gradient of one input and one output channel a group.
 #ifndef JAXCONV_CPU_DEPTHWISE_H_
 #define JAXCONV_CPU_DEPTHWISE_H_
 

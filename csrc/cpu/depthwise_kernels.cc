@@ -1,5 +1,7 @@
 // The "depthwise" kernels, compiled once for each instruction set. See depthwise_plan.h for what
 // they compute and phase_plan.h for why nothing here may be shared with other files.
+#include <type_traits>
+
 #include "cpu/depthwise_plan.h"
 #include "cpu/vec.h"
 
@@ -18,7 +20,7 @@ struct Scratch {
   T* row;
 };
 
-// A block of rows of dx: (plane, i0, i1 ...), where a plane is a channel of an image.
+// A block of rows of dx: (plane, i0, i1 ...), where a plane is an image or a channel of one.
 struct Place {
   int64_t plane, i0, block;
 
@@ -36,23 +38,41 @@ Place PlaceOf(const DepthwisePlan& p, int64_t step) {
   return {planes / p.problem.isize[0], planes % p.problem.isize[0], step % p.blocks};
 }
 
-// Asks for the rows of y that a block hears and the ones before it did not.
-void AskForRows(const DepthwisePlan& p, const T* y, const Place& at) {
-  const Problem& q = p.problem;
-  if (at.plane >= q.n * q.ci) return;
-  const int64_t step = p.rows * q.stride[1];
-  const int64_t end =
-      at.block * step + (p.rows - 1) * q.stride[1] + (q.k[1] - 1) * q.dilation[1] - q.pad[1] + 1;
-  const int64_t begin = Max(at.block == 0 ? 0 : end - step, 0),
-                count = Min(end, q.osize[1]) - begin;
-  const int64_t heard = (at.i0 - 1) * q.stride[0] + (q.k[0] - 1) * q.dilation[0] - q.pad[0];
-  for (int64_t t0 = 0; t0 < q.k[0]; ++t0) {
-    const int64_t o0 = at.i0 * q.stride[0] + t0 * q.dilation[0] - q.pad[0];
-    if (o0 < 0 || o0 >= q.osize[0] || (p.keeps && at.i0 > 0 && o0 <= heard)) continue;
-    const T* row = y + ((at.plane * q.osize[0] + o0) * q.osize[1] + begin) * q.osize[2];
-    for (int64_t e = 0; e < count * q.osize[2]; e += 64 / sizeof(T)) AskFor(row + e);
+// The rows of y that a block hears and the ones before it did not: of plane o0 for a tap t0, the
+// first of them and one behind the last.
+struct NewRows {
+  int64_t begin, end, heard;
+
+  NewRows(const DepthwisePlan& p, const Place& at) {
+    const Problem& q = p.problem;
+    const int64_t step = p.rows * q.stride[1];
+    end =
+        at.block * step + (p.rows - 1) * q.stride[1] + (q.k[1] - 1) * q.dilation[1] - q.pad[1] + 1;
+    begin = Max(at.block == 0 ? 0 : end - step, 0);
+    end = at.plane < p.planes ? Min(end, q.osize[1]) : begin;
+    // Planes up to this one were heard by the inputs before.
+    heard = p.keeps && at.i0 > 0
+                ? (at.i0 - 1) * q.stride[0] + (q.k[0] - 1) * q.dilation[0] - q.pad[0]
+                : -1;
   }
-}
+
+  // Calls ask(first element, elements) for each plane that has any.
+  template <class Ask>
+  void Each(const DepthwisePlan& p, const Place& at, Ask ask) const {
+    const Problem& q = p.problem;
+    const int64_t row = q.osize[2] * (q.channels_last ? q.ci : 1);
+    for (int64_t t0 = 0; begin < end && t0 < q.k[0]; ++t0) {
+      const int64_t o0 = at.i0 * q.stride[0] + t0 * q.dilation[0] - q.pad[0];
+      if (o0 < 0 || o0 >= q.osize[0] || o0 <= heard) continue;
+      ask(((at.plane * q.osize[0] + o0) * q.osize[1] + begin) * row, (end - begin) * row);
+    }
+  }
+};
+
+constexpr int64_t kLine = 64 / sizeof(T);  // elements
+
+// ---------------------------------------------------------------------------------------------
+// Channels first
 
 // Vectors may reach beyond a row, but not beyond the array: a copy of one near its ends.
 __attribute__((noinline, cold)) const T* CopyOf(const T* row, int64_t size, T* copy) {
@@ -151,7 +171,11 @@ void SumAll(const DepthwisePlan& p, const T* y, const T* w, T* dx, int64_t task,
   const int64_t window = q.k[0] * q.k[1] * taps;
   const int64_t runs = (p.vectors + kVectors - 1) / kVectors;
   for (int64_t step = begin; step < end; ++step) {
-    if (p.asks) AskForRows(p, y, ahead);
+    if (p.asks) {
+      NewRows(p, ahead).Each(p, ahead, [&](int64_t first, int64_t count) {
+        for (int64_t e = 0; e < count; e += kLine) AskFor(y + first + e);
+      });
+    }
     const T* weight = w + at.plane % q.ci * window;
     for (int64_t run = 0; run < runs; ++run) {  // of nearly equal length
       const int64_t v = p.vectors * run / runs;
@@ -176,34 +200,165 @@ void SumAll(const DepthwisePlan& p, const T* y, const T* w, T* dx, int64_t task,
   }
 }
 
-template <int stride>
-void SumTaps(const DepthwisePlan& p, const T* y, const T* w, T* dx, int64_t task, void* memory) {
-  switch (p.problem.k[2]) {
-    case 1:
-      return SumAll<stride, 1>(p, y, w, dx, task, memory);
-    case 2:
-      return SumAll<stride, 2>(p, y, w, dx, task, memory);
-    case 3:
-      return SumAll<stride, 3>(p, y, w, dx, task, memory);
-    case 4:
-      return SumAll<stride, 4>(p, y, w, dx, task, memory);
-    case 5:
-      return SumAll<stride, 5>(p, y, w, dx, task, memory);
-    case 6:
-      return SumAll<stride, 6>(p, y, w, dx, task, memory);
-    case kDepthwiseTaps:
-      return SumAll<stride, kDepthwiseTaps>(p, y, w, dx, task, memory);
+// ---------------------------------------------------------------------------------------------
+// Channels last
+
+// Neighbouring inputs of a row, from input i2 on, of `some` channels from c on; `whole`: a vector.
+template <int stride, int taps, int inputs, bool whole>
+__attribute__((noinline)) void SumPixels(const DepthwisePlan& p, const Place& at, int64_t i1,
+                                         int64_t i2, int64_t c, int64_t some, const T* y,
+                                         const T* packed, T* dx) {
+  const Problem& q = p.problem;
+  const int64_t channels = q.ci, filled = p.vectors * lanes, first = i2 * stride - q.pad[2];
+  const uint64_t width = static_cast<uint64_t>(q.osize[2]);
+  const int64_t taps0 = q.k[0], taps1 = q.k[1], dilation = q.dilation[1];
+  Vec<T> sums[inputs] = {};
+  for (int64_t t0 = 0; t0 < taps0; ++t0) {
+    const int64_t o0 = at.i0 * q.stride[0] + t0 * q.dilation[0] - q.pad[0];
+    if (o0 < 0 || o0 >= q.osize[0]) continue;
+    const int64_t plane = (at.plane * q.osize[0] + o0) * q.osize[1];
+    int64_t o1 = i1 * q.stride[1] - q.pad[1];
+    for (int64_t t1 = 0; t1 < taps1; ++t1, o1 += dilation) {
+      if (o1 < 0 || o1 >= q.osize[1]) continue;
+      const T* from = y + ((plane + o1) * q.osize[2] + first) * channels + c;
+      const T* w = packed + (t0 * taps1 + t1) * taps * filled + c;
+      Vec<T> ws[taps];
+#pragma GCC unroll 8
+      for (int t = 0; t < taps; ++t) ws[t] = Load<T>(w + t * filled);
+      // Each pixel once, for all of the inputs that hear it.
+#pragma GCC unroll 32
+      for (int e = 0; e < (inputs - 1) * stride + taps; ++e, from += channels) {
+        if (static_cast<uint64_t>(first + e) >= width) continue;
+        const Vec<T> v = whole ? Load<T>(from) : LoadSome<T>(from, some);
+#pragma GCC unroll 8
+        for (int i = 0; i < inputs; ++i) {
+          const int t = e - i * stride;
+          if (t >= 0 && t < taps) sums[i] += ws[t] * v;
+        }
+      }
+    }
+  }
+  T* to =
+      dx + c + (((at.plane * q.isize[0] + at.i0) * q.isize[1] + i1) * q.isize[2] + i2) * channels;
+#pragma GCC unroll 8
+  for (int i = 0; i < inputs; ++i) StoreSome<T>(to + i * channels, sums[i], some);
+}
+
+void Pack(const DepthwisePlan& p, const void* weight, void* packed) {
+  const int64_t taps = Product(p.problem.k), filled = p.vectors * lanes, channels = p.problem.ci;
+  const T* w = static_cast<const T*>(weight);
+  T* to = static_cast<T*>(packed);
+  for (int64_t t = 0; t < taps; ++t) {
+    for (int64_t c = 0; c < filled; ++c) to[t * filled + c] = c < channels ? w[c * taps + t] : 0;
   }
 }
 
-void InputGrad(const DepthwisePlan& p, const void* y, const void* w, void* dx, int64_t task,
-               void* scratch) {
-  const auto run = p.problem.stride[2] == 1 ? SumTaps<1> : SumTaps<2>;
-  run(p, static_cast<const T*>(y), static_cast<const T*>(w), static_cast<T*>(dx), task, scratch);
+template <int stride, int taps>
+void SumAllPixels(const DepthwisePlan& p, const T* y, const T* packed, T* dx, int64_t task) {
+  constexpr int kInputs = 8, kFewer = 4;
+  constexpr int64_t kMostPlanes = 8;
+  const Problem& q = p.problem;
+  const int64_t begin = p.steps * task / p.tasks, end = p.steps * (task + 1) / p.tasks;
+  const int64_t sums =
+      (q.isize[2] / kInputs + q.isize[2] % kInputs / kFewer + q.isize[2] % kFewer) * p.vectors;
+  Place at = PlaceOf(p, begin), ahead = PlaceOf(p, begin + 1);
+  for (int64_t step = begin; step < end; ++step) {
+    // What the next row hears is asked for a little with each sum: memory goes on meanwhile.
+    const T* from[kMostPlanes];
+    int64_t left[kMostPlanes], planes = 0, lines = 0;
+    NewRows(p, ahead).Each(p, ahead, [&](int64_t first, int64_t count) {
+      if (!p.asks || planes == kMostPlanes) return;
+      from[planes] = y + first;
+      left[planes++] = (count + kLine - 1) / kLine;
+      lines += (count + kLine - 1) / kLine;
+    });
+    int64_t each = (lines + sums - 1) / sums;
+    const auto ask = [&] {
+      for (int64_t i = 0; i < each && planes > 0; ++i) {
+        AskFor(from[planes - 1]);
+        from[planes - 1] += kLine;
+        if (--left[planes - 1] == 0) --planes;
+      }
+    };
+    const int64_t i1 = at.block / p.pieces, piece = at.block % p.pieces;
+    const int64_t i_end = q.isize[2] * (piece + 1) / p.pieces;
+    for (int64_t i = q.isize[2] * piece / p.pieces, inputs; i < i_end; i += inputs) {
+      const int64_t rest = i_end - i;
+      inputs = rest >= kInputs ? kInputs : rest >= kFewer ? kFewer : 1;
+      if (q.osize[0] * q.osize[1] == 1) {  // of the row itself, what comes after these inputs
+        const int64_t o = (i + inputs) * stride + taps - q.pad[2];
+        from[0] = y + (at.plane * q.osize[2] + o) * q.ci;
+        left[0] = (inputs * stride * q.ci + kLine - 1) / kLine;
+        each = (left[0] + p.vectors - 1) / p.vectors;
+        planes = 1;
+      }
+      for (int64_t c = 0; c < q.ci; c += lanes) {
+        const int64_t some = Min(lanes, q.ci - c);
+        ask();
+        const auto sum = [&](auto kernel) { kernel(p, at, i1, i, c, some, y, packed, dx); };
+        if (inputs == kInputs) {
+          some == lanes ? sum(SumPixels<stride, taps, kInputs, true>)
+                        : sum(SumPixels<stride, taps, kInputs, false>);
+        } else if (inputs == kFewer) {
+          sum(SumPixels<stride, taps, kFewer, false>);
+        } else {
+          sum(SumPixels<stride, taps, 1, false>);
+        }
+      }
+    }
+    at.Advance(p);
+    ahead.Advance(p);
+  }
+}
+
+// ---------------------------------------------------------------------------------------------
+// Compiled strides and taps
+
+// Calls body with the stride and the taps of a row as types.
+template <class Body>
+void WithRow(const DepthwisePlan& p, Body body) {
+  const auto with_taps = [&](auto stride) {
+    switch (p.problem.k[2]) {
+      case 1:
+        return body(stride, std::integral_constant<int, 1>{});
+      case 2:
+        return body(stride, std::integral_constant<int, 2>{});
+      case 3:
+        return body(stride, std::integral_constant<int, 3>{});
+      case 4:
+        return body(stride, std::integral_constant<int, 4>{});
+      case 5:
+        return body(stride, std::integral_constant<int, 5>{});
+      case 6:
+        return body(stride, std::integral_constant<int, 6>{});
+      case kDepthwiseTaps:
+        return body(stride, std::integral_constant<int, kDepthwiseTaps>{});
+    }
+  };
+  if (p.problem.stride[2] == 1) {
+    with_taps(std::integral_constant<int, 1>{});
+  } else {
+    with_taps(std::integral_constant<int, 2>{});
+  }
+}
+
+void First(const DepthwisePlan& p, const void* y, const void* w, void* dx, int64_t task,
+           void* scratch) {
+  WithRow(p, [&](auto stride, auto taps) {
+    SumAll<decltype(stride)::value, decltype(taps)::value>(
+        p, static_cast<const T*>(y), static_cast<const T*>(w), static_cast<T*>(dx), task, scratch);
+  });
+}
+
+void Last(const DepthwisePlan& p, const void* y, const void* packed, void* dx, int64_t task) {
+  WithRow(p, [&](auto stride, auto taps) {
+    SumAllPixels<decltype(stride)::value, decltype(taps)::value>(
+        p, static_cast<const T*>(y), static_cast<const T*>(packed), static_cast<T*>(dx), task);
+  });
 }
 
 }  // namespace
 
-extern const DepthwiseKernels JAXCONV_DEPTHWISE = {kBytes, kVectors, InputGrad};
+extern const DepthwiseKernels JAXCONV_DEPTHWISE = {kBytes, kVectors, First, Pack, Last};
 
 }  // namespace jaxconv::cpu

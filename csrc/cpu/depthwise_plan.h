@@ -9,20 +9,23 @@
 
 namespace jaxconv::cpu {
 
-// Input gradient of one input and one output channel a group, channels first:
+// Input gradient of one input and one output channel a group:
 //
 //   dx[i] = sum over t of w[t] * y[i * stride + t * dilation - pad]
 //
-// Vectors hold neighbouring inputs of the last axis. With a stride of 1 there, the first
-// tap of a vector hears a vector of y; with 2, the first two taps hear the even and the odd
-// elements of two vectors. So y is read where it lies. Elements that are not of the row become
-// zeros.
+// Channels first, vectors hold neighbouring inputs of the last axis. With a stride of 1 there, a
+// tap of a vector is a vector of y; with 2, two neighbouring taps are the even and the odd elements
+// of two vectors. So y is read where it lies. Lanes that would hear what is not of the row become
+// zeros. Channels last, vectors hold neighbouring channels, and neighbouring inputs of a row share
+// the pixels that they hear.
 struct DepthwisePlan {
   Problem problem;
-  int64_t vectors;  // of a row of dx
-  int64_t rows;     // of a block: as many as fill the registers
+  int64_t planes;   // that lie apart: of images or, channels first, of their channels
+  int64_t vectors;  // of a row of dx or, channels last, of a pixel
+  int64_t rows;     // of a block: as many as fill the registers; channels last, one
+  int64_t pieces;   // of a row; channels first, one
   int64_t blocks;   // of a plane
-  int64_t steps;    // blocks of all planes of all channels
+  int64_t steps;    // blocks of all planes
   int64_t tasks;    // equal shares of them
   int64_t margin;   // elements around a row that vectors may read
   bool asks;        // for the rows of y that come next
@@ -36,8 +39,11 @@ inline constexpr int64_t kDepthwiseTaps = 7;  // of a row, at most
 struct DepthwiseKernels {
   int64_t vector_bytes;
   int64_t vectors;  // of a block, at most
-  void (*input_grad)(const DepthwisePlan&, const void* y, const void* w, void* dx, int64_t task,
-                     void* scratch);
+  void (*first)(const DepthwisePlan&, const void* y, const void* w, void* dx, int64_t task,
+                void* scratch);
+  // The weight as [tap][channel], channels filled up to whole vectors, and what takes it so.
+  void (*pack)(const DepthwisePlan&, const void* w, void* packed);
+  void (*last)(const DepthwisePlan&, const void* y, const void* packed, void* dx, int64_t task);
 };
 
 extern const DepthwiseKernels kDepthwisePortable;
