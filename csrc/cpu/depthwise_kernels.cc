@@ -69,8 +69,6 @@ struct NewRows {
   }
 };
 
-constexpr int64_t kLine = 64 / sizeof(T);  // elements
-
 // ---------------------------------------------------------------------------------------------
 // Channels first
 
@@ -173,7 +171,7 @@ void SumAll(const DepthwisePlan& p, const T* y, const T* w, T* dx, int64_t task,
   for (int64_t step = begin; step < end; ++step) {
     if (p.asks) {
       NewRows(p, ahead).Each(p, ahead, [&](int64_t first, int64_t count) {
-        for (int64_t e = 0; e < count; e += kLine) AskFor(y + first + e);
+        for (int64_t e = 0; e < count; e += kLine<T>) AskFor(y + first + e);
       });
     }
     const T* weight = w + at.plane % q.ci * window;
@@ -266,17 +264,19 @@ void SumAllPixels(const DepthwisePlan& p, const T* y, const T* packed, T* dx, in
     // What the next row hears is asked for a little with each sum: memory goes on meanwhile.
     const T* from[kMostPlanes];
     int64_t left[kMostPlanes], planes = 0, lines = 0;
-    NewRows(p, ahead).Each(p, ahead, [&](int64_t first, int64_t count) {
-      if (!p.asks || planes == kMostPlanes) return;
-      from[planes] = y + first;
-      left[planes++] = (count + kLine - 1) / kLine;
-      lines += (count + kLine - 1) / kLine;
-    });
+    if (p.asks) {
+      NewRows(p, ahead).Each(p, ahead, [&](int64_t first, int64_t count) {
+        if (planes == kMostPlanes) return;
+        from[planes] = y + first;
+        left[planes] = (count + kLine<T> - 1) / kLine<T>;
+        lines += left[planes++];
+      });
+    }
     int64_t each = (lines + sums - 1) / sums;
     const auto ask = [&] {
       for (int64_t i = 0; i < each && planes > 0; ++i) {
         AskFor(from[planes - 1]);
-        from[planes - 1] += kLine;
+        from[planes - 1] += kLine<T>;
         if (--left[planes - 1] == 0) --planes;
       }
     };
@@ -288,7 +288,7 @@ void SumAllPixels(const DepthwisePlan& p, const T* y, const T* packed, T* dx, in
       if (q.osize[0] * q.osize[1] == 1) {  // of the row itself, what comes after these inputs
         const int64_t o = (i + inputs) * stride + taps - q.pad[2];
         from[0] = y + (at.plane * q.osize[2] + o) * q.ci;
-        left[0] = (inputs * stride * q.ci + kLine - 1) / kLine;
+        left[0] = (inputs * stride * q.ci + kLine<T> - 1) / kLine<T>;
         each = (left[0] + p.vectors - 1) / p.vectors;
         planes = 1;
       }

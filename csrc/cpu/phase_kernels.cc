@@ -386,7 +386,7 @@ struct Ahead {
   JAXCONV_INLINE void Ask() {
     for (int64_t i = 0; i < each; ++i) {
       AskFor(at);
-      at += kLine;
+      at += kLine<char>;
       if (at >= end) Next();
     }
   }
@@ -407,8 +407,6 @@ struct Ahead {
     at = begin[2];
     end = at + bytes;
   }
-
-  static constexpr int64_t kLine = 64;
 };
 
 // What one panel is multiplied by: taps, each of `channels` rows of the weight.
@@ -777,7 +775,7 @@ Ahead AheadOf(const PhasePlan& p, const void* src, const Part& part, int64_t k0,
   ahead.count[1] = count[0];
   ahead.count[2] = count[1];
   for (int level = 2; level > 0; --level) {
-    if (ahead.stride[level] > ahead.bytes + Ahead::kLine) break;
+    if (ahead.stride[level] > ahead.bytes + kLine<char>) break;
     ahead.bytes += (ahead.count[level] - 1) * ahead.stride[level];
     ahead.count[level] = 1;
   }
@@ -787,7 +785,7 @@ Ahead AheadOf(const PhasePlan& p, const void* src, const Part& part, int64_t k0,
   }
   ahead.end = ahead.at + ahead.bytes;
   const int64_t runs = ahead.count[0] * ahead.count[1] * ahead.count[2];
-  ahead.each = (runs * (ahead.bytes / Ahead::kLine + 1) + times - 1) / times;
+  ahead.each = (runs * (ahead.bytes / kLine<char> + 1) + times - 1) / times;
   return ahead;
 }
 

@@ -179,8 +179,6 @@ __attribute__((noinline)) void MultiplyLanes(const Heard<T>* heard, int64_t coun
 }
 
 constexpr int64_t kNear = 128;  // channels of a pixel that are asked for ahead
-template <class T>
-constexpr int64_t kLine = 64 / static_cast<int64_t>(sizeof(T));
 
 // Far enough outside for every tap.
 constexpr int64_t kNowhere = -(int64_t{1} << 60);

@@ -27,6 +27,9 @@ JAXCONV_INLINE int64_t Max(int64_t a, int64_t b) { return a > b ? a : b; }
 // Asks for a line that is read or written later, into the second-level cache: what is worth asking
 // for is mostly more than the first-level one holds, and would drive out what is in use.
 JAXCONV_INLINE void AskFor(const void* line) { __builtin_prefetch(line, 0, 2); }
+// Elements of a line.
+template <class T>
+constexpr int64_t kLine = 64 / static_cast<int64_t>(sizeof(T));
 
 // The positions [begin, end) of `count` at which q * step + e lies in [0, size).
 struct Valid {
