@@ -274,7 +274,8 @@ bool Fill(const Problem& p, const Device& device, const Cut& c, const Products& 
   if (a.stages < 2) return false;
   const int slots = c.variant.products * (c.split == 1 ? kAcrossGroups : 1);
   // Results take the place of the stages, with the chunk's entries behind them.
-  a.smem_entries = a.smem_stages + slots * 64 * (columns + 8) * 4;
+  a.row_piece = c.row_piece;
+  a.smem_entries = a.smem_stages + AcrossRow(slots * 64, c.row_piece, columns + 8) * 4;
   a.smem =
       std::max(a.smem_stages + a.stages * a.stage_bytes,
                a.smem_entries + AcrossArgs::kMaxEntries * static_cast<int>(sizeof(AcrossEntry)));
@@ -425,9 +426,9 @@ bool Complete(const Problem& p, const Cut& c, const Products& products, AcrossPl
           const int tap = tile.taps[i * c.y.count + j];
           if (tap < 0) continue;
           if (entries == AcrossArgs::kMaxEntries) return false;
-          const int row = (c.rows_x ? i : j) * c.row_piece;
+          const int row = (t - first) * 64 + (c.rows_x ? i : j) * c.row_piece;
           const int column = (c.rows_x ? j : i) * c.column_piece;
-          a.entry[entries++] = {((t - first) * 64 + row) * pitch + column,
+          a.entry[entries++] = {AcrossRow(row, c.row_piece, pitch) + column,
                                 static_cast<uint16_t>(tap), static_cast<uint16_t>(tile.piece)};
         }
       }

@@ -70,6 +70,10 @@ __device__ inline void CopyAcross(const AcrossArgs& a, const AcrossMaps& maps,
 template <int NT>
 inline constexpr int kAcrossPitch = 8 * NT + 8;  // floats between rows of staged results
 
+__device__ inline void MeetMultipliers() {
+  asm volatile("bar.sync 1, %0;" ::"n"(kAcrossMultipliers) : "memory");
+}
+
 template <class T, int NT, int P>
 __device__ inline void MultiplyAcross(const AcrossArgs& a, const AcrossBlock& block,
                                       const AcrossBarriers& barriers, char* shared, int group,
@@ -147,17 +151,17 @@ __device__ inline void MultiplyAcross(const AcrossArgs& a, const AcrossBlock& bl
   WaitForProducts<0>();
   if (flushed) each([](float& sum, float& from) { sum += from; });
   // All products are done before results take the place of what they read.
-  const auto meet = [] { asm volatile("bar.sync 1, %0;" ::"n"(kAcrossMultipliers) : "memory"); };
-  meet();
-  float* results = reinterpret_cast<float*>(shared + a.smem_stages) +
-                   (slot * 64 + thread / 32 * 16 + thread % 32 / 4) * kAcrossPitch<NT> +
-                   thread % 4 * 2;
+  MeetMultipliers();
+  const int hop = AcrossRow(64, a.row_piece, kAcrossPitch<NT>);  // to the next product
+  float* results = reinterpret_cast<float*>(shared + a.smem_stages) + slot * hop +
+                   AcrossRow(thread / 32 * 16, a.row_piece, kAcrossPitch<NT>) +
+                   thread % 32 / 4 * kAcrossPitch<NT> + thread % 4 * 2;
   const auto store = [&](auto put) {
 #pragma unroll
     for (int p = 0; p < P; ++p) {
 #pragma unroll
       for (int i = 0; i < NT; ++i) {
-        float* to = results + p * 64 * kAcrossPitch<NT> + i * 8;
+        float* to = results + p * hop + i * 8;
         put(to, acc[p][4 * i], acc[p][4 * i + 1]);
         put(to + 8 * kAcrossPitch<NT>, acc[p][4 * i + 2], acc[p][4 * i + 3]);
       }
@@ -167,7 +171,7 @@ __device__ inline void MultiplyAcross(const AcrossArgs& a, const AcrossBlock& bl
     store([](float* to, float v, float w) { *reinterpret_cast<float2*>(to) = make_float2(v, w); });
   }
   if (a.split == 1) return;
-  meet();
+  MeetMultipliers();
   if (first == 1) {
     store([](float* to, float v, float w) {
       const float2 sum = *reinterpret_cast<float2*>(to);
@@ -182,55 +186,51 @@ __device__ inline AcrossEntry* EntriesOf(const AcrossArgs& a, char* shared) {
   return reinterpret_cast<AcrossEntry*>(shared + a.smem_entries);
 }
 
-// The results of a cluster of blocks, added up in order. A warp takes some taps and channels of the
-// columns of a row of the products, that is a channel, and writes the taps next to each other.
+// The results of a cluster of blocks, added up. Each block has some of the rows of the products,
+// that is channels. A warp takes some taps and channels of the columns of a row, and writes the taps
+// next to each other.
 template <class Out, int NT>
 __device__ inline void StoreAcross(const AcrossArgs& a, const AcrossBlock& block, char* shared) {
-  constexpr int kBatch = 4;  // loads of a thread from each of two blocks: others' memory is far
-  const int lane = threadIdx.x % 32, warps = kAcrossMultipliers / 32;
-  const uint32_t results = SharedAddress(shared) + a.smem_stages;
+  const int thread = threadIdx.x, lane = thread % 32;
   const int entries = a.first_entry[block.chunk + 1] - a.first_entry[block.chunk];
   const AcrossEntry* entry_of = EntriesOf(a, shared);
-  const int elements = a.columns.group_channels * entries;
-  const int batches = (elements + 32 * kBatch - 1) / (32 * kBatch);
   const SmallDivisor by_entries = DivisorOf(entries);
+  const int mine = (a.rows.channels - block.rank + a.cluster - 1) / a.cluster;  // rows
+  const int channels = a.columns.group_channels, piece = 1 << a.log_piece;
+  if (a.cluster > 1) {
+    const uint32_t results = SharedAddress(shared) + a.smem_stages;
+    // Fours of channels of a group's columns in a piece: one more where groups begin within four.
+    const int fours = min(piece / 4, (channels + 3) / 4 + (channels % 4 != 0));
+    const auto place = [&](int i) -> uint32_t {
+      const int up = i / fours, r = up / entries;
+      const AcrossEntry& entry = entry_of[up - r * entries];
+      const int row = r * a.cluster + block.rank;
+      const int first = row / a.rows.group_channels * channels - entry.piece * piece;
+      const int column = (max(first, 0) / 4 + i - up * fours) * 4;
+      if (column >= min(first + channels, piece)) return 0;
+      return results + 4 * (entry.place + row * kAcrossPitch<NT> + column);
+    };
+    AddUpInPlace(a.cluster, block.rank, mine * entries * fours, thread, kAcrossMultipliers, place);
+    MeetMultipliers();
+  }
+  constexpr int kBatch = 4;  // of a lane
+  const float* results = reinterpret_cast<const float*>(shared + a.smem_stages);
+  const int elements = channels * entries;
+  const int batches = (elements + 32 * kBatch - 1) / (32 * kBatch);
   Out* out = static_cast<Out*>(a.out) + block.part * a.w_elements;
-  for (int unit = threadIdx.x / 32 * a.cluster + block.rank; unit < a.rows.channels * batches;
-       unit += warps * a.cluster) {
-    const int row = unit / batches, start = (unit - row * batches) * 32 * kBatch + lane;
-    const int group = row / a.rows.group_channels;
-    const int column = group * a.columns.group_channels;  // the group's first
-    uint32_t from[kBatch];
-    int to[kBatch];  // or -1
-    float sum[kBatch];
+  for (int unit = thread / 32; unit < mine * batches; unit += kAcrossMultipliers / 32) {
+    const int r = unit / batches, start = (unit - r * batches) * 32 * kBatch + lane;
+    const int row = r * a.cluster + block.rank, group = row / a.rows.group_channels;
 #pragma unroll
     for (int i = 0; i < kBatch; ++i) {
-      const int e = start + 32 * i, c = Divide(e, by_entries);
-      to[i] = -1;
-      from[i] = results;
-      sum[i] = 0;
+      const int e = start + 32 * i, c = Divide(e, by_entries), column = group * channels + c;
       if (e >= elements) continue;
       const AcrossEntry& entry = entry_of[e - c * entries];
-      if ((column + c) >> a.log_piece != entry.piece) continue;
-      const int in_piece = (column + c) & ((1 << a.log_piece) - 1);
-      from[i] += 4 * (entry.place + row * kAcrossPitch<NT> + in_piece);
-      const int ci = a.rows_x ? row : column + c;
+      if (column >> a.log_piece != entry.piece) continue;
+      const int ci = a.rows_x ? row : column;
       const int co = a.rows_x ? c : row - group * a.rows.group_channels;
-      to[i] = (ci * a.cog + co) * a.taps + entry.tap;
-    }
-    for (int rank = 0; rank < a.cluster; rank += 2) {
-      const bool pair = rank + 1 < a.cluster;
-      float v[kBatch], w[kBatch];
-#pragma unroll
-      for (int i = 0; i < kBatch; ++i) v[i] = LoadOfBlock(from[i], rank);
-#pragma unroll
-      for (int i = 0; i < kBatch; ++i) w[i] = pair ? LoadOfBlock(from[i], rank + 1) : 0.0f;
-#pragma unroll
-      for (int i = 0; i < kBatch; ++i) sum[i] = (sum[i] + v[i]) + w[i];
-    }
-#pragma unroll
-    for (int i = 0; i < kBatch; ++i) {
-      if (to[i] >= 0) out[to[i]] = FromAccumulator<Out>(sum[i]);
+      const float sum = results[entry.place + row * kAcrossPitch<NT> + column % piece];
+      out[(ci * a.cog + co) * a.taps + entry.tap] = FromAccumulator<Out>(sum);
     }
   }
 }

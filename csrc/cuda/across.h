@@ -47,6 +47,10 @@ struct AcrossProduct {
   uint16_t rows, columns;
 };
 
+// Where a row of a product begins in the staged results: those of the pieces of `piece` rows lie four
+// floats further each, so that neighbouring taps are in different banks.
+constexpr int AcrossRow(int row, int piece, int pitch) { return row * pitch + row / piece * 4; }
+
 // Results that a block stores: a tap's, of one piece of the columns' channels.
 struct AcrossEntry {
   int place;  // of the first in the staged results
@@ -73,7 +77,7 @@ struct AcrossArgs {
   int chunks, parts, cluster;
   int products, chunk_products;
   int split;      // 2: groups of warps share the steps of a stage, 1: its products
-  int log_piece;  // channels of a piece of the columns
+  int row_piece, log_piece;  // channels of a piece: of the rows, of the columns (logarithm)
   int tiles;      // boxes of positions
   int box[kAxes], tiles_of[kAxes], before[kAxes];  // of all tiles; positions in front of x's first
   int steps, flush;  // products of a stage; flushed after as many stages, or 0: never

@@ -89,14 +89,7 @@ __device__ inline void StoreShared(uint32_t to, float4 v) {
                "f"(v.w)
                : "memory");
 }
-// What another block of the cluster has at the same place: one value, or four.
-__device__ inline float LoadOfBlock(uint32_t from, int rank) {
-  float v;
-  uint32_t remote;
-  asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(remote) : "r"(from), "r"(rank));
-  asm volatile("ld.shared::cluster.f32 %0, [%1];" : "=f"(v) : "r"(remote) : "memory");
-  return v;
-}
+// What another block of the cluster has at the same place.
 __device__ inline float4 LoadRemote(uint32_t from, int rank) {
   float4 v;
   asm volatile(
@@ -107,6 +100,50 @@ __device__ inline float4 LoadRemote(uint32_t from, int rank) {
       : "r"(from), "r"(rank)
       : "memory");
   return v;
+}
+
+// Adds up what all blocks of a cluster have at `count` places, each four floats at place(i), or none
+// if that is 0, and leaves the sums where this block has its own. No other may read those places.
+// Blocks begin with what is their own: if all read one block's memory at once, that is what they
+// wait for. So the order of a sum is that of the ranks from its block's on, in each run.
+template <class Place>
+__device__ inline void AddUpInPlace(int cluster, int rank, int count, int thread, int threads,
+                                    Place place) {
+  constexpr int kBatch = 4;  // places of a thread under way, of two blocks: others' memory is far
+  const auto add = [](float4& sum, float4 v) {
+    sum = make_float4(sum.x + v.x, sum.y + v.y, sum.z + v.z, sum.w + v.w);
+  };
+  for (int first = thread; first < count; first += kBatch * threads) {
+    uint32_t at[kBatch];
+    float4 sum[kBatch];
+#pragma unroll
+    for (int i = 0; i < kBatch; ++i) {
+      const int e = first + i * threads;
+      at[i] = e < count ? place(e) : 0;
+      sum[i] = make_float4(0, 0, 0, 0);
+    }
+    for (int k = 0; k < cluster; k += 2) {
+      const int v_rank = (rank + k) % cluster, w_rank = (rank + k + 1) % cluster;
+      float4 v[kBatch], w[kBatch];
+#pragma unroll
+      for (int i = 0; i < kBatch; ++i) {
+        v[i] = at[i] != 0 ? LoadRemote(at[i], v_rank) : make_float4(0, 0, 0, 0);
+      }
+#pragma unroll
+      for (int i = 0; i < kBatch; ++i) {
+        w[i] = at[i] != 0 ? LoadRemote(at[i], w_rank) : make_float4(0, 0, 0, 0);
+      }
+#pragma unroll
+      for (int i = 0; i < kBatch; ++i) {
+        add(sum[i], v[i]);
+        add(sum[i], w[i]);
+      }
+    }
+#pragma unroll
+    for (int i = 0; i < kBatch; ++i) {
+      if (at[i] != 0) StoreShared(at[i], sum[i]);
+    }
+  }
 }
 
 #endif

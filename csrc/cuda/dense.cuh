@@ -539,8 +539,9 @@ __device__ inline bool StoresTile(const DenseArgs& a, const DenseRank& rank, int
   return tile / 4 * 32 / max(a.store_columns, 32) % a.split == rank.split;
 }
 
-// The sums of blocks that share an item, added up in the order of their ranks: of a block's own
-// columns. All blocks put theirs at `sums` first, sixteen bytes a thread and tile.
+// The sums of blocks that share an item, added up in the order of their ranks from the block's own
+// on, so that not all read the same block's: of a block's own columns. All blocks put theirs at
+// `sums` first, sixteen bytes a thread and tile.
 template <int MT, int NT>
 __device__ inline void AddUp(const DenseArgs& a, const DenseRank& mine, uint32_t sums,
                              float (&acc)[MT][4 * NT]) {
@@ -562,7 +563,8 @@ __device__ inline void AddUp(const DenseArgs& a, const DenseRank& mine, uint32_t
 #pragma unroll
       for (int i = 0; i < 4 * kTiles; ++i) acc[mt][4 * first + i] = 0;
     }
-    for (int rank = mine.pair; rank < a.cluster; rank += a.pair) {
+    for (int i = 0; i < a.split; ++i) {
+      const int rank = mine.pair + (mine.split + i) % a.split * a.pair;
       float4 v[kTiles][MT];  // under way at once
 #pragma unroll
       for (int j = 0; j < kTiles; ++j) {

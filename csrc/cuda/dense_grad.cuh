@@ -450,50 +450,48 @@ __device__ inline void MultiplyDenseGrad(const DenseGradArgs& a, const DenseGrad
   }
 }
 
-// The results of a cluster of blocks, added up in order; each block writes some of the rows, taps
-// next to each other, so that sectors are whole where taps are neighbours.
+// The results of a cluster of blocks, added up; each block writes some of the rows, taps next to
+// each other, so that sectors are whole where taps are neighbours.
 template <class T, DenseGradFrom kFrom, class Out, int NT>
 __device__ inline void StoreDenseGrad(const DenseGradArgs& a, const DenseGradBlock& block,
                                       const char* shared) {
   constexpr int kColumns = 8 * NT, kPitch = kColumns + 8;
-  constexpr int kBatch = 8;  // loads of a thread under way: other blocks' memory is far
-  const int lane = threadIdx.x % 32;
-  const uint32_t results = SharedAddress(shared) + a.smem_stages;
-  const int rows = min(64 * a.row_blocks, a.cig - block.ci);
+  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   const int columns = min(kColumns, a.cog - block.co);
+  // Rows of this block: every so manieth.
+  const int rows =
+      (min(64 * a.row_blocks, a.cig - block.ci) - block.rank + a.cluster - 1) / a.cluster;
+  const auto staged_row = [&](int r) {
+    return DenseGradRow<T, kFrom>(r * a.cluster + block.rank, 64 * a.row_blocks) * kPitch;
+  };
+  if (a.cluster > 1) {
+    const uint32_t results = SharedAddress(shared) + a.smem_stages;
+    const int count = rows * a.chunk_taps * (kColumns / 4);
+    const auto place = [&](int i) -> uint32_t {
+      const int up = i / (kColumns / 4), r = Divide(up, a.by_chunk_taps);
+      const int t = up - r * a.chunk_taps;
+      if (t >= block.taps) return 0;
+      return results + 4 * (t * a.tap_pitch + staged_row(r)) + 16 * (i % (kColumns / 4));
+    };
+    AddUpInPlace(a.cluster, block.rank, count, threadIdx.x, kDenseGradThreads, place);
+    __syncthreads();
+  }
+  const float* results = reinterpret_cast<const float*>(shared + a.smem_stages);
   Out* out = static_cast<Out*>(a.out) + block.part * a.w_elements;
-  for (int r = threadIdx.x / 32 * a.cluster + block.rank; r < rows;
-       r += kDenseGradThreads / 32 * a.cluster) {
-    const int64_t row = (int64_t{block.group} * a.cig + block.ci + r) * a.cog + block.co;
-    const int staged_row = DenseGradRow<T, kFrom>(r, 64 * a.row_blocks);
-    const int elements = columns * a.chunk_taps;
-    for (int first = lane; first < elements; first += 32 * kBatch) {
-      uint32_t from[kBatch];
-      int to[kBatch];  // or -1
-      float sum[kBatch];
+  constexpr int kBatch = 4;  // of a lane
+  const int elements = columns * a.chunk_taps;
+  const int batches = (elements + 32 * kBatch - 1) / (32 * kBatch);
+  for (int unit = warp; unit < rows * batches; unit += kDenseGradThreads / 32) {
+    const int r = unit / batches, first = (unit - r * batches) * 32 * kBatch + lane;
+    const int ci = block.ci + r * a.cluster + block.rank;
+    const int64_t row = (int64_t{block.group} * a.cig + ci) * a.cog + block.co;
+    const float* from = results + staged_row(r);
 #pragma unroll
-      for (int i = 0; i < kBatch; ++i) {
-        const int e = first + 32 * i, c = Divide(e, a.by_chunk_taps), t = e - c * a.chunk_taps;
-        const bool inside = e < elements && t < block.taps;
-        to[i] = inside ? c * a.taps + a.tap[block.first_tap + t] : -1;
-        from[i] = results;
-        if (inside) {
-          from[i] +=
-              4 * (t * a.tap_pitch + staged_row * kPitch + DenseGradRow<T, kFrom>(c, kColumns));
-        }
-        sum[i] = 0;
-      }
-      for (int rank = 0; rank < a.cluster; ++rank) {
-        float v[kBatch];
-#pragma unroll
-        for (int i = 0; i < kBatch; ++i) v[i] = LoadOfBlock(from[i], rank);
-#pragma unroll
-        for (int i = 0; i < kBatch; ++i) sum[i] += v[i];
-      }
-#pragma unroll
-      for (int i = 0; i < kBatch; ++i) {
-        if (to[i] >= 0) out[row * a.taps + to[i]] = FromAccumulator<Out>(sum[i]);
-      }
+    for (int i = 0; i < kBatch; ++i) {
+      const int e = first + 32 * i, c = Divide(e, a.by_chunk_taps), t = e - c * a.chunk_taps;
+      if (e >= elements || t >= block.taps) continue;
+      const float sum = from[t * a.tap_pitch + DenseGradRow<T, kFrom>(c, kColumns)];
+      out[row * a.taps + c * a.taps + a.tap[block.first_tap + t]] = FromAccumulator<Out>(sum);
     }
   }
 }
