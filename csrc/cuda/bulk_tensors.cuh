@@ -40,9 +40,10 @@ __device__ inline void StoreBox(const CUtensorMap* map, uint32_t from, int c, in
       "r"(c), "r"(w), "r"(h), "r"(d), "r"(n), "r"(from)
       : "memory");
 }
-// Until all boxes have been read from shared memory.
+// Until all boxes, but for so many, have been read from shared memory.
+template <int kLeft>
 __device__ inline void WaitForReads() {
-  asm volatile("cp.async.bulk.wait_group.read 0;" ::: "memory");
+  asm volatile("cp.async.bulk.wait_group.read %0;" ::"n"(kLeft) : "memory");
 }
 __device__ inline void WaitForStores() { asm volatile("cp.async.bulk.wait_group 0;" ::: "memory"); }
 

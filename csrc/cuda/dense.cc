@@ -18,11 +18,12 @@ namespace {
 
 constexpr int64_t kIntMax = std::numeric_limits<int32_t>::max();
 constexpr int kSharedMemory = 227 * 1024;  // that a block may have
-constexpr int kQuad = 4;                   // steps
+constexpr int kQuad = kDenseQuad;
 constexpr int kMaxBox = 256;               // of a bulk tensor copy
 
 constexpr int64_t CeilDiv(int64_t a, int64_t b) { return (a + b - 1) / b; }
 constexpr int64_t RoundUp(int64_t a, int64_t b) { return CeilDiv(a, b) * b; }
+constexpr int64_t FloorMod(int64_t a, int64_t b) { return a - FloorDiv(a, b) * b; }
 constexpr int PadToQuads(int64_t steps) { return static_cast<int>(RoundUp(steps, kQuad)); }
 
 std::string Refuse(const Problem& p, const Device& device) {
@@ -70,6 +71,20 @@ std::string RefuseFolding(const Problem& p) {
   return "";
 }
 
+// Why groups cannot lie beside each other: a sentence's end. Empty: they can.
+std::string RefuseGrouped(const Problem& p) {
+  if (!p.channels_last) return "takes channels last";
+  if (p.groups == 1) return "takes several groups";
+  const bool forward = p.pass == Pass::kForward;
+  if ((forward ? p.cig() : p.cog()) * SizeOf(p.in_dtype) != 32) {
+    return "takes 32 bytes of channels a group in the input, or half of that";
+  }
+  if (p.in_dtype == DType::kF32 && p.precision == Precision::kHighest) {
+    return "has no registers for split operands";
+  }
+  return "";
+}
+
 // Products of a step: float32 operands at the highest precision are split in two.
 int Terms(const Problem& p) {
   return p.in_dtype == DType::kF32 && p.precision == Precision::kHighest ? 3 : 1;
@@ -92,6 +107,10 @@ struct Shape {
   std::array<std::vector<AxisGroup>, kAxes> groups;
   bool folded;
   AxisGroup fold;  // of the last axis, whose taps are columns
+  // Groups beside each other, or 1. Then all phases are of one program, whatever they read: `taps`
+  // of an axis are indices of its sources, for q = 0.
+  int sets = 1;
+  std::array<std::vector<int64_t>, kAxes> sources;
 };
 
 std::vector<AxisGroup> GroupsOf(const Problem& p, int axis, bool forward) {
@@ -168,6 +187,60 @@ Shape ShapeOf(const Problem& p, int row_bytes, bool folded) {
   return s;
 }
 
+// Groups beside each other. `block` neighbouring outputs of each phase (of an axis) become phases,
+// which is a correlation of so many times the strides: of b outputs so + r reads si * b + source.
+Shape GroupedShapeOf(const Problem& p, int sets, const std::array<int, kAxes>& block) {
+  Shape s = ShapeOf(p, 32 * sets, false);
+  s.sets = sets;
+  s.columns = s.jg;
+  s.cg *= sets;
+  s.jg *= sets;
+  s.chunks = 1;
+  s.full_steps = s.last_steps = sets;
+  s.phases = 1;
+  s.programs = 1;
+  s.fused = true;
+  for (int a = 0; a < kAxes; ++a) {
+    s.so[a] *= block[a];
+    s.si[a] *= block[a];
+    s.q_size[a] = CeilDiv(s.out_size[a], s.so[a]);
+    s.phases *= s.so[a];
+    // Forward: output q * so + r takes tap t from source i where i * stride + t * d - p is it.
+    std::vector<int64_t>& sources = s.sources[a];
+    for (int r = 0; r < s.so[a]; ++r) {
+      for (int64_t t = 0; t < p.k[a]; ++t) {
+        const int64_t shift = t * p.dilation[a] - p.pad[a];
+        if (s.forward && FloorMod(r - shift, p.stride[a]) != 0) continue;
+        sources.push_back(s.forward ? (r - shift) / p.stride[a] : r * p.stride[a] + shift);
+      }
+    }
+    std::sort(sources.begin(), sources.end());
+    sources.erase(std::unique(sources.begin(), sources.end()), sources.end());
+    std::map<int64_t, AxisGroup> by_residue;
+    s.reach[a] = 0;
+    for (size_t i = 0; i < sources.size(); ++i) {
+      AxisGroup& g = by_residue[FloorMod(sources[i], s.si[a])];
+      if (g.taps.empty()) g.first = sources[i];
+      g.phase = 0;
+      g.taps.push_back(static_cast<int>(i));
+      g.places.push_back(static_cast<int>((sources[i] - g.first) / s.si[a]));
+      s.reach[a] = std::max(s.reach[a], g.places.back());
+    }
+    s.groups[a].clear();
+    for (const auto& [residue, g] : by_residue) s.groups[a].push_back(g);
+  }
+  s.columns *= s.phases;
+  return s;
+}
+
+// Which tap of an axis reads a source, both for q = 0, for a phase; or -1.
+int TapOf(const Problem& p, const Shape& s, int axis, int64_t source, int64_t phase) {
+  const int64_t stride = p.stride[axis], d = p.dilation[axis];
+  const int64_t t =
+      (s.forward ? phase - source * stride : source - phase * stride) + p.pad[axis];
+  return FloorMod(t, d) == 0 && t >= 0 && t / d < p.k[axis] ? static_cast<int>(t / d) : -1;
+}
+
 Sizes PhaseOf(const Shape& s, int phase) {
   return {phase / s.so[2] / s.so[1], phase / s.so[2] % s.so[1], phase % s.so[2]};
 }
@@ -200,7 +273,9 @@ std::vector<int> PhasesByWork(const Shape& s) {
 std::string ListPrograms(const Shape& s, const Problem& p, DensePlan& plan) {
   DenseArgs& a = plan.args;
   DensePack& k = plan.pack;
+  GroupedPack& grouped = plan.grouped;
   int shifts = 0, entries = 0, segments = 0;
+  grouped.slots = 0;
   plan.residues.clear();
   std::fill(std::begin(k.tap_segment), std::end(k.tap_segment), DensePack::kUnused);
   a.total_steps = 0;
@@ -212,7 +287,7 @@ std::string ListPrograms(const Shape& s, const Problem& p, DensePlan& plan) {
     std::vector<const AxisGroup*> mine;
     for (const AxisGroup& g : s.groups[axis]) {
       if (g.phase == phase || s.fused) mine.push_back(&g);
-      if (s.fused) break;
+      if (s.fused && s.sets == 1) break;
     }
     return mine;
   };
@@ -241,7 +316,7 @@ std::string ListPrograms(const Shape& s, const Problem& p, DensePlan& plan) {
           }
           if (!sources) continue;  // they are zeros
           // Segments of one residue are the forward's, where the stride is of the outputs.
-          if (!s.forward || plan.residues.empty()) plan.residues.push_back(residue);
+          if (!s.forward || s.sets > 1 || plan.residues.empty()) plan.residues.push_back(residue);
           segment.map = static_cast<int16_t>(plan.residues.size() - 1);
           segment.first_shift = static_cast<int16_t>(shifts);
           segment.taps = static_cast<int16_t>(d->taps.size() * h->taps.size() * w->taps.size());
@@ -250,9 +325,19 @@ std::string ListPrograms(const Shape& s, const Problem& p, DensePlan& plan) {
           for (size_t td = 0; td < d->taps.size(); ++td) {
             for (size_t th = 0; th < h->taps.size(); ++th) {
               for (size_t tw = 0; tw < w->taps.size(); ++tw, ++shifts) {
+                if (shifts == DenseArgs::kMaxTaps) {
+                  return "takes at most " + std::to_string(DenseArgs::kMaxTaps) + " places";
+                }
                 a.shift[shifts] = static_cast<uint16_t>(d->places[td] * a.in_pitch[1] +
                                                         h->places[th] * a.in_pitch[2] +
                                                         w->places[tw] * a.in_pitch[3]);
+                if (s.sets > 1) {
+                  grouped.slot[grouped.slots++] = {{static_cast<uint8_t>(d->taps[td]),
+                                                    static_cast<uint8_t>(h->taps[th]),
+                                                    static_cast<uint8_t>(w->taps[tw])},
+                                                   1};
+                  continue;
+                }
                 const int row = d->taps[td] * static_cast<int>(p.k[1]) + h->taps[th];
                 const std::vector<int> columns{w->taps[tw]};
                 int phase = 0;
@@ -271,6 +356,9 @@ std::string ListPrograms(const Shape& s, const Problem& p, DensePlan& plan) {
           const int last = PadToQuads(int64_t{segment.taps} * s.last_steps);
           entries += full + last;
           a.total_steps += full * (s.chunks - 1) + last;
+          while (s.sets > 1 && grouped.slots * s.sets < a.total_steps) {
+            grouped.slot[grouped.slots++] = {};
+          }
           ++segments;
         }
       }
@@ -278,7 +366,7 @@ std::string ListPrograms(const Shape& s, const Problem& p, DensePlan& plan) {
     mine.segments = static_cast<int16_t>(segments - mine.first_segment);
     mine.quads = (a.total_steps - mine.steps) / kQuad;
   }
-  if (s.fused) {
+  if (s.fused && s.sets == 1) {
     // Every phase has the taps of phase 0 in the same order.
     for (size_t d = 0; d < s.groups[0].size(); ++d) {
       for (size_t h = 0; h < s.groups[1].size(); ++h) {
@@ -301,6 +389,9 @@ std::string ListPrograms(const Shape& s, const Problem& p, DensePlan& plan) {
     }
   }
   a.segments = segments;
+  if (s.sets > 1 && segments + s.phases > DenseArgs::kMaxSegments + 1) {
+    return "takes fewer residues and phases";
+  }
   return "";
 }
 
@@ -312,6 +403,8 @@ constexpr TileShape kTileShapes[] = {{2, 32}, {4, 32}, {2, 48},  {2, 64},
 // Those of folded taps: all columns of some channels.
 constexpr TileShape kFoldedShapes[] = {{2, 48}, {2, 72}, {2, 80}, {2, 96}, {2, 112}};
 constexpr int kFoldedSources = 64;  // of a row
+// Those of groups beside each other: how many, and columns of each.
+constexpr TileShape kGroupedShapes[] = {{2, 32}, {2, 64}, {2, 96}, {2, 128}, {4, 32}, {4, 64}};
 // How blocks share work: see DenseArgs.
 struct Cluster {
   int split = 1, pair = 1;
@@ -445,6 +538,8 @@ bool Fill(const Problem& p, const Device& device, const Shape& s, const Candidat
   a.column_tiles = static_cast<int>(CeilDiv(s.columns, c.shape.columns));
   a.columns = s.columns;
 
+  a.sets = s.sets;
+  const int patches = s.sets > 1 ? 1 : c.shape.mt;  // that a group of warps multiplies
   a.fold_channels = 0;
   if (s.folded) {
     a.fold_channels = c.shape.columns / a.fold_taps;
@@ -454,12 +549,14 @@ bool Fill(const Problem& p, const Device& device, const Shape& s, const Candidat
   const int out_element = static_cast<int>(SizeOf(p.out_dtype));
   a.store_columns = c.store_bytes / out_element;
   if (a.store_columns < 8) return false;
-  if (!s.folded && (s.jg % a.store_columns != 0 || c.shape.columns % a.store_columns != 0)) {
+  if (s.sets > 1 ? s.jg != a.store_columns
+                 : !s.folded && (s.jg % a.store_columns != 0 ||
+                                 c.shape.columns % a.store_columns != 0)) {
     return false;
   }
   a.store_bytes = c.store_bytes;
   a.store_swizzle = c.store_bytes > 16 ? c.store_bytes - 16 : 0;
-  const int64_t part_rows = int64_t{c.shape.mt} * 64;
+  const int64_t part_rows = int64_t{patches} * 64;
   a.store_pitch = static_cast<int>(RoundUp(
       a.rows ? a.store_columns * (part_rows * out_element + 16) : part_rows * c.store_bytes, 1024));
 
@@ -470,7 +567,13 @@ bool Fill(const Problem& p, const Device& device, const Shape& s, const Candidat
   const int quad_bytes = kQuad * c.shape.columns * 32;
   int64_t entries = 0, segments = 1;
   for (int i = 0; i < kAxes; ++i) segments *= static_cast<int64_t>(s.groups[i].size());
-  const int64_t places = Product(p.k) / (s.folded ? p.k[2] : 1);
+  int64_t places = Product(p.k) / (s.folded ? p.k[2] : 1);
+  if (s.sets > 1) {
+    places = 1;
+    for (const std::vector<int64_t>& sources : s.sources) {
+      places *= static_cast<int64_t>(sources.size());
+    }
+  }
   entries = 16 * (places * (s.full_steps + s.last_steps) + 2 * kQuad * segments) / 4;
   int64_t smem = 8 * (3 * DenseArgs::kMaxBuffers + 2 * DenseArgs::kMaxRing);
   const auto place = [&](int& at, int64_t bytes, int64_t alignment) {
@@ -482,7 +585,7 @@ bool Fill(const Problem& p, const Device& device, const Shape& s, const Candidat
   if (pixels > 65535 || !place(a.smem_pixels, a.rows ? int64_t{c.shape.mt} * 128 * 4 : 0, 16) ||
       !place(a.smem_sources, a.rows ? pixels * 4 : 0, 16) ||
       !place(a.smem_entries, entries + 16, 16) ||
-      !place(a.smem_out, int64_t{4} * a.store_pitch, 1024) ||
+      !place(a.smem_out, int64_t{s.sets > 1 ? 8 : 4} * a.store_pitch, 1024) ||
       !place(a.smem_in, int64_t{a.buffers} * a.stage_bytes, 1024) ||
       !place(a.smem_ring, 2 * quad_bytes, 128)) {
     return false;
@@ -493,10 +596,11 @@ bool Fill(const Problem& p, const Device& device, const Shape& s, const Candidat
   const int sums_bytes = c.shape.mt * c.shape.columns * 512;
   if (a.split > 1 && a.smem_ring + a.ring * quad_bytes - a.smem_in < sums_bytes) return false;
   a.resident = false;
-  const int64_t items = CeilDiv(tiles, a.pair) * p.groups * s.programs * a.column_tiles;
+  const int64_t groups = p.groups / s.sets;
+  const int64_t items = CeilDiv(tiles, a.pair) * groups * s.programs * a.column_tiles;
   if (items > kIntMax / 2) return false;  // a block's next item is counted in 32 bits, too
   a.items = static_cast<int>(items);
-  a.groups = static_cast<int>(p.groups);
+  a.groups = static_cast<int>(groups);
   a.n = static_cast<int>(p.n);
   plan.mt = c.shape.mt;
   plan.columns = c.shape.columns;
@@ -507,7 +611,7 @@ bool Fill(const Problem& p, const Device& device, const Shape& s, const Candidat
   // The model counts cycles of a tile: of the tensor cores, of shared memory, of stages that arrive
   // late, of stores, and of copies from the L2 cache; against the bytes of device memory. Its
   // factors are fitted to times on an H200.
-  const int groups_m = 2 * c.shape.mt;
+  const int groups_m = 2 * patches;
   double steps = 0, stages = 0;  // over all programs
   for (const AxisGroup& d : s.groups[0]) {
     for (const AxisGroup& h : s.groups[1]) {
@@ -519,12 +623,12 @@ bool Fill(const Problem& p, const Device& device, const Shape& s, const Candidat
     }
   }
   const double programs = s.programs;
-  if (s.fused) {
+  if (s.fused && s.sets == 1) {
     steps /= s.phases;
     stages /= s.phases;
   }
   const double weights = steps / kQuad * quad_bytes;
-  a.resident = a.cluster == 1 && programs * static_cast<double>(p.groups) * a.column_tiles == 1 &&
+  a.resident = a.cluster == 1 && programs * static_cast<double>(groups) * a.column_tiles == 1 &&
                weights <= static_cast<double>(a.ring) * quad_bytes;
   if (a.ring < 4 && !a.resident) return false;  // copies would not hide their latency
   const double stage_bytes = static_cast<double>(pixels) * s.row_bytes;
@@ -544,10 +648,11 @@ bool Fill(const Problem& p, const Device& device, const Shape& s, const Candidat
   const double each = stages > 0 ? multiply / stages : 0;  // of a stage
   const double staged =
       stages * std::max({each, (late + each) / c.buffers, a.rows ? loads : rounding});
-  const double results = groups_m * 64.0 * c.shape.columns;
+  const double results = groups_m * 64.0 * c.shape.columns * s.sets;
   // Folded sums are stored and read again, the stores by two ways at once.
   const double stores = a.rows     ? results / 32 * (4 + 7 * lines(a.axis[2].part, s.so[2]))
                         : s.folded ? results * 12 / 128 + 300.0 * groups_m
+                        : s.sets > 1 ? results / 10 + 450.0 * s.phases
                                    : results / 8 + 900.0 * c.shape.columns / a.store_columns;
   const double fetched = stages * stage_bytes + (a.resident ? 0 : weights / a.pair);
   const double l2 = fetched / (kL2Bandwidth / kClock / device.multiprocessors);
@@ -577,7 +682,7 @@ bool Fill(const Problem& p, const Device& device, const Shape& s, const Candidat
                            static_cast<double>(SizeOf(p.out_dtype));
   const double in_bytes =
       static_cast<double>(s.forward ? p.XElements() : p.YElements()) * s.element;
-  plan.weights_bytes = p.groups * int64_t{a.column_tiles} * a.total_steps * c.shape.columns * 32;
+  plan.weights_bytes = groups * a.column_tiles * a.total_steps * c.shape.columns * 32;
   const auto packed = static_cast<double>(plan.weights_bytes);
   const double memory = (in_bytes + out_bytes + packed) / kBandwidth;
   plan.pack_seconds = 3e-6 + packed / kPackBandwidth;
@@ -664,6 +769,25 @@ void Complete(const Problem& p, const Shape& s, DensePlan& plan) {
   a.band_items = a.band * a.column_tiles * a.programs;
   plan.smem = a.smem_ring + a.ring * kQuad * plan.columns * 32;
   const int64_t taps = Product(p.k), co_step = p.cog() * taps;
+  if (s.sets > 1) {
+    GroupedPack& g = plan.grouped;
+    g.w_g_step = p.cig() * co_step;
+    g.w_c_step = s.forward ? co_step : taps;
+    g.w_j_step = s.forward ? taps : co_step;
+    g.sets = s.sets;
+    g.jg = s.jg / s.sets;
+    g.columns = s.columns;
+    for (int i = 0; i < kAxes; ++i) {
+      g.k[i] = static_cast<int>(p.k[i]);
+      g.so[i] = s.so[i];
+      for (size_t source = 0; source < s.sources[i].size(); ++source) {
+        for (int phase = 0; phase < s.so[i]; ++phase) {
+          g.tap[i][source][phase] =
+              static_cast<int16_t>(TapOf(p, s, i, s.sources[i][source], phase));
+        }
+      }
+    }
+  }
   k.w_g_step = p.cig() * co_step;
   k.w_c_step = s.forward ? co_step : taps;
   k.w_j_step = s.forward ? taps : co_step;
@@ -675,7 +799,7 @@ void Complete(const Problem& p, const Shape& s, DensePlan& plan) {
   k.tiles = plan.columns / 8;
   k.used_tiles = s.columns / 8;
   k.phase_tiles = (s.folded ? a.fold_channels : s.jg) / 8;
-  PlanPack(s, k, plan.pack_grid);
+  if (s.sets == 1) PlanPack(s, k, plan.pack_grid);
   k.chunks = s.chunks;
   k.chunk_channels = s.chunk_channels;
   k.full_steps = s.full_steps;
@@ -717,17 +841,18 @@ void SearchTiles(const Problem& p, const Device& device, const Shape& s, const D
   if (!best.refusal.empty()) return;
   bool better = false;
   const auto allowed = [](int want, int64_t have) { return want == 0 || want == have; };
-  const bool can_cluster = p.channels_last && s.terms == 1 && !s.folded;
+  const bool can_cluster = p.channels_last && s.terms == 1 && !s.folded && s.sets == 1;
   const bool can_pair = s.element == 4;  // of 16 bits no pair was faster
-  const std::vector<TileShape> shapes =
-      s.folded ? std::vector<TileShape>(std::begin(kFoldedShapes), std::end(kFoldedShapes))
-               : std::vector<TileShape>(std::begin(kTileShapes), std::end(kTileShapes));
+  std::vector<TileShape> shapes(std::begin(kTileShapes), std::end(kTileShapes));
+  if (s.folded) shapes.assign(std::begin(kFoldedShapes), std::end(kFoldedShapes));
+  if (s.sets > 1) shapes = {{s.sets, s.columns}};
   for (const TileShape& shape : shapes) {
     // Split operands have two sets of sums, which leaves no registers for large tiles.
     if (s.terms > 1 && (shape.mt > 2 || shape.mt * shape.columns > 128)) continue;
     if (!allowed(forced.mt, shape.mt) || !allowed(forced.columns, shape.columns)) continue;
     // Doublings of a patch: to `mt` patches, and once more, to the parts of both groups of warps.
-    const int doublings = shape.mt == 4 ? 3 : shape.mt == 2 ? 2 : 1;
+    const int patches = s.sets > 1 ? 1 : shape.mt;
+    const int doublings = patches == 4 ? 3 : patches == 2 ? 2 : 1;
     for (const Patch& patch : kPatches) {
       if (!allowed(forced.inside, patch.images ? 2 : 1)) continue;
       // Images where eight neighbours along the last axis are often too many.
@@ -778,30 +903,67 @@ void SearchTiles(const Problem& p, const Device& device, const Shape& s, const D
   if (better) Complete(p, s, best);
 }
 
+// Searches blocks of neighbouring outputs, as many as make up the columns of a shape.
+void SearchGrouped(const Problem& p, const Device& device, const DenseTile& forced,
+                   DensePlan& best) {
+  const bool forward = p.pass == Pass::kForward;
+  const int64_t jg = forward ? p.cog() : p.cig();
+  const Sizes size = forward ? p.osize : p.isize;
+  for (const TileShape& shape : kGroupedShapes) {
+    if (p.groups % shape.mt != 0) continue;
+    std::array<int, kAxes> b;
+    for (b[0] = 1; b[0] <= 8; b[0] *= 2) {
+      for (b[1] = 1; b[1] <= 8; b[1] *= 2) {
+        for (b[2] = 1; b[2] <= 8; b[2] *= 2) {
+          int64_t columns = jg;
+          bool fits = true;
+          for (int i = 0; i < kAxes; ++i) {
+            const int64_t phases = (forward ? p.stride[i] : 1) * b[i];
+            const int64_t reach = (p.k[i] - 1) * p.dilation[i] + (b[i] - 1) * p.stride[i];
+            columns *= phases;
+            fits = fits && phases <= std::min<int64_t>(GroupedPack::kMaxPhases, size[i]) &&
+                   reach < GroupedPack::kMaxSources;
+          }
+          if (!fits || columns != shape.columns) continue;
+          DensePlan plan = best;
+          SearchTiles(p, device, GroupedShapeOf(p, shape.mt, b), forced, plan);
+          if (plan.refusal.empty()) best = plan;
+        }
+      }
+    }
+  }
+}
+
 DensePlan PlanMerged(const Problem& p, const Device& device, const DenseTile& forced) {
   DensePlan best{};
   best.refusal = Refuse(p, device);
-  const std::string cannot_fold = RefuseFolding(p);
-  const bool plain = forced.folding != Folding::kLastAxis;
-  const bool folded = forced.folding != Folding::kNone && cannot_fold.empty();
-  if (best.refusal.empty() && !plain) best.refusal = cannot_fold;
+  const std::string cannot_fold = RefuseFolding(p), cannot_group = RefuseGrouped(p);
+  const auto wants = [&](DenseForm form) {
+    return forced.form == DenseForm::kAny || forced.form == form;
+  };
+  if (best.refusal.empty() && forced.form == DenseForm::kFold) best.refusal = cannot_fold;
+  if (best.refusal.empty() && forced.form == DenseForm::kGrouped) best.refusal = cannot_group;
   if (!best.refusal.empty()) return best;
   best.seconds = std::numeric_limits<double>::infinity();
   const int64_t bytes = (p.pass == Pass::kForward ? p.cig() : p.cog()) * SizeOf(p.in_dtype);
   const int row_bytes = bytes > 64 ? 128 : bytes > 32 ? 64 : 32;
   // Shorter rows make more but smaller stages.
   const int least = std::max(32, row_bytes / (Terms(p) + 1));
-  for (int rows = row_bytes; plain && rows >= least; rows /= 2) {
+  for (int rows = row_bytes; wants(DenseForm::kPlain) && rows >= least; rows /= 2) {
     SearchTiles(p, device, ShapeOf(p, rows, false), forced, best);
     if (!best.refusal.empty()) return best;
   }
+  const bool folded = wants(DenseForm::kFold) && cannot_fold.empty();
   for (int rows = row_bytes; folded && rows >= 32; rows /= 2) {
     SearchTiles(p, device, ShapeOf(p, rows, true), forced, best);
     if (!best.refusal.empty()) return best;
   }
+  if (wants(DenseForm::kGrouped) && cannot_group.empty()) SearchGrouped(p, device, forced, best);
   if (best.seconds == std::numeric_limits<double>::infinity()) {
-    best.refusal = plain ? "finds no tile whose inputs fit into shared memory"
-                         : "finds no tile for these taps and channels";
+    best.refusal = forced.form == DenseForm::kFold ? "finds no tile for these taps and channels"
+                   : forced.form == DenseForm::kGrouped
+                       ? "finds no phases or neighbouring outputs that make up its columns"
+                       : "finds no tile whose inputs fit into shared memory";
   }
   return best;
 }
@@ -830,14 +992,15 @@ DensePlan MakePlan(const Problem& p, const Device& device, const DenseTile& forc
   }
   return best;
 }
-// The rows "dense" and "fold" are one kernel. What refuses them and what they cost differ, so each
-// has a name by which it is chosen, forced and tested.
-template <Folding kFolding>
+
+// The rows "dense", "fold" and "grouped" are one kernel. What refuses them and what they cost
+// differ, so each has a name by which it is chosen, forced and tested.
+template <DenseForm kForm>
 struct DenseRow {
   static const DensePlan& PlanOf(const Problem& p, const Device& d) {
     return Remember<DensePlan>(p, d, [&] {
       DenseTile tile;
-      tile.folding = kFolding;
+      tile.form = kForm;
       return MakePlan(p, d, tile);
     });
   }
@@ -901,6 +1064,9 @@ cudaError_t PrepareDense(const Problem& p, const Operands& ops, const DensePlan&
   launch.expanded = static_cast<char*>(ops.workspace) + plan.weights_bytes;
   pack.w = plan.merged > 1 ? launch.expanded : ops.w;
   pack.weights = ops.workspace;
+  launch.grouped = plan.grouped;
+  launch.grouped.w = pack.w;
+  launch.grouped.weights = pack.weights;
   launch.maps = {};
   cudaError_t status = cudaSuccess;
   CUtensorMap* map = launch.maps.map;
@@ -934,8 +1100,9 @@ cudaError_t RunDense(const Problem& p, const DensePlan& plan, const DenseLaunch&
 
 void AddDense(std::vector<Row>& rows) {
   for (Pass pass : {Pass::kForward, Pass::kInputGrad}) {
-    rows.push_back(DenseRow<Folding::kNone>::Of("dense", pass));
-    rows.push_back(DenseRow<Folding::kLastAxis>::Of("fold", pass));
+    rows.push_back(DenseRow<DenseForm::kPlain>::Of("dense", pass));
+    rows.push_back(DenseRow<DenseForm::kFold>::Of("fold", pass));
+    rows.push_back(DenseRow<DenseForm::kGrouped>::Of("grouped", pass));
   }
 }
 

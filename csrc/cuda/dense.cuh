@@ -10,6 +10,7 @@
 #include "cuda/bulk_tensors.cuh"
 #include "cuda/correlate.cuh"
 #include "cuda/dense.h"
+#include "cuda/dense_pack.cuh"
 #include "cuda/dependent_launch.cuh"
 #include "cuda/dtypes.cuh"
 
@@ -19,9 +20,12 @@ inline constexpr int kDenseGroups = 2, kDenseThreads = 128 * (kDenseGroups + 2);
 inline constexpr int kDenseWarps = 4 * kDenseGroups;  // that multiply
 inline constexpr int kDenseLoaders = 224;             // threads that stage rows
 inline constexpr int kDenseRounders = 192;            // threads that round to TF32
-inline constexpr int kDenseQuad = 4;
 
-enum class DenseMode { kPlain, kRows, kExact, kShare, kSplit, kFold };
+enum class DenseMode { kPlain, kRows, kExact, kShare, kSplit, kFold, kGrouped };
+
+// Results of a group of warps on their way out at once, by bulk copies. With groups beside each
+// other a tile has many, and few products.
+constexpr int DenseStores(DenseMode mode) { return mode == DenseMode::kGrouped ? 4 : 2; }
 
 // Whether tensors have their channels first: known at compile time, but for kExact.
 template <DenseMode kMode>
@@ -112,218 +116,6 @@ __device__ inline int QuadsBefore(const DenseArgs& a, const DenseProgram& progra
   const DenseSegment& s = a.segment[program.first_segment + segment];
   return (s.steps - program.steps) / kDenseQuad +
          stage % a.chunks * ((s.taps * a.full_steps + kDenseQuad - 1) / kDenseQuad);
-}
-
-// The high part of a float32 value and what is left of it. With split operands ("highest") each
-// step is three: high by high, low pixels by high weights, and high by low.
-struct SplitTF32 {
-  uint32_t high;
-  float value;
-  __device__ explicit SplitTF32(float v) : high(RoundTF32(v)), value(v) {}
-  __device__ uint32_t Low() const {
-    float rounded;
-    asm("mov.b32 %0, %1;" : "=f"(rounded) : "r"(high));
-    return RoundTF32(value - rounded);
-  }
-};
-
-inline constexpr int kDensePackLoaders = 8, kDensePackWarps = kDensePackLoaders + 1;
-
-// Eight columns by a step of channels of a tap: in the weights as wgmma reads them, two cores, each
-// of 16 bytes of channels a column.
-struct alignas(16) PackedTile {
-  int64_t to;  // in words, or -1
-  int from;    // in elements, of what a block has staged
-  int zeros;   // steps of padding after it
-};
-
-// `mine`: which eight columns of a phase.
-__device__ inline PackedTile PlaceTile(const DensePack& p, int group, int tap, int mine, int step) {
-  const auto padded = [](int n) { return (n + kDenseQuad - 1) / kDenseQuad * kDenseQuad; };
-  const int segment = p.tap_segment[tap], phase = p.tap_phase[tap], channel_tiles = p.jg / 8;
-  if (segment == DensePack::kUnused || mine >= p.all_tiles || step >= p.channel_steps) {
-    return {-1, 0, 0};
-  }
-  // Tiles beyond the channels put zeros into columns beyond the last one.
-  if (mine >= channel_tiles && phase != 0) return {-1, 0, 0};
-  const int beside = mine / p.phase_tiles, rest = mine - beside * p.phase_tiles;
-  const int column = mine < channel_tiles ? beside * p.tiles + phase * p.phase_tiles + rest
-                                          : p.used_tiles + mine - channel_tiles;
-  const int column_tile = column / p.tiles, chunk = step >> p.log_chunk;
-  const int steps = chunk == p.chunks - 1 ? p.last_steps : p.full_steps;
-  const int all = p.segment_taps[segment] * steps;
-  const int position = p.tap_position[tap] * steps + (step - (chunk << p.log_chunk)) * p.terms;
-  const int64_t at = (int64_t{group} * p.column_tiles + column_tile) * p.total_steps +
-                     p.steps[segment] + position +
-                     chunk * padded(p.segment_taps[segment] * p.full_steps);
-  return {(at * p.tiles + column - column_tile * p.tiles) * 64, 0,
-          position + p.terms == all ? padded(all) - all : 0};
-}
-
-// Weights as wgmma reads them: a core is eight columns by 16 bytes of channels. A block of threads
-// packs a few tiles of eight columns or steps of channels, and up to 32 taps. Eight warps read rows
-// as they lie in memory while one finds out where the tiles of each step of a tap go; then each
-// warp writes tiles. V: elements of a load.
-template <class T, int V>
-__global__ void __launch_bounds__(32 * kDensePackWarps)
-    PackDense(const __grid_constant__ DensePack p) {
-  constexpr int kC = 32 / sizeof(T), kBatch = 4;
-  constexpr int kStaged = kC * 8 * DensePack::kUnits + 128;  // those behind are not read
-  using Bits = std::conditional_t<sizeof(T) == 4, uint32_t, uint16_t>;
-  using Two = std::conditional_t<sizeof(T) == 4, uint2, uint32_t>;
-  using Loaded = std::conditional_t<V == 2, Two, Bits>;
-  __shared__ Bits staged[kStaged + 2];
-  __shared__ PackedTile tiles[DensePack::kUnits];
-  LetNextStart();
-  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-  const int group = blockIdx.z / p.ranges, tap0 = blockIdx.z % p.ranges * p.range;
-  const int taps = min(p.range, p.taps - tap0), log_units = p.log_tiles + p.log_steps;
-  const int tile0 = blockIdx.x << p.log_tiles, step0 = blockIdx.y << p.log_steps;
-  if (warp < kDensePackLoaders) {
-    // Either a row is a channel's weights and columns lie inside it, or the other way round.
-    const bool inside_j = p.columns_inside;
-    const int columns = 8 << p.log_tiles, channels = kC << p.log_steps;
-    const int j_left = p.jg - tile0 * 8, c_left = p.cg - step0 * kC;
-    const int rows = inside_j ? channels : columns, row = (inside_j ? columns : channels) * p.range;
-    const int row_pitch = inside_j ? p.c_pitch : p.j_pitch;
-    const int padding = (inside_j ? p.j_pitch : p.c_pitch) - p.range, gap = p.taps - p.range;
-    const Bits* w = static_cast<const Bits*>(p.w) + group * p.w_g_step +
-                    int64_t{step0} * kC * p.w_c_step + int64_t{tile0} * 8 * p.w_j_step + tap0;
-    for (int r = warp; r < rows; r += kDensePackLoaders) {
-      const int left = r < (inside_j ? c_left : j_left) ? inside_j ? j_left : c_left : 0;
-      const Bits* from =
-          left > 0 ? w + r * (inside_j ? p.w_c_step : p.w_j_step) : static_cast<const Bits*>(p.w);
-      for (int first = 0; first < row; first += 32 * kBatch * V) {
-        Loaded v[kBatch];
-        int at[kBatch];
-#pragma unroll
-        for (int k = 0; k < kBatch; ++k) {
-          const int i = first + (lane + 32 * k) * V;
-          const int inside = Divide(i, p.by_range), t = i - inside * p.range;
-          const bool valid = i < row && inside < left && t < taps;
-          const Bits* loaded = from + (valid ? i + inside * gap : 0);
-          v[k] = __ldg(reinterpret_cast<const Loaded*>(loaded));  // no branches
-          if (!valid) v[k] = Loaded{};
-          at[k] = i < row ? r * row_pitch + i + inside * padding : kStaged;
-        }
-        __syncwarp();  // all loads are under way before the first store waits
-#pragma unroll
-        for (int k = 0; k < kBatch; ++k) {
-          if constexpr (V == 1) {
-            staged[at[k]] = v[k];
-          } else if constexpr (sizeof(T) == 4) {
-            staged[at[k]] = v[k].x;
-            staged[at[k] + 1] = v[k].y;
-          } else {
-            staged[at[k]] = static_cast<Bits>(v[k]);
-            staged[at[k] + 1] = static_cast<Bits>(v[k] >> 16);
-          }
-        }
-      }
-    }
-  } else {
-    for (int i = lane; i < taps << log_units; i += 32) {
-      const int t = i >> log_units, unit = i & ((1 << log_units) - 1);
-      const int my_tile = p.columns_inside ? unit : 0, my_step = p.columns_inside ? 0 : unit;
-      tiles[i] = PlaceTile(p, group, tap0 + t, tile0 + my_tile, step0 + my_step);
-      tiles[i].from = my_step * kC * p.c_pitch + my_tile * 8 * p.j_pitch + t;
-    }
-  }
-  __syncthreads();
-  const int step_words = p.tiles * 64;
-  const Bits* mine = staged + lane / 4 * p.j_pitch + lane % 4 * (kC / 8) * p.c_pitch;
-  for (int i = warp; i < taps << log_units; i += kDensePackWarps) {
-    const PackedTile tile = tiles[i];
-    if (tile.to < 0) continue;
-    uint32_t* to = static_cast<uint32_t*>(p.weights) + tile.to + lane;
-#pragma unroll
-    for (int half = 0; half < 2; ++half, to += 32) {
-      const Bits* from = mine + tile.from + half * (kC / 2) * p.c_pitch;
-      if constexpr (sizeof(T) == 4) {
-        const SplitTF32 v(__uint_as_float(from[0]));
-        to[0] = v.high;
-        if (p.terms > 1) {
-          to[step_words] = v.high;
-          to[2 * step_words] = v.Low();
-        }
-      } else {
-        to[0] = uint32_t{from[0]} | uint32_t{from[p.c_pitch]} << 16;
-      }
-#pragma unroll 1
-      for (int z = 0; z < tile.zeros; ++z) to[(p.terms + z) * step_words] = 0;
-    }
-  }
-}
-
-// Where taps come in whole vectors: what a thread loads of a few channels is what it stores of a
-// few taps, 16 bytes of channels each, and nothing goes through shared memory. Sixteen threads have
-// the eight columns of a tile, and a core each eight.
-inline constexpr int kPackUnits = 8;  // of so many threads, of a block
-
-template <class T, int V>
-__global__ void __launch_bounds__(16 * kPackUnits) PackTaps(const __grid_constant__ DensePack p) {
-  constexpr int kC = 16 / sizeof(T), kWords = V * sizeof(T) / 4;
-  static_assert(kPackUnits * V <= 16 * kPackUnits);
-  using Vector = std::conditional_t<kWords == 4, uint4, uint2>;
-  union Loaded {
-    Vector vector;
-    uint32_t word[kWords];
-  };
-  __shared__ PackedTile tiles[kPackUnits * V];
-  LetNextStart();
-  const int vectors = p.taps / V, step = blockIdx.y, group = blockIdx.z;
-  const auto unit_of = [&](int unit, int& tile, int& tap) {
-    const int index = blockIdx.x * kPackUnits + unit;
-    tile = index / vectors;
-    tap = (index - tile * vectors) * V;
-  };
-  int tile, tap;
-  const int unit = threadIdx.x / 16, column = threadIdx.x % 8, core = threadIdx.x / 8 % 2;
-  unit_of(unit, tile, tap);
-  const int first = (step * 2 + core) * kC;
-  const int channels = tile < p.jg / 8 ? p.cg - first : 0;
-  const T* w = static_cast<const T*>(p.w);
-  const T* from =
-      w + group * p.w_g_step + first * p.w_c_step + (tile * 8 + column) * p.w_j_step + tap;
-  Loaded v[kC];
-#pragma unroll
-  for (int c = 0; c < kC; ++c) {
-    const T* loaded = c < channels ? from + c * p.w_c_step : w;  // no branches
-    v[c].vector = __ldg(reinterpret_cast<const Vector*>(loaded));
-    if (c >= channels) v[c].vector = {};
-  }
-  if (threadIdx.x < kPackUnits * V) {
-    int its_tile, its_tap;
-    unit_of(threadIdx.x / V, its_tile, its_tap);
-    tiles[threadIdx.x] = PlaceTile(p, group, its_tap + threadIdx.x % V, its_tile, step);
-  }
-  __syncthreads();
-  const int step_words = p.tiles * 64;
-#pragma unroll
-  for (int t = 0; t < V; ++t) {
-    const PackedTile& mine = tiles[unit * V + t];
-    if (mine.to < 0) continue;
-    const auto store = [&](int to, uint32_t a, uint32_t b, uint32_t c, uint32_t d) {
-      uint32_t* words = static_cast<uint32_t*>(p.weights) + mine.to + core * 32 + column * 4;
-      *reinterpret_cast<uint4*>(words + to * step_words) = make_uint4(a, b, c, d);
-    };
-    if constexpr (sizeof(T) == 4) {
-      const SplitTF32 a(__uint_as_float(v[0].word[t])), b(__uint_as_float(v[1].word[t])),
-          c(__uint_as_float(v[2].word[t])), d(__uint_as_float(v[3].word[t]));
-      store(0, a.high, b.high, c.high, d.high);
-      if (p.terms > 1) {
-        store(1, a.high, b.high, c.high, d.high);
-        store(2, a.Low(), b.Low(), c.Low(), d.Low());
-      }
-    } else {
-      const auto pair = [&](int c) {
-        return __byte_perm(v[c].word[t / 2], v[c + 1].word[t / 2], t % 2 == 0 ? 0x5410 : 0x7632);
-      };
-      store(0, pair(0), pair(2), pair(4), pair(6));
-    }
-#pragma unroll 1
-    for (int z = 0; z < mine.zeros; ++z) store(p.terms + z, 0, 0, 0, 0);
-  }
 }
 
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
@@ -613,6 +405,28 @@ __device__ inline void WithConstant(int index, Body body) {
 #undef JAXCONV_CASE
 }
 
+// A bulk copy takes a group's part of the results from one of kStores stages, in turn. Past the
+// barrier all know that what left the next one has been read.
+template <int kStores>
+__device__ inline void SendBox(const DenseArgs& a, const CUtensorMap* map, const DenseItem& item,
+                               const char* stage, int channel, int group, int thread) {
+  if (thread == 0) WaitForReads<kStores - 2>();
+  ProxyFence();
+  SyncGroup(group);
+  if (thread != 0) return;
+  int q[kAxes];
+#pragma unroll
+  for (int i = 0; i < kAxes; ++i) {
+    q[i] = item.q[i] + PartStart(a.axis[i].part, a.axis[i].box, group);
+  }
+  const int n = item.n + PartStart(a.part_n, a.box_n, group);
+  if (a.images) {
+    StoreBox(map, SharedAddress(stage), channel, n, q[2], q[1], q[0]);
+  } else {
+    StoreBox(map, SharedAddress(stage), channel, q[2], q[1], q[0], n);
+  }
+}
+
 // Results leave by way of shared memory, `store_columns` at a time: channels last as boxes that the
 // copy units write while the next tile is multiplied, channels first as rows of pixels.
 template <class T, class Out, int MT, int NT, bool kRows, bool kSplit>
@@ -714,24 +528,8 @@ __device__ inline void StoreDense(const DenseArgs& a, const DenseMaps& maps, con
           }
         }
       } else if (mine) {
-        // Past the barrier all know that the copy units have read the other stage.
-        if (thread == 0) WaitForReads();
-        ProxyFence();
-        SyncGroup(group);
-        if (thread == 0) {
-          int q[kAxes];
-#pragma unroll
-          for (int i = 0; i < kAxes; ++i) {
-            q[i] = item.q[i] + PartStart(a.axis[i].part, a.axis[i].box, group);
-          }
-          const int n = item.n + PartStart(a.part_n, a.box_n, group);
-          const CUtensorMap* map = &maps.map[a.in_maps + (a.fused ? phase : item.program)];
-          if (a.images) {
-            StoreBox(map, SharedAddress(to), channel, n, q[2], q[1], q[0]);
-          } else {
-            StoreBox(map, SharedAddress(to), channel, q[2], q[1], q[0], n);
-          }
-        }
+        SendBox<2>(a, &maps.map[a.in_maps + (a.fused ? phase : item.program)], item, to, channel,
+                   group, thread);
       }
       if (mine) buffer ^= 1;
       channel += a.store_columns;
@@ -824,9 +622,56 @@ __device__ inline void StoreFolded(const DenseArgs& a, const DenseItem& item, fl
   }
 }
 
+// Groups beside each other: each has all phases as columns, and a phase's pixels have the channels
+// of all groups.
+template <class Out, int Sets, int NT>
+__device__ inline void StoreGrouped(const DenseArgs& a, const DenseMaps& maps,
+                                    const DenseItem& item, char* stages, const int (&place)[2],
+                                    int group, const float (&acc)[Sets][4 * NT], int& buffer,
+                                    int thread) {
+  constexpr int kStores = DenseStores(DenseMode::kGrouped);
+  const int lane = thread % 32, own = lane % 4 * 2, channels = a.jg / Sets;
+  const int swizzled = lane / 4 * a.store_bytes >> 3 & a.store_swizzle;
+  int phase = 0, first = 0;  // of a group's channels
+#pragma unroll 1
+  for (int j = 0; j < NT; ++j) {
+    char* to = stages + buffer * a.store_pitch;
+    WithConstant<NT>(j, [&](auto index) {
+#pragma unroll
+      for (int set = 0; set < Sets; ++set) {
+        const int channel = set * channels + first + own;
+        float bias[2] = {0, 0};
+        if (a.bias != nullptr) {
+#pragma unroll
+          for (int i = 0; i < 2; ++i) {
+            bias[i] =
+                ToAccumulator(static_cast<const Out*>(a.bias)[item.group * a.jg + channel + i]);
+          }
+        }
+        const int bytes = channel * static_cast<int>(sizeof(Out)) ^ swizzled;
+#pragma unroll
+        for (int h = 0; h < 2; ++h) {
+          const float* v = acc[set] + 4 * decltype(index)::value + 2 * h;
+          struct alignas(2 * sizeof(Out)) Pair {
+            Out v[2];
+          };
+          *reinterpret_cast<Pair*>(to + place[h] + bytes) = {
+              {FromAccumulator<Out>(v[0] + bias[0]), FromAccumulator<Out>(v[1] + bias[1])}};
+        }
+      }
+    });
+    first += 8;
+    if (first < channels) continue;
+    SendBox<kStores>(a, &maps.map[a.in_maps + phase], item, to, item.group * a.jg, group, thread);
+    buffer = (buffer + 1) % kStores;
+    first = 0;
+    ++phase;
+  }
+}
+
 // kExact: the tensor cores cut off what they add to, so each quad starts from zero and is added to
-// the sums in float32. kShare: neighbours fetch weights for each other. kSplit:
-// besides, blocks of a cluster share each item's stages; a block has but one item, since sums take
+// the sums in float32. kGrouped: MT is not of pixels, but of groups beside each other in a pixel, and
+// each step is of one of them. kShare: neighbours fetch weights for each other. kSplit: besides, blocks of a cluster share each item's stages; a block has but one item, since sums take
 // the place of what it fetched.
 template <class T, int MT, int NT, DenseMode kMode>
 __device__ inline void MultiplyDense(const DenseArgs& a, const DenseMaps& maps,
@@ -836,11 +681,13 @@ __device__ inline void MultiplyDense(const DenseArgs& a, const DenseMaps& maps,
   constexpr int kStepBytes = NT * 256, kQuadBytes = kDenseQuad * kStepBytes;
   constexpr bool kExact = kMode == DenseMode::kExact, kSplit = kMode == DenseMode::kSplit;
   constexpr bool kShare = kSplit || kMode == DenseMode::kShare;
+  constexpr bool kGrouped = kMode == DenseMode::kGrouped;
+  constexpr int kPatches = kGrouped ? 1 : MT;
   const int warp = thread / 32, lane = thread % 32;
-  uint64_t pixel[MT];  // descriptors for a tap without a shift
-  int place[MT][2];    // of this lane's pixels in the stage for results
+  uint64_t pixel[kPatches];  // descriptors for a tap without a shift
+  int place[kPatches][2];    // of this lane's pixels in the stage for results
 #pragma unroll
-  for (int mt = 0; mt < MT; ++mt) {
+  for (int mt = 0; mt < kPatches; ++mt) {
     DensePatch patch(a, mt);
     const int results = patch.Place(a.out_pitch) + lane / 4;
 #pragma unroll
@@ -914,25 +761,33 @@ __device__ inline void MultiplyDense(const DenseArgs& a, const DenseMaps& maps,
       }
       WaitFor(barriers.RingFull(slot.at), slot.parity);
       uint64_t weights = Descriptor(ring + slot.at * kQuadBytes, 128, 256);
-      const auto multiply = [&](int shift, bool first = false) {
+      const auto multiply = [&](int step, int shift, bool first = false) {
         const int add = !(kExact && first);
+        if constexpr (kGrouped) {
+          GroupMma<T, NT>::Run(acc[step % MT], pixel[0] + static_cast<uint32_t>(shift), weights);
+        } else {
 #pragma unroll
-        for (int mt = 0; mt < MT; ++mt) {
-          GroupMma<T, NT>::Run(acc[mt], pixel[mt] + static_cast<uint32_t>(shift), weights, add);
+          for (int mt = 0; mt < MT; ++mt) {
+            GroupMma<T, NT>::Run(acc[mt], pixel[mt] + static_cast<uint32_t>(shift), weights, add);
+          }
         }
         weights += kStepBytes / 16;
       };
       const int at = buffer.at * (a.stage_bytes / 16);
       if (left >= kDenseQuad) {
         GroupFence();
-        multiply(at + shift.x, true);
-        multiply(at + shift.y);
-        multiply(at + shift.z);
-        multiply(at + shift.w);
+        multiply(0, at + shift.x, true);
+        multiply(1, at + shift.y);
+        multiply(2, at + shift.z);
+        multiply(3, at + shift.w);
+      } else if constexpr (kGrouped) {
+        GroupFence();  // a tap has four steps, or two
+        multiply(0, at + shift.x);
+        multiply(1, at + shift.y);
       } else {
         for (int k = 0; k < left; ++k) {
           GroupFence();
-          multiply(at + shift.x, k == 0);
+          multiply(k, at + shift.x, k == 0);
           shift.x = shift.y;
           shift.y = shift.z;
         }
@@ -976,7 +831,10 @@ __device__ inline void MultiplyDense(const DenseArgs& a, const DenseMaps& maps,
       }
     };
     const auto store = [&](auto out, auto rows) {
-      if constexpr (kMode == DenseMode::kFold) {
+      if constexpr (kGrouped) {
+        StoreGrouped<decltype(out), MT, NT>(a, maps, item, stage, place[0], group, acc,
+                                            stage_buffer, thread);
+      } else if constexpr (kMode == DenseMode::kFold) {
         StoreFolded<decltype(out), MT, NT>(a, item, reinterpret_cast<float*>(stage), group, acc,
                                            thread);
       } else {
@@ -1087,7 +945,7 @@ __global__ void __launch_bounds__(kDenseThreads, 1)
     const int group = warp / 4 - 2;
     MultiplyDense<T, MT, NT, kMode>(a, maps, barriers, in, ring, pixels + group * kPixels,
                                     reinterpret_cast<const int4*>(entries),
-                                    shared + a.smem_out + group * 2 * a.store_pitch, group,
+                                    shared + a.smem_out + group * DenseStores(kMode) * a.store_pitch, group,
                                     thread % 128);
   }
 #endif
@@ -1121,7 +979,11 @@ cudaError_t EnqueueDenseTile(const DensePlan& plan, const DenseLaunch& launch, b
 template <class T>
 cudaError_t EnqueueDense(const DensePlan& plan, const DenseLaunch& launch, bool packs,
                          cudaStream_t stream) {
-  if (packs) {
+  if (packs && launch.args.sets > 1) {
+    const GroupedPack& pack = launch.grouped;
+    PackGrouped<T><<<dim3(pack.slots, launch.args.groups), kGroupedPackThreads, 0, stream>>>(pack);
+    if (const cudaError_t status = cudaGetLastError(); status != cudaSuccess) return status;
+  } else if (packs) {
     const DensePack& pack = launch.pack;
     // Taps in twos stay together, in memory and in what a block packs.
     const auto in = [&](int v) {
@@ -1187,6 +1049,14 @@ cudaError_t EnqueueDense(const DensePlan& plan, const DenseLaunch& launch, bool 
     JAXCONV_TILE(2, 10, kMode);
     JAXCONV_TILE(2, 12, kMode);
     JAXCONV_TILE(2, 14, kMode);
+  } else if (args.sets > 1) {
+    constexpr auto kMode = DenseMode::kGrouped;
+    JAXCONV_TILE(2, 4, kMode);
+    JAXCONV_TILE(2, 8, kMode);
+    JAXCONV_TILE(2, 12, kMode);
+    JAXCONV_TILE(2, 16, kMode);
+    JAXCONV_TILE(4, 4, kMode);
+    JAXCONV_TILE(4, 8, kMode);
   } else if (args.rows) {
     JAXCONV_TILES(DenseMode::kRows);
   } else {

@@ -18,6 +18,8 @@ namespace jaxconv::cuda {
 
 void AddDense(std::vector<Row>& rows);
 
+inline constexpr int kDenseQuad = 4;  // steps
+
 // A box of sources of the input, all of one residue by the input's stride, and the taps that read
 // it. Its sources are (tile * box + v) * si + first[axis] for v < length[axis].
 struct DenseSegment {
@@ -85,6 +87,9 @@ struct DenseArgs {
   // beside each other; outputs in front of those of the first tile's first source; and where, from
   // that of an output's lowest source, the first tap's source lies, and each next one's.
   int fold_taps, fold_channels, fold_lead, fold_first, fold_step;
+  // Where groups lie beside each other in a staged pixel ("grouped"), so many: a step is of one of
+  // them, with products of its own. `groups` counts such sets, cg and jg are those of a set. 1: not.
+  int sets;
   DenseProgram program[kMaxPhases];
   DenseSegment segment[kMaxSegments];
   uint16_t shift[kMaxTaps];  // of the taps, in pixels of the staged box, segment by segment
@@ -118,6 +123,22 @@ struct DensePack {
   uint16_t tap_position[DenseArgs::kMaxTaps];  // within its segment
 };
 
+// The same for groups beside each other. A slot is a place of the sources, and one step of each
+// group of a set. Columns are phases by channels.
+struct GroupedPack {
+  static constexpr int kMaxSources = 40, kMaxPhases = 8;                // of an axis
+  static constexpr int kMaxSlots = DenseArgs::kMaxTaps + DenseArgs::kMaxSegments;
+  struct Slot {
+    uint8_t at[kAxes], exists;  // which sources; or padding
+  };
+  const void* w;
+  void* weights;
+  int64_t w_g_step, w_c_step, w_j_step;
+  int sets, jg, columns, slots, k[kAxes], so[kAxes];
+  int16_t tap[kAxes][kMaxSources][kMaxPhases];  // that reads the source for the phase, or -1
+  Slot slot[kMaxSlots];
+};
+
 // The bulk tensor copies (of channels last alone): of the sources of each residue by the stride,
 // then of each phase of the output.
 struct DenseMaps {
@@ -143,20 +164,23 @@ struct DensePlan {
   double seconds, pack_seconds;  // in all; of packing the weights
   DenseArgs args;
   DensePack pack;
+  GroupedPack grouped;
   std::vector<DenseMap> in, out;
   std::vector<Sizes> residues;  // of the maps of the input
 
   int64_t Workspace() const { return weights_bytes + expanded_bytes; }
 };
 
-// Whether taps are columns: each tap's products are kept apart, and outputs add them up ("fold").
-enum class Folding { kAny, kNone, kLastAxis };
+// What columns are: channels (of phases with the same sources); by taps of the last axis, whose
+// products are kept apart, and outputs add them up ("fold"); or, where groups lie beside each other,
+// of all phases ("grouped").
+enum class DenseForm { kAny, kPlain, kFold, kGrouped };
 
 // A tile: 0 means that the cost model chooses.
 struct DenseTile {
   int mt = 0, columns = 0, buffers = 0, split = 0, pair = 0;
   int inside = 0;  // of boxes: 1 for pixels along the last axis, 2 for images
-  Folding folding = Folding::kAny;
+  DenseForm form = DenseForm::kAny;
   int box[kAxes] = {0, 0, 0};
 };
 DensePlan PlanDense(const Problem&, const Device&, const DenseTile& = {});
@@ -166,6 +190,7 @@ struct DenseLaunch {
   const void* w;
   void* expanded;  // the weights of merged groups
   DensePack pack;
+  GroupedPack grouped;
   DenseArgs args;
   DenseMaps maps;
 };
