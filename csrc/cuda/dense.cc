@@ -628,8 +628,12 @@ bool Fill(const Problem& p, const Device& device, const Shape& s, const Candidat
     stages /= s.phases;
   }
   const double weights = steps / kQuad * quad_bytes;
-  a.resident = a.cluster == 1 && programs * static_cast<double>(groups) * a.column_tiles == 1 &&
-               weights <= static_cast<double>(a.ring) * quad_bytes;
+  // The weights stay where all items of a block have the same: sets of groups go round.
+  if (s.sets > 1 && plan.grid > groups) plan.grid -= plan.grid % static_cast<int>(groups);
+  a.resident = a.cluster == 1 && programs * a.column_tiles == 1 &&
+               plan.grid % groups == 0 && weights <= static_cast<double>(a.ring) * quad_bytes;
+  // What the second to multiply has not read yet, the first must not wait for.
+  a.in_turn = a.resident && s.terms == 1 && !a.rows && stages + 1 <= a.buffers;
   if (a.ring < 4 && !a.resident) return false;  // copies would not hide their latency
   const double stage_bytes = static_cast<double>(pixels) * s.row_bytes;
   const double copied = stages * stage_bytes + (a.resident ? 0 : weights);
@@ -658,7 +662,9 @@ bool Fill(const Problem& p, const Device& device, const Shape& s, const Candidat
   const double l2 = fetched / (kL2Bandwidth / kClock / device.multiprocessors);
   // Of blocks that share an item, each multiplies and stores a part; each sends and reads all sums.
   const double sends = (a.split > 1 ? sums_bytes / 6.7 : 0) + 60.0 * (a.pair - 1);
-  const double others = staged + programs * (stores + (a.rows ? 1500 : 0));
+  // In turn, each multiplies while the other stores.
+  const double others = a.in_turn ? std::max(staged, (staged + stores) / 2)
+                                  : staged + programs * (stores + (a.rows ? 1500 : 0));
   l2_limits = l2 > 0.5 * others;
   const double cycles = std::max(others, l2) + (a.rows ? 0 : 0.06 * std::min(others, l2));
   const double mean = cycles / programs / a.split + sends;
@@ -766,7 +772,12 @@ void Complete(const Problem& p, const Shape& s, DensePlan& plan) {
   const int clusters = plan.grid / a.cluster;
   a.tiles = a.items / a.column_tiles / a.programs;
   a.band = a.programs == 1 ? a.tiles : static_cast<int>(CeilDiv(clusters, a.column_tiles));
-  a.band_items = a.band * a.column_tiles * a.programs;
+  a.by_band_items = LargeDivisorOf(a.band * a.column_tiles * a.programs);
+  a.by_band = LargeDivisorOf(std::min(a.band, a.tiles));
+  a.by_last_band = LargeDivisorOf(a.tiles % a.band == 0 ? a.band : a.tiles % a.band);
+  a.by_column_tiles = LargeDivisorOf(a.column_tiles);
+  a.by_groups = LargeDivisorOf(a.groups);
+  for (int i = 0; i < kAxes; ++i) a.by_q_tiles[i] = LargeDivisorOf(a.axis[i].q_tiles);
   plan.smem = a.smem_ring + a.ring * kQuad * plan.columns * 32;
   const int64_t taps = Product(p.k), co_step = p.cog() * taps;
   if (s.sets > 1) {

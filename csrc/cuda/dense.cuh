@@ -78,23 +78,21 @@ struct DenseWalk {
 struct DenseItem {
   int column_tile, program, group, n, q[kAxes];
   __device__ DenseItem(const DenseArgs& a, int index) {
-    const int band = index / a.band_items, first = band * a.band;
-    const unsigned tiles = min(a.band, a.tiles - first);
-    unsigned rest = index - band * a.band_items;
-    const auto take = [&](unsigned count) {
-      const unsigned up = count == 1 ? rest : rest / count;
-      const int mine = rest - up * count;
+    const int band = Divide(index, a.by_band_items), first = band * a.band;
+    int rest = index - band * a.by_band_items.divisor;
+    const auto take = [&](const Divisor& count) {
+      const int up = Divide(rest, count), mine = rest - up * count.divisor;
       rest = up;
       return mine;
     };
-    column_tile = take(a.column_tiles);
-    const int tile = take(tiles);
+    column_tile = take(a.by_column_tiles);
+    const int tile = take(first + a.band <= a.tiles ? a.by_band : a.by_last_band);
     program = rest;
     rest = first + tile;
-    group = take(a.groups);
+    group = take(a.by_groups);
     rest = rest * a.pair + DenseRank(a).pair;
 #pragma unroll
-    for (int i = kAxes - 1; i >= 0; --i) q[i] = take(a.axis[i].q_tiles) * a.axis[i].box;
+    for (int i = kAxes - 1; i >= 0; --i) q[i] = take(a.by_q_tiles[i]) * a.axis[i].box;
     n = rest * a.box_n;
   }
 };
@@ -380,6 +378,14 @@ __device__ inline void AddUp(const DenseArgs& a, const DenseRank& mine, uint32_t
   }
 }
 
+// Whose turn it is to multiply.
+__device__ inline void TakeTurn(int group) {
+  asm volatile("bar.sync %0, 256;" ::"r"(group + 4) : "memory");
+}
+__device__ inline void PassTurn(int group) {
+  asm volatile("bar.arrive %0, 256;" ::"r"(5 - group) : "memory");
+}
+
 // Calls body with `index` as a constant, since registers have no index: by a table of branches.
 template <int kCount, class Body>
 __device__ inline void WithConstant(int index, Body body) {
@@ -633,33 +639,31 @@ __device__ inline void StoreGrouped(const DenseArgs& a, const DenseMaps& maps,
   const int lane = thread % 32, own = lane % 4 * 2, channels = a.jg / Sets;
   const int swizzled = lane / 4 * a.store_bytes >> 3 & a.store_swizzle;
   int phase = 0, first = 0;  // of a group's channels
-#pragma unroll 1
+#pragma unroll
   for (int j = 0; j < NT; ++j) {
     char* to = stages + buffer * a.store_pitch;
-    WithConstant<NT>(j, [&](auto index) {
 #pragma unroll
-      for (int set = 0; set < Sets; ++set) {
-        const int channel = set * channels + first + own;
-        float bias[2] = {0, 0};
-        if (a.bias != nullptr) {
+    for (int set = 0; set < Sets; ++set) {
+      const int channel = set * channels + first + own;
+      float bias[2] = {0, 0};
+      if (a.bias != nullptr) {
 #pragma unroll
-          for (int i = 0; i < 2; ++i) {
-            bias[i] =
-                ToAccumulator(static_cast<const Out*>(a.bias)[item.group * a.jg + channel + i]);
-          }
-        }
-        const int bytes = channel * static_cast<int>(sizeof(Out)) ^ swizzled;
-#pragma unroll
-        for (int h = 0; h < 2; ++h) {
-          const float* v = acc[set] + 4 * decltype(index)::value + 2 * h;
-          struct alignas(2 * sizeof(Out)) Pair {
-            Out v[2];
-          };
-          *reinterpret_cast<Pair*>(to + place[h] + bytes) = {
-              {FromAccumulator<Out>(v[0] + bias[0]), FromAccumulator<Out>(v[1] + bias[1])}};
+        for (int i = 0; i < 2; ++i) {
+          bias[i] =
+              ToAccumulator(static_cast<const Out*>(a.bias)[item.group * a.jg + channel + i]);
         }
       }
-    });
+      const int bytes = channel * static_cast<int>(sizeof(Out)) ^ swizzled;
+#pragma unroll
+      for (int h = 0; h < 2; ++h) {
+        const float* v = acc[set] + 4 * j + 2 * h;
+        struct alignas(2 * sizeof(Out)) Pair {
+          Out v[2];
+        };
+        *reinterpret_cast<Pair*>(to + place[h] + bytes) = {
+            {FromAccumulator<Out>(v[0] + bias[0]), FromAccumulator<Out>(v[1] + bias[1])}};
+      }
+    }
     first += 8;
     if (first < channels) continue;
     SendBox<kStores>(a, &maps.map[a.in_maps + phase], item, to, item.group * a.jg, group, thread);
@@ -715,6 +719,7 @@ __device__ inline void MultiplyDense(const DenseArgs& a, const DenseMaps& maps,
       if (lane == 0) Arrive(barriers.RingEmpty(i));
     }
   };
+  if (a.in_turn && group == 1) PassTurn(group);
   for (DenseWalk walk(a); walk.index < a.items; walk.Next()) {
     const DenseItem item(a, walk.index);
     const DenseProgram& program = a.program[item.program];
@@ -745,6 +750,7 @@ __device__ inline void MultiplyDense(const DenseArgs& a, const DenseMaps& maps,
       if (used_slot >= 0 && !a.resident) release_slot(used_slot);
       if (used_buffer >= 0 && lane == 0) Arrive(barriers.InEmpty(used_buffer));
     };
+    if (a.in_turn) TakeTurn(group);
     for (int quad = 0; quad < quads; ++quad) {
       if (left <= 0) {
         const DenseSegment& s = a.segment[segment];
@@ -817,6 +823,8 @@ __device__ inline void MultiplyDense(const DenseArgs& a, const DenseMaps& maps,
       slot.Next(a.ring);
       if (left <= 0) buffer.Next(a.buffers);
     }
+    // The last turn of all is nobody's.
+    if (a.in_turn && (group == 0 || walk.index + walk.hop < a.items)) PassTurn(group);
     WaitForProducts<0>();
     free();
     if constexpr (kSplit) {

@@ -65,7 +65,8 @@ struct DenseArgs {
   // Programs differ in work, and a block takes every so manieth item. So items come in bands of as
   // many tiles of pixels (of a group; of a pair) as blocks take at once, program by program: each
   // block gets all programs equally often. All tiles, those of a band, and a band's items.
-  int tiles, band, band_items;
+  int tiles, band;
+  Divisor by_band_items, by_band, by_last_band, by_column_tiles, by_groups, by_q_tiles[kAxes];
   int columns;                 // of a group: jg, times the phases where `fused`
   int row_bytes, swizzle;      // of a staged pixel; which address bits are swizzled
   int chunks, chunk_channels;  // the last chunk may have fewer steps than the others
@@ -83,6 +84,8 @@ struct DenseArgs {
   int store_columns, store_bytes, store_swizzle, store_pitch;  // of results on their way out
   int smem_pixels, smem_sources, smem_entries, smem_in, smem_out, smem_ring;  // byte offsets
   bool images, fused, resident, rows, out_f32;  // images: they are innermost in boxes
+  // Groups of warps multiply in turn, so that one does while the other stores.
+  bool in_turn;
   // Where the taps of the last axis are columns ("folded"): how many taps and how many channels
   // beside each other; outputs in front of those of the first tile's first source; and where, from
   // that of an output's lowest source, the first tap's source lies, and each next one's.
