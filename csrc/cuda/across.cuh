@@ -111,7 +111,7 @@ __device__ inline void MultiplyAcross(const AcrossArgs& a, const AcrossBlock& bl
   };
   const auto descriptor = [](uint32_t high, uint32_t low) { return uint64_t{high} << 32 | low; };
   DenseCursor stage;
-  int2 next = steps[first];
+  int2 next = Uniform(steps[first]);
   int used = -1, until_flush = a.flush;
   bool flushed = false;
   for (int tile = block.begin; tile < block.end; ++tile) {
@@ -119,7 +119,7 @@ __device__ inline void MultiplyAcross(const AcrossArgs& a, const AcrossBlock& bl
     const uint32_t at = stage.at * (a.stage_bytes / 16);
     const auto multiply = [&](int step) {
       const int2 of = next;
-      next = steps[step + a.split < a.steps ? step + a.split : first];
+      next = Uniform(steps[step + a.split < a.steps ? step + a.split : first]);
       GroupFence();
 #pragma unroll
       for (int p = 0; p < P; ++p) {
@@ -276,7 +276,7 @@ __global__ void __launch_bounds__(kAcrossThreads, 1)
     return;
   }
   TakeRegisters<232>();
-  MultiplyAcross<T, NT, P>(a, block, barriers, shared, thread / 128, thread % 128);
+  MultiplyAcross<T, NT, P>(a, block, barriers, shared, Uniform(thread / 128), thread % 128);
   const int first = a.first_entry[block.chunk], entries = a.first_entry[block.chunk + 1] - first;
   for (int i = thread; i < entries; i += kAcrossMultipliers) {
     EntriesOf(a, shared)[i] = a.entry[first + i];

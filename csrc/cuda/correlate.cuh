@@ -453,9 +453,8 @@ __device__ inline void StoreChannels(const CorrelateArgs& a, const TileOrigin& a
 }
 
 // A step, known to be the same in all lanes: branches on it need no care for stragglers.
-__device__ inline int4 Uniform(int4 s) {
-  return make_int4(__shfl_sync(~0u, s.x, 0), __shfl_sync(~0u, s.y, 0), __shfl_sync(~0u, s.z, 0),
-                   __shfl_sync(~0u, s.w & 0xffff, 0));
+__device__ inline int4 UniformStep(int4 s) {
+  return Uniform(make_int4(s.x, s.y, s.z, s.w & 0xffff));
 }
 
 // The columns of a step, with all of its weights on their way before the first product. Where both
@@ -796,7 +795,7 @@ __global__ void __launch_bounds__(MaxThreads(MT, NC, kGroup), MinBlocks(MT, NC, 
               };
               // The descriptions run two steps ahead, the pixels one.
               const int last = a.slab_steps - 1;
-              int4 step = Uniform(__ldg(s)), next_step = __ldg(s + min(1, last));
+              int4 step = UniformStep(__ldg(s)), next_step = __ldg(s + min(1, last));
               load_pixels(x[0], step);
               for (int i = 0; i <= last && (step.z | step.w) != 0; i += 2) {
 #pragma unroll
@@ -806,7 +805,7 @@ __global__ void __launch_bounds__(MaxThreads(MT, NC, kGroup), MinBlocks(MT, NC, 
                   uint32_t w[NC / 2][4];
 #pragma unroll
                   for (int j = 0; j < NC; j += 2) LoadMatrices(w[j / 2], weights + j * 256);
-                  next_step = Uniform(next_step);
+                  next_step = UniformStep(next_step);
                   load_pixels(x[half ^ 1], next_step);
                   MultiplyStep<T>(acc, x[half], w, step, full, a.split);
                   step = next_step;

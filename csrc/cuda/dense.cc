@@ -75,8 +75,8 @@ std::string RefuseFolding(const Problem& p) {
 std::string RefuseGrouped(const Problem& p) {
   if (!p.channels_last) return "takes channels last";
   if (p.groups == 1) return "takes several groups";
-  const bool forward = p.pass == Pass::kForward;
-  if ((forward ? p.cig() : p.cog()) * SizeOf(p.in_dtype) != 32) {
+  if (p.pass != Pass::kForward) return "is for forwards";  // the others were slower
+  if (p.cig() * SizeOf(p.in_dtype) != 32) {
     return "takes 32 bytes of channels a group in the input, or half of that";
   }
   if (p.in_dtype == DType::kF32 && p.precision == Precision::kHighest) {
@@ -107,10 +107,11 @@ struct Shape {
   std::array<std::vector<AxisGroup>, kAxes> groups;
   bool folded;
   AxisGroup fold;  // of the last axis, whose taps are columns
-  // Groups beside each other, or 1. Then all phases are of one program, whatever they read: `taps`
-  // of an axis are indices of its sources, for q = 0.
-  int sets = 1;
+  // Whether all phases are of one program whatever they read. Then `taps` of an axis are indices of
+  // its sources, for q = 0.
+  bool spread = false;
   std::array<std::vector<int64_t>, kAxes> sources;
+  int sets = 1;  // groups beside each other
 };
 
 std::vector<AxisGroup> GroupsOf(const Problem& p, int axis, bool forward) {
@@ -187,19 +188,22 @@ Shape ShapeOf(const Problem& p, int row_bytes, bool folded) {
   return s;
 }
 
-// Groups beside each other. `block` neighbouring outputs of each phase (of an axis) become phases,
-// which is a correlation of so many times the strides: of b outputs so + r reads si * b + source.
-Shape GroupedShapeOf(const Problem& p, int sets, const std::array<int, kAxes>& block) {
-  Shape s = ShapeOf(p, 32 * sets, false);
-  s.sets = sets;
+// Phases spread over the columns. `block` neighbouring outputs of a phase (of an axis) become phases
+// of their own, which is a correlation of so many times the strides.
+Shape SpreadShapeOf(const Problem& p, int row_bytes, int sets,
+                    const std::array<int, kAxes>& block) {
+  Shape s = ShapeOf(p, row_bytes, false);
+  s.spread = s.fused = true;
   s.columns = s.jg;
-  s.cg *= sets;
-  s.jg *= sets;
-  s.chunks = 1;
-  s.full_steps = s.last_steps = sets;
+  if (sets > 1) {
+    s.sets = sets;
+    s.cg *= sets;
+    s.jg *= sets;
+    s.chunks = 1;
+    s.full_steps = s.last_steps = sets;
+  }
   s.phases = 1;
   s.programs = 1;
-  s.fused = true;
   for (int a = 0; a < kAxes; ++a) {
     s.so[a] *= block[a];
     s.si[a] *= block[a];
@@ -273,9 +277,9 @@ std::vector<int> PhasesByWork(const Shape& s) {
 std::string ListPrograms(const Shape& s, const Problem& p, DensePlan& plan) {
   DenseArgs& a = plan.args;
   DensePack& k = plan.pack;
-  GroupedPack& grouped = plan.grouped;
+  SpreadPack& spread = plan.spread;
   int shifts = 0, entries = 0, segments = 0;
-  grouped.slots = 0;
+  spread.steps = 0;
   plan.residues.clear();
   std::fill(std::begin(k.tap_segment), std::end(k.tap_segment), DensePack::kUnused);
   a.total_steps = 0;
@@ -287,7 +291,7 @@ std::string ListPrograms(const Shape& s, const Problem& p, DensePlan& plan) {
     std::vector<const AxisGroup*> mine;
     for (const AxisGroup& g : s.groups[axis]) {
       if (g.phase == phase || s.fused) mine.push_back(&g);
-      if (s.fused && s.sets == 1) break;
+      if (s.fused && !s.spread) break;
     }
     return mine;
   };
@@ -316,7 +320,7 @@ std::string ListPrograms(const Shape& s, const Problem& p, DensePlan& plan) {
           }
           if (!sources) continue;  // they are zeros
           // Segments of one residue are the forward's, where the stride is of the outputs.
-          if (!s.forward || s.sets > 1 || plan.residues.empty()) plan.residues.push_back(residue);
+          if (!s.forward || s.spread || plan.residues.empty()) plan.residues.push_back(residue);
           segment.map = static_cast<int16_t>(plan.residues.size() - 1);
           segment.first_shift = static_cast<int16_t>(shifts);
           segment.taps = static_cast<int16_t>(d->taps.size() * h->taps.size() * w->taps.size());
@@ -331,13 +335,7 @@ std::string ListPrograms(const Shape& s, const Problem& p, DensePlan& plan) {
                 a.shift[shifts] = static_cast<uint16_t>(d->places[td] * a.in_pitch[1] +
                                                         h->places[th] * a.in_pitch[2] +
                                                         w->places[tw] * a.in_pitch[3]);
-                if (s.sets > 1) {
-                  grouped.slot[grouped.slots++] = {{static_cast<uint8_t>(d->taps[td]),
-                                                    static_cast<uint8_t>(h->taps[th]),
-                                                    static_cast<uint8_t>(w->taps[tw])},
-                                                   1};
-                  continue;
-                }
+                if (s.spread) continue;
                 const int row = d->taps[td] * static_cast<int>(p.k[1]) + h->taps[th];
                 const std::vector<int> columns{w->taps[tw]};
                 int phase = 0;
@@ -356,8 +354,26 @@ std::string ListPrograms(const Shape& s, const Problem& p, DensePlan& plan) {
           const int last = PadToQuads(int64_t{segment.taps} * s.last_steps);
           entries += full + last;
           a.total_steps += full * (s.chunks - 1) + last;
-          while (s.sets > 1 && grouped.slots * s.sets < a.total_steps) {
-            grouped.slot[grouped.slots++] = {};
+          if (s.spread && a.total_steps > SpreadPack::kMaxSteps) {
+            return "takes fewer places and channels";
+          }
+          for (int chunk = 0; chunk < s.chunks && s.spread; ++chunk) {
+            const int steps = chunk == s.chunks - 1 ? s.last_steps : s.full_steps;
+            for (const int td : d->taps) {
+              for (const int th : h->taps) {
+                for (const int tw : w->taps) {
+                  for (int step = 0; step < steps; ++step) {
+                    spread.step[spread.steps++] = {
+                        {static_cast<uint8_t>(td), static_cast<uint8_t>(th),
+                         static_cast<uint8_t>(tw)},
+                        static_cast<uint16_t>(chunk * s.full_steps + step)};
+                  }
+                }
+              }
+            }
+            while (spread.steps % kQuad != 0) {
+              spread.step[spread.steps++] = {{}, SpreadPack::kPadding};
+            }
           }
           ++segments;
         }
@@ -366,7 +382,7 @@ std::string ListPrograms(const Shape& s, const Problem& p, DensePlan& plan) {
     mine.segments = static_cast<int16_t>(segments - mine.first_segment);
     mine.quads = (a.total_steps - mine.steps) / kQuad;
   }
-  if (s.fused && s.sets == 1) {
+  if (s.fused && !s.spread) {
     // Every phase has the taps of phase 0 in the same order.
     for (size_t d = 0; d < s.groups[0].size(); ++d) {
       for (size_t h = 0; h < s.groups[1].size(); ++h) {
@@ -389,7 +405,7 @@ std::string ListPrograms(const Shape& s, const Problem& p, DensePlan& plan) {
     }
   }
   a.segments = segments;
-  if (s.sets > 1 && segments + s.phases > DenseArgs::kMaxSegments + 1) {
+  if (s.spread && segments + s.phases > DenseArgs::kMaxSegments + 1) {
     return "takes fewer residues and phases";
   }
   return "";
@@ -568,7 +584,7 @@ bool Fill(const Problem& p, const Device& device, const Shape& s, const Candidat
   int64_t entries = 0, segments = 1;
   for (int i = 0; i < kAxes; ++i) segments *= static_cast<int64_t>(s.groups[i].size());
   int64_t places = Product(p.k) / (s.folded ? p.k[2] : 1);
-  if (s.sets > 1) {
+  if (s.spread) {
     places = 1;
     for (const std::vector<int64_t>& sources : s.sources) {
       places *= static_cast<int64_t>(sources.size());
@@ -623,7 +639,7 @@ bool Fill(const Problem& p, const Device& device, const Shape& s, const Candidat
     }
   }
   const double programs = s.programs;
-  if (s.fused && s.sets == 1) {
+  if (s.fused && !s.spread) {
     steps /= s.phases;
     stages /= s.phases;
   }
@@ -632,8 +648,6 @@ bool Fill(const Problem& p, const Device& device, const Shape& s, const Candidat
   if (s.sets > 1 && plan.grid > groups) plan.grid -= plan.grid % static_cast<int>(groups);
   a.resident = a.cluster == 1 && programs * a.column_tiles == 1 &&
                plan.grid % groups == 0 && weights <= static_cast<double>(a.ring) * quad_bytes;
-  // What the second to multiply has not read yet, the first must not wait for.
-  a.in_turn = a.resident && s.terms == 1 && !a.rows && stages + 1 <= a.buffers;
   if (a.ring < 4 && !a.resident) return false;  // copies would not hide their latency
   const double stage_bytes = static_cast<double>(pixels) * s.row_bytes;
   const double copied = stages * stage_bytes + (a.resident ? 0 : weights);
@@ -662,9 +676,7 @@ bool Fill(const Problem& p, const Device& device, const Shape& s, const Candidat
   const double l2 = fetched / (kL2Bandwidth / kClock / device.multiprocessors);
   // Of blocks that share an item, each multiplies and stores a part; each sends and reads all sums.
   const double sends = (a.split > 1 ? sums_bytes / 6.7 : 0) + 60.0 * (a.pair - 1);
-  // In turn, each multiplies while the other stores.
-  const double others = a.in_turn ? std::max(staged, (staged + stores) / 2)
-                                  : staged + programs * (stores + (a.rows ? 1500 : 0));
+  const double others = staged + programs * (stores + (a.rows ? 1500 : 0));
   l2_limits = l2 > 0.5 * others;
   const double cycles = std::max(others, l2) + (a.rows ? 0 : 0.06 * std::min(others, l2));
   const double mean = cycles / programs / a.split + sends;
@@ -691,7 +703,7 @@ bool Fill(const Problem& p, const Device& device, const Shape& s, const Candidat
   plan.weights_bytes = groups * a.column_tiles * a.total_steps * c.shape.columns * 32;
   const auto packed = static_cast<double>(plan.weights_bytes);
   const double memory = (in_bytes + out_bytes + packed) / kBandwidth;
-  plan.pack_seconds = 3e-6 + packed / kPackBandwidth;
+  plan.pack_seconds = 3e-6 + packed / (s.spread ? 0.4e12 : kPackBandwidth);
   plan.seconds =
       5e-6 + plan.pack_seconds + std::max(compute, memory) + 0.2 * std::min(compute, memory);
   return true;
@@ -780,12 +792,13 @@ void Complete(const Problem& p, const Shape& s, DensePlan& plan) {
   for (int i = 0; i < kAxes; ++i) a.by_q_tiles[i] = LargeDivisorOf(a.axis[i].q_tiles);
   plan.smem = a.smem_ring + a.ring * kQuad * plan.columns * 32;
   const int64_t taps = Product(p.k), co_step = p.cog() * taps;
-  if (s.sets > 1) {
-    GroupedPack& g = plan.grouped;
+  if (s.spread) {
+    SpreadPack& g = plan.spread;
     g.w_g_step = p.cig() * co_step;
     g.w_c_step = s.forward ? co_step : taps;
     g.w_j_step = s.forward ? taps : co_step;
     g.sets = s.sets;
+    g.cg = s.cg / s.sets;
     g.jg = s.jg / s.sets;
     g.columns = s.columns;
     for (int i = 0; i < kAxes; ++i) {
@@ -810,7 +823,7 @@ void Complete(const Problem& p, const Shape& s, DensePlan& plan) {
   k.tiles = plan.columns / 8;
   k.used_tiles = s.columns / 8;
   k.phase_tiles = (s.folded ? a.fold_channels : s.jg) / 8;
-  if (s.sets == 1) PlanPack(s, k, plan.pack_grid);
+  if (!s.spread) PlanPack(s, k, plan.pack_grid);
   k.chunks = s.chunks;
   k.chunk_channels = s.chunk_channels;
   k.full_steps = s.full_steps;
@@ -857,6 +870,10 @@ void SearchTiles(const Problem& p, const Device& device, const Shape& s, const D
   std::vector<TileShape> shapes(std::begin(kTileShapes), std::end(kTileShapes));
   if (s.folded) shapes.assign(std::begin(kFoldedShapes), std::end(kFoldedShapes));
   if (s.sets > 1) shapes = {{s.sets, s.columns}};
+  if (s.spread) {
+    const auto other = [&](const TileShape& t) { return t.columns != s.columns; };
+    shapes.erase(std::remove_if(shapes.begin(), shapes.end(), other), shapes.end());
+  }
   for (const TileShape& shape : shapes) {
     // Split operands have two sets of sums, which leaves no registers for large tiles.
     if (s.terms > 1 && (shape.mt > 2 || shape.mt * shape.columns > 128)) continue;
@@ -914,34 +931,53 @@ void SearchTiles(const Problem& p, const Device& device, const Shape& s, const D
   if (better) Complete(p, s, best);
 }
 
-// Searches blocks of neighbouring outputs, as many as make up the columns of a shape.
+void SearchSpread(const Problem& p, const Device& device, int row_bytes, int sets, int columns,
+                  const std::array<int, kAxes>& block, const DenseTile& forced, DensePlan& best) {
+  const bool forward = p.pass == Pass::kForward;
+  const Sizes size = forward ? p.osize : p.isize;
+  int64_t all = forward ? p.cog() : p.cig();
+  for (int i = 0; i < kAxes; ++i) {
+    const int64_t phases = (forward ? p.stride[i] : 1) * block[i];
+    const int64_t reach = (p.k[i] - 1) * p.dilation[i] + (block[i] - 1) * p.stride[i];
+    if (phases > std::min<int64_t>(SpreadPack::kMaxPhases, size[i])) return;
+    if (reach >= SpreadPack::kMaxSources) return;
+    all *= phases;
+  }
+  if (all != columns) return;
+  DensePlan plan = best;
+  SearchTiles(p, device, SpreadShapeOf(p, row_bytes, sets, block), forced, plan);
+  if (plan.refusal.empty()) best = plan;
+}
+
+// Groups beside each other, with phases, and blocks of neighbouring outputs, that make up the
+// columns of a shape.
 void SearchGrouped(const Problem& p, const Device& device, const DenseTile& forced,
                    DensePlan& best) {
-  const bool forward = p.pass == Pass::kForward;
-  const int64_t jg = forward ? p.cog() : p.cig();
-  const Sizes size = forward ? p.osize : p.isize;
   for (const TileShape& shape : kGroupedShapes) {
     if (p.groups % shape.mt != 0) continue;
     std::array<int, kAxes> b;
     for (b[0] = 1; b[0] <= 8; b[0] *= 2) {
       for (b[1] = 1; b[1] <= 8; b[1] *= 2) {
         for (b[2] = 1; b[2] <= 8; b[2] *= 2) {
-          int64_t columns = jg;
-          bool fits = true;
-          for (int i = 0; i < kAxes; ++i) {
-            const int64_t phases = (forward ? p.stride[i] : 1) * b[i];
-            const int64_t reach = (p.k[i] - 1) * p.dilation[i] + (b[i] - 1) * p.stride[i];
-            columns *= phases;
-            fits = fits && phases <= std::min<int64_t>(GroupedPack::kMaxPhases, size[i]) &&
-                   reach < GroupedPack::kMaxSources;
-          }
-          if (!fits || columns != shape.columns) continue;
-          DensePlan plan = best;
-          SearchTiles(p, device, GroupedShapeOf(p, shape.mt, b), forced, plan);
-          if (plan.refusal.empty()) best = plan;
+          SearchSpread(p, device, 32 * shape.mt, shape.mt, shape.columns, b, forced, best);
         }
       }
     }
+  }
+}
+
+// Two neighbouring outputs as columns of one product, where there are so few channels that shared
+// memory limits products: one more source an axis' taps, but half of the reads.
+void SearchPairs(const Problem& p, const Device& device, int row_bytes, const DenseTile& forced,
+                 DensePlan& best) {
+  const bool forward = p.pass == Pass::kForward;
+  const int64_t jg = forward ? p.cog() : p.cig();
+  if (!p.channels_last || Terms(p) > 1 || (forward && Product(p.stride) > 1)) return;
+  if (jg != 32 && jg != 48) return;
+  for (int axis = 0; axis < kAxes; ++axis) {
+    std::array<int, kAxes> block{1, 1, 1};
+    block[axis] = 2;
+    SearchSpread(p, device, row_bytes, 1, static_cast<int>(2 * jg), block, forced, best);
   }
 }
 
@@ -963,6 +999,7 @@ DensePlan PlanMerged(const Problem& p, const Device& device, const DenseTile& fo
   for (int rows = row_bytes; wants(DenseForm::kPlain) && rows >= least; rows /= 2) {
     SearchTiles(p, device, ShapeOf(p, rows, false), forced, best);
     if (!best.refusal.empty()) return best;
+    SearchPairs(p, device, rows, forced, best);
   }
   const bool folded = wants(DenseForm::kFold) && cannot_fold.empty();
   for (int rows = row_bytes; folded && rows >= 32; rows /= 2) {
@@ -1075,9 +1112,9 @@ cudaError_t PrepareDense(const Problem& p, const Operands& ops, const DensePlan&
   launch.expanded = static_cast<char*>(ops.workspace) + plan.weights_bytes;
   pack.w = plan.merged > 1 ? launch.expanded : ops.w;
   pack.weights = ops.workspace;
-  launch.grouped = plan.grouped;
-  launch.grouped.w = pack.w;
-  launch.grouped.weights = pack.weights;
+  launch.spread = plan.spread;
+  launch.spread.w = pack.w;
+  launch.spread.weights = pack.weights;
   launch.maps = {};
   cudaError_t status = cudaSuccess;
   CUtensorMap* map = launch.maps.map;

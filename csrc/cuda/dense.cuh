@@ -378,14 +378,6 @@ __device__ inline void AddUp(const DenseArgs& a, const DenseRank& mine, uint32_t
   }
 }
 
-// Whose turn it is to multiply.
-__device__ inline void TakeTurn(int group) {
-  asm volatile("bar.sync %0, 256;" ::"r"(group + 4) : "memory");
-}
-__device__ inline void PassTurn(int group) {
-  asm volatile("bar.arrive %0, 256;" ::"r"(5 - group) : "memory");
-}
-
 // Calls body with `index` as a constant, since registers have no index: by a table of branches.
 template <int kCount, class Body>
 __device__ inline void WithConstant(int index, Body body) {
@@ -688,7 +680,10 @@ __device__ inline void MultiplyDense(const DenseArgs& a, const DenseMaps& maps,
   constexpr bool kGrouped = kMode == DenseMode::kGrouped;
   constexpr int kPatches = kGrouped ? 1 : MT;
   const int warp = thread / 32, lane = thread % 32;
-  uint64_t pixel[kPatches];  // descriptors for a tap without a shift
+  // Descriptors of a tap without a shift: what they have in common, and the addresses.
+  const uint32_t pixel_high =
+      PixelDescriptor(0, a.in_eights * a.row_bytes, a.row_bytes) >> 32;
+  uint32_t pixel[kPatches];
   int place[kPatches][2];    // of this lane's pixels in the stage for results
 #pragma unroll
   for (int mt = 0; mt < kPatches; ++mt) {
@@ -704,8 +699,8 @@ __device__ inline void MultiplyDense(const DenseArgs& a, const DenseMaps& maps,
     for (int i = 0; i < kAxes; ++i) {
       patch.at[i + 1] += PartStart(a.axis[i].part, a.axis[i].box, group);
     }
-    pixel[mt] = PixelDescriptor(in + patch.Place(a.in_pitch) * a.row_bytes,
-                                a.in_eights * a.row_bytes, a.row_bytes);
+    pixel[mt] = static_cast<uint32_t>(
+        PixelDescriptor(in + patch.Place(a.in_pitch) * a.row_bytes, 0, a.row_bytes));
   }
   const bool round = sizeof(T) == 4 && !HasRows<kMode>(a);
   float acc[MT][4 * NT], sum[kExact ? MT : 1][kExact ? 4 * NT : 1];
@@ -719,7 +714,6 @@ __device__ inline void MultiplyDense(const DenseArgs& a, const DenseMaps& maps,
       if (lane == 0) Arrive(barriers.RingEmpty(i));
     }
   };
-  if (a.in_turn && group == 1) PassTurn(group);
   for (DenseWalk walk(a); walk.index < a.items; walk.Next()) {
     const DenseItem item(a, walk.index);
     const DenseProgram& program = a.program[item.program];
@@ -750,7 +744,6 @@ __device__ inline void MultiplyDense(const DenseArgs& a, const DenseMaps& maps,
       if (used_slot >= 0 && !a.resident) release_slot(used_slot);
       if (used_buffer >= 0 && lane == 0) Arrive(barriers.InEmpty(used_buffer));
     };
-    if (a.in_turn) TakeTurn(group);
     for (int quad = 0; quad < quads; ++quad) {
       if (left <= 0) {
         const DenseSegment& s = a.segment[segment];
@@ -758,7 +751,7 @@ __device__ inline void MultiplyDense(const DenseArgs& a, const DenseMaps& maps,
         left = s.taps * (last ? a.last_steps : a.full_steps);
         entry = entries + s.entries +
                 (last ? (s.taps * a.full_steps + kDenseQuad - 1) / kDenseQuad : 0);
-        shift = *entry;
+        shift = Uniform(*entry);
         if (++chunk == a.chunks) {
           chunk = 0;
           ++segment;
@@ -766,16 +759,20 @@ __device__ inline void MultiplyDense(const DenseArgs& a, const DenseMaps& maps,
         WaitFor(round ? barriers.InRounded(buffer.at) : barriers.InFull(buffer.at), buffer.parity);
       }
       WaitFor(barriers.RingFull(slot.at), slot.parity);
-      uint64_t weights = Descriptor(ring + slot.at * kQuadBytes, 128, 256);
+      const uint64_t first_weights = Descriptor(ring, 128, 256);
+      const uint32_t weights_high = first_weights >> 32;
+      uint32_t weights = static_cast<uint32_t>(first_weights) + slot.at * (kQuadBytes / 16);
       const auto multiply = [&](int step, int shift, bool first = false) {
         const int add = !(kExact && first);
+        const auto run = [&](float* sums, uint32_t at_shift) {
+          GroupMma<T, NT>::Run(sums, uint64_t{pixel_high} << 32 | at_shift,
+                               uint64_t{weights_high} << 32 | weights, add);
+        };
         if constexpr (kGrouped) {
-          GroupMma<T, NT>::Run(acc[step % MT], pixel[0] + static_cast<uint32_t>(shift), weights);
+          run(acc[step % MT], pixel[0] + shift);
         } else {
 #pragma unroll
-          for (int mt = 0; mt < MT; ++mt) {
-            GroupMma<T, NT>::Run(acc[mt], pixel[mt] + static_cast<uint32_t>(shift), weights, add);
-          }
+          for (int mt = 0; mt < MT; ++mt) run(acc[mt], pixel[mt] + shift);
         }
         weights += kStepBytes / 16;
       };
@@ -800,7 +797,7 @@ __device__ inline void MultiplyDense(const DenseArgs& a, const DenseMaps& maps,
       }
       GroupCommit();
       left -= kDenseQuad;
-      shift = *++entry;
+      shift = Uniform(*++entry);
       if constexpr (!kExact) {
         WaitForProducts<1>();  // of the quad before
         free();
@@ -823,8 +820,6 @@ __device__ inline void MultiplyDense(const DenseArgs& a, const DenseMaps& maps,
       slot.Next(a.ring);
       if (left <= 0) buffer.Next(a.buffers);
     }
-    // The last turn of all is nobody's.
-    if (a.in_turn && (group == 0 || walk.index + walk.hop < a.items)) PassTurn(group);
     WaitForProducts<0>();
     free();
     if constexpr (kSplit) {
@@ -936,7 +931,7 @@ __global__ void __launch_bounds__(kDenseThreads, 1)
   } else {
     __syncthreads();
   }
-  const int warp = thread / 32;
+  const int warp = Uniform(thread / 32);
   if (warp < 8) {
     GiveRegisters<72>();
     if (warp == 0) {
@@ -987,9 +982,9 @@ cudaError_t EnqueueDenseTile(const DensePlan& plan, const DenseLaunch& launch, b
 template <class T>
 cudaError_t EnqueueDense(const DensePlan& plan, const DenseLaunch& launch, bool packs,
                          cudaStream_t stream) {
-  if (packs && launch.args.sets > 1) {
-    const GroupedPack& pack = launch.grouped;
-    PackGrouped<T><<<dim3(pack.slots, launch.args.groups), kGroupedPackThreads, 0, stream>>>(pack);
+  if (packs && launch.spread.steps > 0) {
+    const SpreadPack& pack = launch.spread;
+    PackSpread<T><<<dim3(pack.steps, launch.args.groups), kSpreadPackThreads, 0, stream>>>(pack);
     if (const cudaError_t status = cudaGetLastError(); status != cudaSuccess) return status;
   } else if (packs) {
     const DensePack& pack = launch.pack;

@@ -84,8 +84,6 @@ struct DenseArgs {
   int store_columns, store_bytes, store_swizzle, store_pitch;  // of results on their way out
   int smem_pixels, smem_sources, smem_entries, smem_in, smem_out, smem_ring;  // byte offsets
   bool images, fused, resident, rows, out_f32;  // images: they are innermost in boxes
-  // Groups of warps multiply in turn, so that one does while the other stores.
-  bool in_turn;
   // Where the taps of the last axis are columns ("folded"): how many taps and how many channels
   // beside each other; outputs in front of those of the first tile's first source; and where, from
   // that of an output's lowest source, the first tap's source lies, and each next one's.
@@ -126,20 +124,22 @@ struct DensePack {
   uint16_t tap_position[DenseArgs::kMaxTaps];  // within its segment
 };
 
-// The same for groups beside each other. A slot is a place of the sources, and one step of each
-// group of a set. Columns are phases by channels.
-struct GroupedPack {
-  static constexpr int kMaxSources = 40, kMaxPhases = 8;                // of an axis
-  static constexpr int kMaxSlots = DenseArgs::kMaxTaps + DenseArgs::kMaxSegments;
-  struct Slot {
-    uint8_t at[kAxes], exists;  // which sources; or padding
+// The same where the phases are spread over the columns, whatever they read: columns are phases by
+// channels, and a step is of a source that some of them read, with zeros for the others.
+struct SpreadPack {
+  static constexpr int kMaxSources = 40, kMaxPhases = 8;  // of an axis
+  static constexpr int kMaxSteps = 1024;
+  static constexpr uint16_t kPadding = 0xffff;
+  struct Step {
+    uint8_t at[kAxes];  // which sources
+    uint16_t index;     // of 32 bytes of channels, or of a group in its set; or kPadding
   };
   const void* w;
   void* weights;
   int64_t w_g_step, w_c_step, w_j_step;
-  int sets, jg, columns, slots, k[kAxes], so[kAxes];
-  int16_t tap[kAxes][kMaxSources][kMaxPhases];  // that reads the source for the phase, or -1
-  Slot slot[kMaxSlots];
+  int sets, cg, jg, columns, steps, k[kAxes], so[kAxes];  // no steps: not spread
+  int16_t tap[kAxes][kMaxSources][kMaxPhases];            // that reads it for the phase, or -1
+  Step step[kMaxSteps];
 };
 
 // The bulk tensor copies (of channels last alone): of the sources of each residue by the stride,
@@ -167,7 +167,7 @@ struct DensePlan {
   double seconds, pack_seconds;  // in all; of packing the weights
   DenseArgs args;
   DensePack pack;
-  GroupedPack grouped;
+  SpreadPack spread;
   std::vector<DenseMap> in, out;
   std::vector<Sizes> residues;  // of the maps of the input
 
@@ -193,7 +193,7 @@ struct DenseLaunch {
   const void* w;
   void* expanded;  // the weights of merged groups
   DensePack pack;
-  GroupedPack grouped;
+  SpreadPack spread;
   DenseArgs args;
   DenseMaps maps;
 };

@@ -360,18 +360,23 @@ __device__ inline void MultiplyDenseGrad(const DenseGradArgs& a, const DenseGrad
   const int2* pairs = reinterpret_cast<const int2*>(shared + a.smem_pairs);
   // Across rows, a descriptor has the distances to the next 64 channels and to the next eight rows.
   constexpr bool kCopies = kFrom == DenseGradFrom::kCopies, kAcross = kCopies && sizeof(T) == 2;
+  const auto join = [](uint32_t high, uint32_t low) { return uint64_t{high} << 32 | low; };
   const uint64_t x0 =
       kAcross ? uint64_t{1} << 62 | Descriptor(stages + rows * a.x.copied, a.x.copied, a.x.pitch)
               : Descriptor(stages + rows * 1024, a.x.pitch, 128);
   using Mma = std::conditional_t<kAcross, GroupMmaAcross<T, NT>, GroupMma<T, NT>>;
-  uint64_t y0[P];
+  const uint32_t x_high = x0 >> 32, x_low = static_cast<uint32_t>(x0);
+  uint32_t y_high = 0, y_low[P];
 #pragma unroll
   for (int p = 0; p < P; ++p) {
     // Products beyond the last repeat it; nothing is stored of them.
     const int tap = block.first_tap + min(first + p, block.taps - 1);
     const uint32_t from = stages + a.y_offset + a.shift[tap] * a.y.pitch;
-    y0[p] = kAcross ? uint64_t{1} << 62 | Descriptor(from, a.y.copied, a.y_pair * a.y.pitch)
-                    : Descriptor(from, a.y_pair * a.y.pitch, 128);
+    const uint64_t y0 =
+        kAcross ? uint64_t{1} << 62 | Descriptor(from, a.y.copied, a.y_pair * a.y.pitch)
+                : Descriptor(from, a.y_pair * a.y.pitch, 128);
+    y_high = y0 >> 32;  // of all the same
+    y_low[p] = static_cast<uint32_t>(y0);
   }
   float acc[P][4 * NT];
 #pragma unroll
@@ -394,20 +399,24 @@ __device__ inline void MultiplyDenseGrad(const DenseGradArgs& a, const DenseGrad
   int used = -1, until_flush = a.flush;
   bool flushed = false;
   const uint32_t x_step = 4 * a.x.pitch / 16;
+  int2 next = Uniform(pairs[0]);
   for (int tile = block.begin; tile < block.end; ++tile) {
     WaitFor(kCopies && !kAcross ? barriers.Turned(stage.at) : barriers.Full(stage.at),
             stage.parity);
     const uint32_t at = stage.at * (a.stage_bytes / 16);
     uint32_t x = at;
     const auto multiply = [&](int j) {  // two steps
-      const int2 pair = pairs[j];
+      const int2 pair = next;
+      next = Uniform(pairs[j + 1 < a.steps / 2 ? j + 1 : 0]);
       GroupFence();
+      const auto step = [&](uint32_t x_at, uint32_t y_at) {
 #pragma unroll
-      for (int p = 0; p < P; ++p) Mma::Run(acc[p], x0 + x, y0[p] + (at + pair.x));
-#pragma unroll
-      for (int p = 0; p < P; ++p) {
-        Mma::Run(acc[p], x0 + (x + x_step / 2), y0[p] + (at + pair.y));
-      }
+        for (int p = 0; p < P; ++p) {
+          Mma::Run(acc[p], join(x_high, x_low + x_at), join(y_high, y_low[p] + y_at));
+        }
+      };
+      step(x, at + pair.x);
+      step(x + x_step / 2, at + pair.y);
       x += x_step;
     };
     multiply(0);
@@ -553,7 +562,8 @@ __global__ void __launch_bounds__(kDenseGradThreads, 1)
   const bool multiplies = thread >= kDenseGradLoaders;
   if (multiplies) {
     if (kRegisters > 128) TakeRegisters<kRegisters>();
-    MultiplyDenseGrad<T, kFrom, NT, P>(a, block, barriers, shared, thread / 128 - 2, thread % 128);
+    MultiplyDenseGrad<T, kFrom, NT, P>(a, block, barriers, shared, Uniform(thread / 128) - 2,
+                                       thread % 128);
     if (kRegisters > 128) GiveRegisters<128>();
   } else {
     if (kRegisters > 128) GiveRegisters<kLoaderRegisters>();

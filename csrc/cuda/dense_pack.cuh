@@ -221,39 +221,39 @@ __global__ void __launch_bounds__(16 * kPackUnits) PackTaps(const __grid_constan
   }
 }
 
-// Groups beside each other: the weights of one place of the sources, of each group in turn, where a
-// column's tap is that which reads it, or zeros.
-inline constexpr int kGroupedPackThreads = 256;
+// Phases spread over the columns: the weights of a step, where a column's tap is that which reads
+// the step's source, or zeros.
+inline constexpr int kSpreadPackThreads = 256;
 
 template <class T>
-__global__ void __launch_bounds__(kGroupedPackThreads)
-    PackGrouped(const __grid_constant__ GroupedPack p) {
+__global__ void __launch_bounds__(kSpreadPackThreads)
+    PackSpread(const __grid_constant__ SpreadPack p) {
   constexpr int kPer = 4 / sizeof(T);  // channels of a word
   LetNextStart();
-  const int slot = blockIdx.x, set = blockIdx.y, words = p.columns * 8;
-  const GroupedPack::Slot source = p.slot[slot];
-  uint32_t* to =
-      static_cast<uint32_t*>(p.weights) + (int64_t{set} * gridDim.x + slot) * (p.sets * words);
-  for (int i = threadIdx.x; i < p.sets * words; i += kGroupedPackThreads) {
-    const int step = i / words, in_step = i - step * words;
-    const int word = in_step % 4, column = in_step / 64 * 8 + in_step / 4 % 8;
-    const int channel = (in_step / 32 % 2 * 4 + word) * kPer;
+  const SpreadPack::Step step = p.step[blockIdx.x];
+  const bool beside = p.sets > 1;  // steps are of a group each, or of channels
+  const int64_t group = beside ? int64_t{blockIdx.y} * p.sets + step.index : blockIdx.y;
+  const T* w = static_cast<const T*>(p.w) + group * p.w_g_step;
+  uint32_t* to = static_cast<uint32_t*>(p.weights) +
+                 (int64_t{blockIdx.y} * gridDim.x + blockIdx.x) * (p.columns * 8);
+  for (int i = threadIdx.x; i < p.columns * 8; i += kSpreadPackThreads) {
+    const int column = i / 64 * 8 + i / 4 % 8;
+    const int channel = ((beside ? 0 : step.index * 8) + i / 32 % 2 * 4 + i % 4) * kPer;
     const int phase = column / p.jg, j = column - phase * p.jg;
     const int up = phase / p.so[2], r[kAxes] = {up / p.so[1], up % p.so[1], phase % p.so[2]};
-    bool has = source.exists;
+    bool has = step.index != SpreadPack::kPadding && channel < p.cg;
     int tap = 0;
 #pragma unroll
     for (int axis = 0; axis < kAxes; ++axis) {
-      const int t = p.tap[axis][source.at[axis]][r[axis]];
+      const int t = p.tap[axis][step.at[axis]][r[axis]];
       has = has && t >= 0;
       tap = tap * p.k[axis] + t;
     }
-    const T* w = static_cast<const T*>(p.w) + (int64_t{set} * p.sets + step) * p.w_g_step +
-                 channel * p.w_c_step + j * p.w_j_step + tap;
+    const T* from = w + channel * p.w_c_step + j * p.w_j_step + tap;
     if constexpr (sizeof(T) == 4) {
-      to[i] = has ? RoundTF32(__ldg(w)) : 0;
+      to[i] = has ? RoundTF32(__ldg(from)) : 0;
     } else {
-      const T pair[2] = {has ? __ldg(w) : T{}, has ? __ldg(w + p.w_c_step) : T{}};
+      const T pair[2] = {has ? __ldg(from) : T{}, has ? __ldg(from + p.w_c_step) : T{}};
       memcpy(to + i, pair, 4);
     }
   }
