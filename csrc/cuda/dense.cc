@@ -71,6 +71,20 @@ std::string RefuseFolding(const Problem& p) {
   return "";
 }
 
+constexpr int64_t kFewChannels = 48;
+
+// Why neighbouring outputs cannot be columns: a sentence's end. Empty: they can.
+std::string RefuseBlocks(const Problem& p) {
+  if (!p.channels_last) return "takes channels last";
+  if ((p.pass == Pass::kForward ? p.cog() : p.cig()) > kFewChannels) {
+    return "takes at most " + std::to_string(kFewChannels) + " channels a group in the result";
+  }
+  if (p.in_dtype == DType::kF32 && p.precision == Precision::kHighest) {
+    return "has no registers for split operands";
+  }
+  return "";
+}
+
 // Why groups cannot lie beside each other: a sentence's end. Empty: they can.
 std::string RefuseGrouped(const Problem& p) {
   if (!p.channels_last) return "takes channels last";
@@ -966,31 +980,45 @@ void SearchGrouped(const Problem& p, const Device& device, const DenseTile& forc
   }
 }
 
-// Two neighbouring outputs as columns of one product, where there are so few channels that shared
-// memory limits products: one more source an axis' taps, but half of the reads.
-void SearchPairs(const Problem& p, const Device& device, int row_bytes, const DenseTile& forced,
-                 DensePlan& best) {
-  const bool forward = p.pass == Pass::kForward;
-  const int64_t jg = forward ? p.cog() : p.cig();
-  if (!p.channels_last || Terms(p) > 1 || (forward && Product(p.stride) > 1)) return;
-  if (jg != 32 && jg != 48) return;
-  for (int axis = 0; axis < kAxes; ++axis) {
-    std::array<int, kAxes> block{1, 1, 1};
-    block[axis] = 2;
-    SearchSpread(p, device, row_bytes, 1, static_cast<int>(2 * jg), block, forced, best);
+// Phases, and blocks of neighbouring outputs, as columns of one product, where there are so few
+// channels that shared memory limits products. With k taps along an axis, b neighbours read
+// (k + b - 1) / b sources each, with zeros between, but the pixels once for all of them.
+void SearchBlocks(const Problem& p, const Device& device, int row_bytes, const DenseTile& forced,
+                  DensePlan& best) {
+  constexpr int64_t kMostNeighbours = 4;
+  const int64_t jg = p.pass == Pass::kForward ? p.cog() : p.cig();
+  for (const int columns : {32, 48, 64, 96, 128}) {
+    std::array<int, kAxes> b;
+    for (b[0] = 1; b[0] <= kMostNeighbours; b[0] *= 2) {
+      for (b[1] = 1; b[1] <= kMostNeighbours; b[1] *= 2) {
+        for (b[2] = 1; b[2] <= kMostNeighbours; b[2] *= 2) {
+          if (columns > jg) SearchSpread(p, device, row_bytes, 1, columns, b, forced, best);
+        }
+      }
+    }
   }
 }
 
 DensePlan PlanMerged(const Problem& p, const Device& device, const DenseTile& forced) {
   DensePlan best{};
   best.refusal = Refuse(p, device);
-  const std::string cannot_fold = RefuseFolding(p), cannot_group = RefuseGrouped(p);
-  const auto wants = [&](DenseForm form) {
-    return forced.form == DenseForm::kAny || forced.form == form;
+  const auto refused = [&](DenseForm form) -> std::string {
+    switch (form) {
+      case DenseForm::kFold:
+        return RefuseFolding(p);
+      case DenseForm::kBlocks:
+        return RefuseBlocks(p);
+      case DenseForm::kGrouped:
+        return RefuseGrouped(p);
+      default:
+        return "";
+    }
   };
-  if (best.refusal.empty() && forced.form == DenseForm::kFold) best.refusal = cannot_fold;
-  if (best.refusal.empty() && forced.form == DenseForm::kGrouped) best.refusal = cannot_group;
+  if (best.refusal.empty()) best.refusal = refused(forced.form);
   if (!best.refusal.empty()) return best;
+  const auto wants = [&](DenseForm form) {
+    return (forced.form == DenseForm::kAny || forced.form == form) && refused(form).empty();
+  };
   best.seconds = std::numeric_limits<double>::infinity();
   const int64_t bytes = (p.pass == Pass::kForward ? p.cig() : p.cog()) * SizeOf(p.in_dtype);
   const int row_bytes = bytes > 64 ? 128 : bytes > 32 ? 64 : 32;
@@ -999,18 +1027,19 @@ DensePlan PlanMerged(const Problem& p, const Device& device, const DenseTile& fo
   for (int rows = row_bytes; wants(DenseForm::kPlain) && rows >= least; rows /= 2) {
     SearchTiles(p, device, ShapeOf(p, rows, false), forced, best);
     if (!best.refusal.empty()) return best;
-    SearchPairs(p, device, rows, forced, best);
   }
-  const bool folded = wants(DenseForm::kFold) && cannot_fold.empty();
-  for (int rows = row_bytes; folded && rows >= 32; rows /= 2) {
+  for (int rows = row_bytes; wants(DenseForm::kFold) && rows >= 32; rows /= 2) {
     SearchTiles(p, device, ShapeOf(p, rows, true), forced, best);
     if (!best.refusal.empty()) return best;
   }
-  if (wants(DenseForm::kGrouped) && cannot_group.empty()) SearchGrouped(p, device, forced, best);
+  for (int rows = row_bytes; wants(DenseForm::kBlocks) && rows >= least; rows /= 2) {
+    SearchBlocks(p, device, rows, forced, best);
+  }
+  if (wants(DenseForm::kGrouped)) SearchGrouped(p, device, forced, best);
   if (best.seconds == std::numeric_limits<double>::infinity()) {
     best.refusal = forced.form == DenseForm::kFold ? "finds no tile for these taps and channels"
-                   : forced.form == DenseForm::kGrouped
-                       ? "finds no phases or neighbouring outputs that make up its columns"
+                   : forced.form == DenseForm::kBlocks || forced.form == DenseForm::kGrouped
+                       ? "finds no phases and neighbours whose columns make up a product"
                        : "finds no tile whose inputs fit into shared memory";
   }
   return best;
@@ -1041,7 +1070,7 @@ DensePlan MakePlan(const Problem& p, const Device& device, const DenseTile& forc
   return best;
 }
 
-// The rows "dense", "fold" and "grouped" are one kernel. What refuses them and what they cost
+// The rows "dense", "fold", "blocks" and "grouped" are one kernel. What refuses them and what they cost
 // differ, so each has a name by which it is chosen, forced and tested.
 template <DenseForm kForm>
 struct DenseRow {
@@ -1150,6 +1179,7 @@ void AddDense(std::vector<Row>& rows) {
   for (Pass pass : {Pass::kForward, Pass::kInputGrad}) {
     rows.push_back(DenseRow<DenseForm::kPlain>::Of("dense", pass));
     rows.push_back(DenseRow<DenseForm::kFold>::Of("fold", pass));
+    rows.push_back(DenseRow<DenseForm::kBlocks>::Of("blocks", pass));
     rows.push_back(DenseRow<DenseForm::kGrouped>::Of("grouped", pass));
   }
 }

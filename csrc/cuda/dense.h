@@ -175,9 +175,9 @@ struct DensePlan {
 };
 
 // What columns are: channels (of phases with the same sources); by taps of the last axis, whose
-// products are kept apart, and outputs add them up ("fold"); or, where groups lie beside each other,
-// of all phases ("grouped").
-enum class DenseForm { kAny, kPlain, kFold, kGrouped };
+// products are kept apart, and outputs add them up ("fold"); by phases and neighbouring outputs,
+// whatever they read ("blocks"); the same of groups beside each other ("grouped").
+enum class DenseForm { kAny, kPlain, kFold, kBlocks, kGrouped };
 
 // A tile: 0 means that the cost model chooses.
 struct DenseTile {
