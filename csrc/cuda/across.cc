@@ -326,7 +326,8 @@ bool Fill(const Problem& p, const Device& device, const Cut& c, const Products& 
         static_cast<double>(block_tiles / a.flush) * static_cast<double>(sums) * 8 / 22 / kClock;
   }
   if (a.parts > 1) seconds += 3e-6 + 4.0 * a.parts * static_cast<double>(p.WElements()) / 2e12;
-  plan.seconds = seconds;
+  // In 1D, where "dense" is good, short layers take longer (16 layers, H200).
+  plan.seconds = seconds * (p.isize[0] * p.isize[1] == 1 ? 1.15 : 1.0);
   return true;
 }
 
@@ -534,51 +535,51 @@ std::vector<AcrossPlan> Search(const Problem& p, const Device& device, int most)
   return plans;
 }
 
-const AcrossPlan& PlanOf(const Problem& p, const Device& d) {
+}  // namespace
+
+const AcrossPlan& PlanAcross(const Problem& p, const Device& d) {
   return Remember<AcrossPlan>(p, d, [&] { return Search(p, d, 1)[0]; });
 }
-
-cudaError_t LaunchAcross(const Problem& p, const Operands& ops, const Device& d,
-                         cudaStream_t stream) {
-  return RunAcross(p, PlanOf(p, d), ops, stream);
-}
-
-}  // namespace
 
 std::vector<AcrossPlan> AcrossPlans(const Problem& p, const Device& device, int most) {
   return Search(p, device, most);
 }
 
-cudaError_t RunAcross(const Problem& p, const AcrossPlan& plan, const Operands& ops,
-                      cudaStream_t stream) {
+cudaError_t RunAcrossParts(const Problem& p, const AcrossPlan& plan, const Operands& ops, void* out,
+                           DType out_dtype, cudaStream_t stream) {
   if (!plan.refusal.empty()) return cudaErrorInvalidValue;
   AcrossArgs args = plan.args;
-  args.out = args.parts > 1 ? ops.workspace : ops.out;
+  args.out = out;
+  args.out_dtype = static_cast<int32_t>(out_dtype);
   args.kept = reinterpret_cast<float*>(static_cast<char*>(ops.workspace) + plan.kept_offset);
-  args.out_dtype = static_cast<int32_t>(args.parts > 1 ? DType::kF32 : p.out_dtype);
   AcrossMaps maps{};
   cudaError_t status = cudaSuccess;
   for (size_t i = 0; i < plan.maps.size() && status == cudaSuccess; ++i) {
     status = EncodeMap(p.in_dtype, plan.maps[i], i == 0 ? ops.x : ops.y, maps.map[i]);
   }
   if (status != cudaSuccess) return status;
-  status = p.in_dtype == DType::kBF16 ? EnqueueAcross<__nv_bfloat16>(plan, args, maps, stream)
-                                      : EnqueueAcross<__half>(plan, args, maps, stream);
-  if (status != cudaSuccess || args.parts == 1) return status;
-  return SumParts(static_cast<const float*>(ops.workspace), args.parts, args.w_elements,
+  return p.in_dtype == DType::kBF16 ? EnqueueAcross<__nv_bfloat16>(plan, args, maps, stream)
+                                    : EnqueueAcross<__half>(plan, args, maps, stream);
+}
+
+cudaError_t RunAcross(const Problem& p, const AcrossPlan& plan, const Operands& ops,
+                      cudaStream_t stream) {
+  const int parts = plan.args.parts;
+  if (parts == 1) return RunAcrossParts(p, plan, ops, ops.out, p.out_dtype, stream);
+  const cudaError_t status = RunAcrossParts(p, plan, ops, ops.workspace, DType::kF32, stream);
+  if (status != cudaSuccess) return status;
+  return SumParts(static_cast<const float*>(ops.workspace), parts, plan.args.w_elements,
                   p.out_dtype, ops.out, stream);
 }
 
 void AddAcross(std::vector<Row>& rows) {
   rows.push_back({"across", Pass::kWeightGrad,
-                  [](const Problem& p, const Device& d) { return PlanOf(p, d).refusal; },
-                  [](const Problem& p, const Device& d) { return PlanOf(p, d).workspace; },
-                  [](const Problem& p, const Device& d) {
-                    // In 1D, where "dense" is good, short layers take longer (16 layers, H200).
-                    const bool flat = p.isize[0] * p.isize[1] == 1;
-                    return PlanOf(p, d).seconds * (flat ? 1.15 : 1.0);
-                  },
-                  LaunchAcross});
+                  [](const Problem& p, const Device& d) { return PlanAcross(p, d).refusal; },
+                  [](const Problem& p, const Device& d) { return PlanAcross(p, d).workspace; },
+                  [](const Problem& p, const Device& d) { return PlanAcross(p, d).seconds; },
+                  [](const Problem& p, const Operands& ops, const Device& d, cudaStream_t stream) {
+                    return RunAcross(p, PlanAcross(p, d), ops, stream);
+                  }});
 }
 
 }  // namespace jaxconv::cuda

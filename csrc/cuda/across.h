@@ -108,7 +108,11 @@ struct AcrossPlan {
 
 // The fastest plan of each of the `most` fastest cuts of the products, the fastest first.
 std::vector<AcrossPlan> AcrossPlans(const Problem&, const Device&, int most);
+const AcrossPlan& PlanAcross(const Problem&, const Device&);  // the fastest of all
 cudaError_t RunAcross(const Problem&, const AcrossPlan&, const Operands&, cudaStream_t);
+// Without the sum of the parts: `out` gets `plan.args.parts` of them.
+cudaError_t RunAcrossParts(const Problem&, const AcrossPlan&, const Operands&, void* out,
+                           DType out_dtype, cudaStream_t);
 
 // Defined in one small file each, so that they compile in parallel.
 template <class T>

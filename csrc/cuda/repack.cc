@@ -5,6 +5,7 @@
 #include <numeric>
 #include <string>
 
+#include "cuda/across.h"
 #include "cuda/dense.h"
 #include "cuda/dense_grad.h"
 #include "cuda/plan_memo.h"
@@ -41,8 +42,15 @@ struct RepackPlan {
   int64_t parts_offset, inner_offset, workspace;
   double seconds;
   DensePlan dense;
-  const DenseGradPlan* grad;
+  const DenseGradPlan* grad;  // of a weight gradient, this or the other
+  const AcrossPlan* across;
+
+  int64_t GradParts() const { return across != nullptr ? across->args.parts : grad->args.parts; }
 };
+
+// Images or bands that a weight gradient wants at once. Of 16 bits it contracts over neighbouring
+// pixels instead.
+int64_t StreamsOf(const Problem& p) { return SizeOf(p.in_dtype) == 4 ? Streams(p) : 1; }
 
 Tensor TensorOf(DType dtype, int64_t channels, const Sizes& size, int axis) {
   Tensor t{};
@@ -102,8 +110,8 @@ bool Cut(const Problem& p, RepackPlan& plan) {
   plan.chunk.channels_last = true;
   plan.images = plan.bands = plan.chunk_bands = 1;
   if (p.pass == Pass::kWeightGrad) {
-    plan.images = std::min(p.n, Streams(p));
-    plan.chunk_bands = Streams(p) / std::gcd(plan.images, Streams(p));
+    plan.images = std::min(p.n, StreamsOf(p));
+    plan.chunk_bands = StreamsOf(p) / std::gcd(plan.images, StreamsOf(p));
   }
   if (const int64_t times = kMostPixels / PixelBytes(plan); plan.chunk_bands == 1 && times > 0) {
     const int64_t chunks = CeilDiv(p.n, times * plan.images);
@@ -129,11 +137,12 @@ bool Cut(const Problem& p, RepackPlan& plan) {
 RepackPlan MakePlan(const Problem& p, const Device& device) {
   RepackPlan plan{};
   plan.grad = nullptr;
+  plan.across = nullptr;
   const auto refused = [&](std::string why) {
     plan.refusal = std::move(why);
     return plan;
   };
-  if (p.channels_last && (p.pass != Pass::kWeightGrad || p.n % Streams(p) == 0)) {
+  if (p.channels_last && (p.pass != Pass::kWeightGrad || p.n % StreamsOf(p) == 0)) {
     return refused("is for channels first, and for weight gradients of few images");
   }
   if (p.Empty()) return refused("has nothing to read or write");
@@ -150,18 +159,26 @@ RepackPlan MakePlan(const Problem& p, const Device& device) {
   plan.inner_offset = plan.parts_offset;
   double inner = 0;
   if (p.pass == Pass::kWeightGrad) {
-    plan.grad = &PlanDenseGrad(plan.chunk, device);
-    if (!plan.grad->refusal.empty()) return refused(plan.grad->refusal);
-    const int64_t parts = plan.chunks * plan.grad->args.parts;
+    const DenseGradPlan& grad = PlanDenseGrad(plan.chunk, device);
+    const AcrossPlan& across = PlanAcross(plan.chunk, device);
+    if (!grad.refusal.empty() && !across.refusal.empty()) return refused(grad.refusal);
+    if (grad.refusal.empty()) plan.grad = &grad;
+    if (across.refusal.empty() && (plan.grad == nullptr || across.seconds < grad.seconds)) {
+      plan.across = &across;
+    }
+    const int64_t parts = plan.chunks * plan.GradParts();
     if (parts > 1) {
       const int64_t all = 4 * parts * p.WElements();
       if (all > kMostParts) return refused("has no room for the weight gradients of its chunks");
       plan.inner_offset += RoundUp(all, 1024);
     }
-    plan.workspace = plan.inner_offset + plan.grad->workspace;
+    const auto [workspace, seconds] = plan.across != nullptr
+                                          ? std::pair{across.workspace, across.seconds}
+                                          : std::pair{grad.workspace, grad.seconds};
+    plan.workspace = plan.inner_offset + workspace;
     // Several chunks took 1.1 to 2.0 times as long as they were expected to (six layers, H100).
     const double slower = plan.chunks > 1 ? 1.5 : 1.0;
-    inner = slower * static_cast<double>(plan.chunks) * plan.grad->seconds;
+    inner = slower * static_cast<double>(plan.chunks) * seconds;
   } else {
     plan.dense = PlanDense(plan.chunk, device);
     if (!plan.dense.refusal.empty()) return refused(plan.dense.refusal);
@@ -213,11 +230,14 @@ cudaError_t LaunchRepack(const Problem& p, const Operands& ops, const Device& d,
   chunk.workspace = workspace + plan.inner_offset;
   DenseLaunch dense;
   DenseGradLaunch dense_grad;
-  cudaError_t status = grad ? PrepareDenseGrad(plan.chunk, chunk, *plan.grad, dense_grad)
-                            : PrepareDense(plan.chunk, chunk, plan.dense, dense);
-  const int64_t parts = grad ? plan.grad->args.parts * plan.chunks : 0;
+  cudaError_t status = cudaSuccess;
+  if (!grad) {
+    status = PrepareDense(plan.chunk, chunk, plan.dense, dense);
+  } else if (plan.across == nullptr) {
+    status = PrepareDenseGrad(plan.chunk, chunk, *plan.grad, dense_grad);
+  }
+  const int64_t parts = grad ? plan.GradParts() * plan.chunks : 0;
   float* part = reinterpret_cast<float*>(workspace + plan.parts_offset);
-  if (parts > 1) dense_grad.args.out_dtype = static_cast<int32_t>(DType::kF32);
 
   bool first = true;
   for (int64_t image = 0; image < p.n; image += plan.images) {
@@ -232,9 +252,16 @@ cudaError_t LaunchRepack(const Problem& p, const Operands& ops, const Device& d,
       if (grad) {
         status = CopyToPixels(target, of_image(plan.other, other), pixels, stream);
         if (status != cudaSuccess) return status;
-        if (parts > 1) dense_grad.args.out = part;
-        part += plan.grad->args.parts * p.WElements();
-        status = RunDenseGrad(plan.chunk, *plan.grad, dense_grad, stream);
+        void* const to = parts > 1 ? part : ops.out;
+        const DType dtype = parts > 1 ? DType::kF32 : p.out_dtype;
+        part += plan.GradParts() * p.WElements();
+        if (plan.across != nullptr) {
+          status = RunAcrossParts(plan.chunk, *plan.across, chunk, to, dtype, stream);
+        } else {
+          dense_grad.args.out = to;
+          dense_grad.args.out_dtype = static_cast<int32_t>(dtype);
+          status = RunDenseGrad(plan.chunk, *plan.grad, dense_grad, stream);
+        }
       } else {
         status = RunDense(plan.chunk, plan.dense, dense, first, stream);
         first = false;
