@@ -187,8 +187,8 @@ __device__ inline AcrossEntry* EntriesOf(const AcrossArgs& a, char* shared) {
 }
 
 // The results of a cluster of blocks, added up. Each block has some of the rows of the products,
-// that is channels. A warp takes some taps and channels of the columns of a row, and writes the taps
-// next to each other.
+// that is channels. A warp takes some taps and channels of the columns of a row, and writes the
+// taps next to each other.
 template <class Out, int NT>
 __device__ inline void StoreAcross(const AcrossArgs& a, const AcrossBlock& block, char* shared) {
   const int thread = threadIdx.x, lane = thread % 32;

@@ -47,8 +47,8 @@ struct AcrossProduct {
   uint16_t rows, columns;
 };
 
-// Where a row of a product begins in the staged results: those of the pieces of `piece` rows lie four
-// floats further each, so that neighbouring taps are in different banks.
+// Where a row of a product begins in the staged results: those of the pieces of `piece` rows lie
+// four floats further each, so that neighbouring taps are in different banks.
 constexpr int AcrossRow(int row, int piece, int pitch) { return row * pitch + row / piece * 4; }
 
 // Results that a block stores: a tap's, of one piece of the columns' channels.
@@ -76,9 +76,9 @@ struct AcrossArgs {
   // Blocks: chunks of products; parts of the pixels, of which `cluster` are added up by a cluster.
   int chunks, parts, cluster;
   int products, chunk_products;
-  int split;      // 2: groups of warps share the steps of a stage, 1: its products
+  int split;                 // 2: groups of warps share the steps of a stage, 1: its products
   int row_piece, log_piece;  // channels of a piece: of the rows, of the columns (logarithm)
-  int tiles;      // boxes of positions
+  int tiles;                 // boxes of positions
   int box[kAxes], tiles_of[kAxes], before[kAxes];  // of all tiles; positions in front of x's first
   int steps, flush;  // products of a stage; flushed after as many stages, or 0: never
   int x_box[kAxes], y_box[kAxes], x_row, y_row;  // as staged; bytes of a pixel

@@ -103,10 +103,10 @@ __device__ inline float4 LoadRemote(uint32_t from, int rank) {
   return v;
 }
 
-// Adds up what all blocks of a cluster have at `count` places, each four floats at place(i), or none
-// if that is 0, and leaves the sums where this block has its own. No other may read those places.
-// Blocks begin with what is their own: if all read one block's memory at once, that is what they
-// wait for. So the order of a sum is that of the ranks from its block's on, in each run.
+// Adds up what all blocks of a cluster have at `count` places, each four floats at place(i), or
+// none if that is 0, and leaves the sums where this block has its own. No other may read those
+// places. Blocks begin with what is their own: if all read one block's memory at once, that is what
+// they wait for. So the order of a sum is that of the ranks from its block's on, in each run.
 template <class Place>
 __device__ inline void AddUpInPlace(int cluster, int rank, int count, int thread, int threads,
                                     Place place) {

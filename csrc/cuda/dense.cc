@@ -19,7 +19,7 @@ namespace {
 constexpr int64_t kIntMax = std::numeric_limits<int32_t>::max();
 constexpr int kSharedMemory = 227 * 1024;  // that a block may have
 constexpr int kQuad = kDenseQuad;
-constexpr int kMaxBox = 256;               // of a bulk tensor copy
+constexpr int kMaxBox = 256;  // of a bulk tensor copy
 
 constexpr int64_t CeilDiv(int64_t a, int64_t b) { return (a + b - 1) / b; }
 constexpr int64_t RoundUp(int64_t a, int64_t b) { return CeilDiv(a, b) * b; }
@@ -202,8 +202,8 @@ Shape ShapeOf(const Problem& p, int row_bytes, bool folded) {
   return s;
 }
 
-// Phases spread over the columns. `block` neighbouring outputs of a phase (of an axis) become phases
-// of their own, which is a correlation of so many times the strides.
+// Phases spread over the columns. `block` neighbouring outputs of a phase (of an axis) become
+// phases of their own, which is a correlation of so many times the strides.
 Shape SpreadShapeOf(const Problem& p, int row_bytes, int sets,
                     const std::array<int, kAxes>& block) {
   Shape s = ShapeOf(p, row_bytes, false);
@@ -254,8 +254,7 @@ Shape SpreadShapeOf(const Problem& p, int row_bytes, int sets,
 // Which tap of an axis reads a source, both for q = 0, for a phase; or -1.
 int TapOf(const Problem& p, const Shape& s, int axis, int64_t source, int64_t phase) {
   const int64_t stride = p.stride[axis], d = p.dilation[axis];
-  const int64_t t =
-      (s.forward ? phase - source * stride : source - phase * stride) + p.pad[axis];
+  const int64_t t = (s.forward ? phase - source * stride : source - phase * stride) + p.pad[axis];
   return FloorMod(t, d) == 0 && t >= 0 && t / d < p.k[axis] ? static_cast<int>(t / d) : -1;
 }
 
@@ -579,9 +578,9 @@ bool Fill(const Problem& p, const Device& device, const Shape& s, const Candidat
   const int out_element = static_cast<int>(SizeOf(p.out_dtype));
   a.store_columns = c.store_bytes / out_element;
   if (a.store_columns < 8) return false;
-  if (s.sets > 1 ? s.jg != a.store_columns
-                 : !s.folded && (s.jg % a.store_columns != 0 ||
-                                 c.shape.columns % a.store_columns != 0)) {
+  if (s.sets > 1
+          ? s.jg != a.store_columns
+          : !s.folded && (s.jg % a.store_columns != 0 || c.shape.columns % a.store_columns != 0)) {
     return false;
   }
   a.store_bytes = c.store_bytes;
@@ -660,8 +659,8 @@ bool Fill(const Problem& p, const Device& device, const Shape& s, const Candidat
   const double weights = steps / kQuad * quad_bytes;
   // The weights stay where all items of a block have the same: sets of groups go round.
   if (s.sets > 1 && plan.grid > groups) plan.grid -= plan.grid % static_cast<int>(groups);
-  a.resident = a.cluster == 1 && programs * a.column_tiles == 1 &&
-               plan.grid % groups == 0 && weights <= static_cast<double>(a.ring) * quad_bytes;
+  a.resident = a.cluster == 1 && programs * a.column_tiles == 1 && plan.grid % groups == 0 &&
+               weights <= static_cast<double>(a.ring) * quad_bytes;
   if (a.ring < 4 && !a.resident) return false;  // copies would not hide their latency
   const double stage_bytes = static_cast<double>(pixels) * s.row_bytes;
   const double copied = stages * stage_bytes + (a.resident ? 0 : weights);
@@ -682,10 +681,10 @@ bool Fill(const Problem& p, const Device& device, const Shape& s, const Candidat
       stages * std::max({each, (late + each) / c.buffers, a.rows ? loads : rounding});
   const double results = groups_m * 64.0 * c.shape.columns * s.sets;
   // Folded sums are stored and read again, the stores by two ways at once.
-  const double stores = a.rows     ? results / 32 * (4 + 7 * lines(a.axis[2].part, s.so[2]))
-                        : s.folded ? results * 12 / 128 + 300.0 * groups_m
+  const double stores = a.rows       ? results / 32 * (4 + 7 * lines(a.axis[2].part, s.so[2]))
+                        : s.folded   ? results * 12 / 128 + 300.0 * groups_m
                         : s.sets > 1 ? results / 10 + 450.0 * s.phases
-                                   : results / 8 + 900.0 * c.shape.columns / a.store_columns;
+                                     : results / 8 + 900.0 * c.shape.columns / a.store_columns;
   const double fetched = stages * stage_bytes + (a.resident ? 0 : weights / a.pair);
   const double l2 = fetched / (kL2Bandwidth / kClock / device.multiprocessors);
   // Of blocks that share an item, each multiplies and stores a part; each sends and reads all sums.
@@ -1070,8 +1069,8 @@ DensePlan MakePlan(const Problem& p, const Device& device, const DenseTile& forc
   return best;
 }
 
-// The rows "dense", "fold", "blocks" and "grouped" are one kernel. What refuses them and what they cost
-// differ, so each has a name by which it is chosen, forced and tested.
+// The rows "dense", "fold", "blocks" and "grouped" are one kernel. What refuses them and what they
+// cost differ, so each has a name by which it is chosen, forced and tested.
 template <DenseForm kForm>
 struct DenseRow {
   static const DensePlan& PlanOf(const Problem& p, const Device& d) {

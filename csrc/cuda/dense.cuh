@@ -641,8 +641,7 @@ __device__ inline void StoreGrouped(const DenseArgs& a, const DenseMaps& maps,
       if (a.bias != nullptr) {
 #pragma unroll
         for (int i = 0; i < 2; ++i) {
-          bias[i] =
-              ToAccumulator(static_cast<const Out*>(a.bias)[item.group * a.jg + channel + i]);
+          bias[i] = ToAccumulator(static_cast<const Out*>(a.bias)[item.group * a.jg + channel + i]);
         }
       }
       const int bytes = channel * static_cast<int>(sizeof(Out)) ^ swizzled;
@@ -666,8 +665,9 @@ __device__ inline void StoreGrouped(const DenseArgs& a, const DenseMaps& maps,
 }
 
 // kExact: the tensor cores cut off what they add to, so each quad starts from zero and is added to
-// the sums in float32. kGrouped: MT is not of pixels, but of groups beside each other in a pixel, and
-// each step is of one of them. kShare: neighbours fetch weights for each other. kSplit: besides, blocks of a cluster share each item's stages; a block has but one item, since sums take
+// the sums in float32. kGrouped: MT is not of pixels, but of groups beside each other in a pixel,
+// and each step is of one of them. kShare: neighbours fetch weights for each other. kSplit:
+// besides, blocks of a cluster share each item's stages; a block has but one item, since sums take
 // the place of what it fetched.
 template <class T, int MT, int NT, DenseMode kMode>
 __device__ inline void MultiplyDense(const DenseArgs& a, const DenseMaps& maps,
@@ -681,10 +681,9 @@ __device__ inline void MultiplyDense(const DenseArgs& a, const DenseMaps& maps,
   constexpr int kPatches = kGrouped ? 1 : MT;
   const int warp = thread / 32, lane = thread % 32;
   // Descriptors of a tap without a shift: what they have in common, and the addresses.
-  const uint32_t pixel_high =
-      PixelDescriptor(0, a.in_eights * a.row_bytes, a.row_bytes) >> 32;
+  const uint32_t pixel_high = PixelDescriptor(0, a.in_eights * a.row_bytes, a.row_bytes) >> 32;
   uint32_t pixel[kPatches];
-  int place[kPatches][2];    // of this lane's pixels in the stage for results
+  int place[kPatches][2];  // of this lane's pixels in the stage for results
 #pragma unroll
   for (int mt = 0; mt < kPatches; ++mt) {
     DensePatch patch(a, mt);
@@ -946,10 +945,10 @@ __global__ void __launch_bounds__(kDenseThreads, 1)
   } else {
     TakeRegisters<184>();
     const int group = warp / 4 - 2;
-    MultiplyDense<T, MT, NT, kMode>(a, maps, barriers, in, ring, pixels + group * kPixels,
-                                    reinterpret_cast<const int4*>(entries),
-                                    shared + a.smem_out + group * DenseStores(kMode) * a.store_pitch, group,
-                                    thread % 128);
+    MultiplyDense<T, MT, NT, kMode>(
+        a, maps, barriers, in, ring, pixels + group * kPixels,
+        reinterpret_cast<const int4*>(entries),
+        shared + a.smem_out + group * DenseStores(kMode) * a.store_pitch, group, thread % 128);
   }
 #endif
 }

@@ -372,9 +372,9 @@ __device__ inline void MultiplyDenseGrad(const DenseGradArgs& a, const DenseGrad
     // Products beyond the last repeat it; nothing is stored of them.
     const int tap = block.first_tap + min(first + p, block.taps - 1);
     const uint32_t from = stages + a.y_offset + a.shift[tap] * a.y.pitch;
-    const uint64_t y0 =
-        kAcross ? uint64_t{1} << 62 | Descriptor(from, a.y.copied, a.y_pair * a.y.pitch)
-                : Descriptor(from, a.y_pair * a.y.pitch, 128);
+    const uint64_t y0 = kAcross
+                            ? uint64_t{1} << 62 | Descriptor(from, a.y.copied, a.y_pair * a.y.pitch)
+                            : Descriptor(from, a.y_pair * a.y.pitch, 128);
     y_high = y0 >> 32;  // of all the same
     y_low[p] = static_cast<uint32_t>(y0);
   }
