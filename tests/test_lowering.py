@@ -14,6 +14,7 @@ from jax.interpreters import ad
 import cases
 import jaxconv
 from jaxconv import ffi, primitive
+from jaxconv.spec import ConvSpec
 from workloads import select
 
 X = jax.ShapeDtypeStruct((2, 8, 6, 7), jnp.float32)
@@ -101,6 +102,39 @@ def test_the_kernel_depends_on_the_device(cuda_missing, monkeypatch, result, cap
     rows = ffi.verdicts("cuda", result, out=avals[result], bias=False, spec=spec, **avals)
     seconds = {name: time for name, refusal, time, _ in rows if not refusal}
     assert min(seconds, key=seconds.__getitem__) == wanted
+
+
+@pytest.mark.parametrize(
+    ("name", "result", "dtype", "wanted"),
+    [
+        ("s2_kb68", "x", "float32", "blocks"),
+        ("s3_kb58", "y", "float32", "fold"),
+        ("s1_kb73", "y", "float32", "grouped"),
+        ("kb57", "y", "bfloat16", "dense"),
+        ("s3_kb58", "w", "bfloat16", "across"),
+        ("depthwise3d", "w", "float32", "depthwise"),
+        ("gan3d_64_1", "y", "float32", "thin"),
+    ],
+)
+def test_the_kernel_depends_on_the_layer(cuda_missing, monkeypatch, name, result, dtype, wanted):
+    if "cuda" not in ffi.built_platforms():
+        cuda_missing("jaxconv was built without its CUDA kernels")
+    device = ffi.module("cuda").Device(compute_capability=90, multiprocessors=132)
+    monkeypatch.setattr(ffi, "_device", lambda platform: device)
+    (workload,) = select([name])
+    avals = {
+        role: jax.ShapeDtypeStruct(workload.shape(role, channels_last=True), jnp.dtype(dtype))
+        for role in ("x", "w", "y")
+    }
+    spec = ConvSpec(
+        **workload.spec_arguments(),
+        channels_last=True,
+        precision=None,
+        out_dtype=None,
+        implementation=None,
+    )
+    kernel, _ = ffi.choose("cuda", result, out=avals[result], bias=False, spec=spec, **avals)
+    assert kernel == wanted
 
 
 def test_what_is_forced_and_cannot_run_is_an_error():

@@ -16,7 +16,7 @@ constexpr int kRows = 2, kPositions = 5;
 // Where the elements of a task's memory lie.
 template <class T>
 struct Scratch {
-  T* sums;          // input gradient: [positions][rows] vectors; forward: planes [block][n]
+  T* sums;          // input gradient: [block / rows][positions][rows] vectors; forward: [block][n]
   T* weight;        // forward: [input channels][rows] vectors
   int64_t* vector;  // where a vector of taps lies in a plane, from that of the first tap
   int64_t* plane;   // where the first tap of a position lies, from plane 0 of the group
@@ -84,39 +84,45 @@ void Dot(const TapPlan& p, const T* const (&w)[kRows], const T* const (&y)[kPosi
 
 template <class T>
 void InputGrad(const TapPlan& p, const TapOperands& ops, int64_t task, void* memory) {
-  constexpr int64_t lanes = kLanes<T>, kNear = 64;  // vectors of a row of the weight at a time
+  // At a time: vectors of a row of the weight, and bytes of y, which all rows of the task read from
+  // the first cache.
+  constexpr int64_t lanes = kLanes<T>, kNear = 64, kNearBytes = 24 << 10;
   const Problem& q = p.problem;
   const int64_t chunk = task % p.chunks, block = task / p.chunks % p.blocks,
                 g = task / p.chunks / p.blocks;
   const int64_t first = chunk * p.chunk, count = Min(p.chunk, p.positions - first);
   const int64_t padded = (p.chunk + kPositions - 1) / kPositions * kPositions * kRows * lanes;
-  Scratch<T> s = Divide<T>(p, memory, padded, 0);
+  const int64_t channels = Min(p.block, q.cig() - block * p.block);
+  const int64_t pieces = (channels + kRows - 1) / kRows;  // of kRows channels
+  Scratch<T> s = Divide<T>(p, memory, p.block / kRows * padded, 0);
   FillTables(p, first, count, q.co * p.channel, s);
-  for (int64_t e = 0; e < padded; e += lanes) Store<T>(s.sums + e, Vec<T>{});
+  for (int64_t e = 0; e < pieces * padded; e += lanes) Store<T>(s.sums + e, Vec<T>{});
   const T* planes =
       static_cast<const T*>(p.in_place ? ops.y : ops.planes) + g * q.cog() * p.channel;
-  const int64_t row = q.cog() * p.vectors * lanes, channels = Min(kRows, q.cig() - block * kRows);
-  const T* w[kRows];
-  for (int64_t m = 0; m < kRows; ++m) {
-    const int64_t channel = g * q.cig() + block * kRows + Min(m, channels - 1);
-    w[m] = static_cast<const T*>(ops.w) + channel * row;
-  }
-  const int64_t some = Max(1, kNear / p.vectors);
+  const int64_t row = q.cog() * p.vectors * lanes;
+  const T* weight = static_cast<const T*>(ops.w) + (g * q.cig() + block * p.block) * row;
+  const int64_t near = kNearBytes / (p.channel * static_cast<int64_t>(sizeof(T)));
+  const int64_t some = Max(1, Min(kNear / p.vectors, near));
   for (int64_t c = 0; c < q.cog(); c += some) {
     const int64_t here = Min(some, q.cog() - c);
-    for (int64_t j = 0; j < count; j += kPositions) {
-      const T* y[kPositions];
-      for (int64_t k = 0; k < kPositions; ++k) y[k] = planes + s.plane[Min(j + k, count - 1)];
-      Dot<T>(p, w, y, here, s.vector, s.sums + j * kRows * lanes);
+    for (int64_t piece = 0; piece < pieces; ++piece) {
+      const T* w[kRows];
+      for (int64_t m = 0; m < kRows; ++m) {
+        w[m] = weight + Min(piece * kRows + m, channels - 1) * row + c * p.vectors * lanes;
+      }
+      for (int64_t j = 0; j < count; j += kPositions) {
+        const T* y[kPositions];
+        for (int64_t k = 0; k < kPositions; ++k) y[k] = planes + s.plane[Min(j + k, count - 1)];
+        Dot<T>(p, w, y, here, s.vector, s.sums + piece * padded + j * kRows * lanes);
+      }
     }
     planes += here * p.channel;
-    for (const T*& of : w) of += here * p.vectors * lanes;
   }
   const int64_t inputs = Product(q.isize);
-  T* out = static_cast<T*>(ops.out) + (g * q.cig() + block * kRows) * inputs;
+  T* out = static_cast<T*>(ops.out) + (g * q.cig() + block * p.block) * inputs;
   for (int64_t j = 0; j < count; ++j) {
     for (int64_t m = 0; m < channels; ++m) {
-      const T* from = s.sums + (j * kRows + m) * lanes;
+      const T* from = s.sums + m / kRows * padded + (j * kRows + m % kRows) * lanes;
       T sum = 0;
       for (int64_t l = 0; l < lanes; ++l) sum += from[l];
       out[s.input[j] + m * inputs] = sum;

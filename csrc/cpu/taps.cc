@@ -15,6 +15,9 @@ namespace {
 constexpr int64_t kMaxScratch = int64_t{16} << 20;  // bytes a task
 constexpr int64_t kLeastTaps = 16;                  // of a row
 constexpr int64_t kMaxChunk = 192;                  // positions: their sums stay near
+// Of an input gradient's task: blocks of rows that read the same y, as long as there are many
+// tasks.
+constexpr int64_t kMostPieces = 8, kManyTasks = 64;
 
 constexpr int64_t CeilDiv(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
@@ -44,11 +47,12 @@ TapPlan PlanOf(const Problem& q, const TapKernels& kernels) {
     p.chunks = 1;
     elements = (CeilDiv(p.block * q.n * p.channel, lanes) + q.cig() * kernels.rows) * lanes;
   } else {
-    p.block = kernels.rows;
-    p.blocks = CeilDiv(q.cig(), p.block);
     p.chunks = CeilDiv(p.positions, kMaxChunk);
     p.chunk = CeilDiv(p.positions, p.chunks);
-    elements = CeilDiv(p.chunk, kernels.positions) * kernels.positions * kernels.rows * lanes;
+    const int64_t pieces = q.ci * p.chunks / (kernels.rows * kManyTasks);
+    p.block = kernels.rows * std::clamp<int64_t>(pieces, 1, kMostPieces);
+    p.blocks = CeilDiv(q.cig(), p.block);
+    elements = CeilDiv(p.chunk, kernels.positions) * kernels.positions * p.block * lanes;
   }
   p.scratch = elements * size + (p.vectors + 2 * p.chunk) * 8;
   return p;
