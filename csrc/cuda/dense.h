@@ -88,9 +88,8 @@ struct DenseArgs {
   // beside each other; outputs in front of those of the first tile's first source; and where, from
   // that of an output's lowest source, the first tap's source lies, and each next one's.
   int fold_taps, fold_channels, fold_lead, fold_first, fold_step;
-  // Where groups lie beside each other in a staged pixel ("grouped"), so many: a step is of one of
-  // them, with products of its own. `groups` counts such sets, cg and jg are those of a set. 1:
-  // not.
+  // Groups that lie beside each other in a staged pixel ("grouped"), or 1: a step is of one of
+  // them, with products of its own. `groups` counts such sets, cg and jg are those of a set.
   int sets;
   DenseProgram program[kMaxPhases];
   DenseSegment segment[kMaxSegments];
