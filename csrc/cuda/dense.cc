@@ -71,6 +71,7 @@ std::string RefuseFolding(const Problem& p) {
   return "";
 }
 
+// From 64 columns on a product takes the tensor cores as long as shared memory.
 constexpr int64_t kFewChannels = 48;
 
 // Why neighbouring outputs cannot be columns: a sentence's end. Empty: they can.

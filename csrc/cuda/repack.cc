@@ -143,7 +143,7 @@ RepackPlan MakePlan(const Problem& p, const Device& device) {
     return plan;
   };
   if (p.channels_last && (p.pass != Pass::kWeightGrad || p.n % StreamsOf(p) == 0)) {
-    return refused("is for channels first, and for weight gradients of few images");
+    return refused("is for channels first, and for float32 weight gradients of few images");
   }
   if (p.Empty()) return refused("has nothing to read or write");
   for (const auto& [channels, bytes] :

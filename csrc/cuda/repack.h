@@ -1,7 +1,7 @@
-// "repack": channels first by way of "dense" for channels last. A chunk of the problem (some
-// images, or a band of rows of them) is copied to the workspace as pixels and computed there, and
-// the result is copied back. A weight gradient of few images, in either layout, takes bands of rows
-// for images: "dense" wants as many as 16 bytes have values.
+// "repack": channels first by way of "dense", its kin and "across" for channels last. A chunk of
+// the problem (some images, or a band of rows of them) is copied to the workspace as pixels and
+// computed there, and the result is copied back. A float32 weight gradient of few images, in either
+// layout, takes bands of rows for images: "dense" wants as many as 16 bytes have values.
 #ifndef JAXCONV_CUDA_REPACK_H_
 #define JAXCONV_CUDA_REPACK_H_
 
