@@ -100,6 +100,9 @@ std::string RefuseGrouped(const Problem& p) {
   return "";
 }
 
+// Whether bulk tensor copies can take rows of channels first: of a multiple of 16 bytes.
+bool HasWholeRows(const Sizes& size, DType dtype) { return size[2] * SizeOf(dtype) % 16 == 0; }
+
 // Products of a step: float32 operands at the highest precision are split in two.
 int Terms(const Problem& p) {
   return p.in_dtype == DType::kF32 && p.precision == Precision::kHighest ? 3 : 1;
@@ -109,6 +112,7 @@ int Terms(const Problem& p) {
 struct AxisGroup {
   int phase;
   int64_t first;  // source for q = 0 of the lowest tap
+  int64_t lead;   // see Shape
   std::vector<int> taps, places;
 };
 
@@ -127,6 +131,10 @@ struct Shape {
   bool spread = false;
   std::array<std::vector<int64_t>, kAxes> sources;
   int sets = 1;  // groups beside each other
+  // Channels first, and whether both phases of the last axis are of one program. The first source of
+  // a group of that axis lies so far from the first one that is loaded.
+  bool rows = false, paired = false;
+  int64_t least_lead = 0, most_lead = 0;
 };
 
 std::vector<AxisGroup> GroupsOf(const Problem& p, int axis, bool forward) {
@@ -140,7 +148,7 @@ std::vector<AxisGroup> GroupsOf(const Problem& p, int axis, bool forward) {
     const int64_t residue = shift - down * s;
     const auto [at, added] = index.try_emplace({0, residue}, groups.size());
     if (added) {
-      groups.push_back({forward ? static_cast<int>(residue) : 0, 0, {}, {}});
+      groups.push_back({forward ? static_cast<int>(residue) : 0, 0, 0, {}, {}});
       sources.emplace_back();
     }
     groups[at->second].taps.push_back(static_cast<int>(t));
@@ -154,6 +162,8 @@ std::vector<AxisGroup> GroupsOf(const Problem& p, int axis, bool forward) {
   }
   return groups;
 }
+
+void MakeFamilies(Shape&);
 
 Shape ShapeOf(const Problem& p, int row_bytes, bool folded) {
   Shape s;
@@ -196,11 +206,46 @@ Shape ShapeOf(const Problem& p, int row_bytes, bool folded) {
   if (folded) {
     // Sources stay as they are, whatever the tap: the first one that exists is the first of all.
     s.fold = s.groups[2][0];
-    s.groups[2] = {{0, std::max<int64_t>(s.fold.first, 0), {0}, {0}}};
+    s.groups[2] = {{0, std::max<int64_t>(s.fold.first, 0), 0, {0}, {0}}};
     s.columns *= static_cast<int>(s.fold.taps.size());
     s.fused = false;
   }
+  if (!p.channels_last) MakeFamilies(s);
   return s;
+}
+
+// Channels first: groups of the last axis are a family, whose sources are loaded together. Where they
+// are two phases they read the same pixels, and their results leave as whole rows.
+void MakeFamilies(Shape& s) {
+  std::vector<AxisGroup>& groups = s.groups[2];
+  s.rows = true;
+  s.fused = false;
+  s.columns = s.jg;
+  s.paired = s.so[2] == 2 && groups.size() == 2 && s.out_size[2] > 1 && s.terms == 1;
+  s.programs = 1;
+  for (int a = 0; a < (s.paired ? 2 : kAxes); ++a) {
+    s.programs *= static_cast<int>(std::min<int64_t>(s.so[a], s.out_size[a]));
+  }
+  const auto less = [](const AxisGroup& a, const AxisGroup& b) { return a.first < b.first; };
+  const int64_t first = std::min_element(groups.begin(), groups.end(), less)->first;
+  for (AxisGroup& g : groups) {
+    if (s.paired) {
+      for (int& place : g.places) {
+        place += static_cast<int>(g.first - first);
+        s.reach[2] = std::max(s.reach[2], place);
+      }
+      g.first = first;
+    }
+    // A copy begins at a multiple of 16 bytes; tiles have multiples of 8 pixels.
+    const int64_t from = s.forward ? g.first : first;
+    g.lead = FloorMod(from, 16 / s.element) + g.first - from;
+  }
+  const auto nearer = [](const AxisGroup& a, const AxisGroup& b) { return a.lead < b.lead; };
+  const auto [least, most] = std::minmax_element(groups.begin(), groups.end(), nearer);
+  s.least_lead = least->lead;
+  s.most_lead = most->lead;
+  std::stable_sort(groups.begin(), groups.end(),
+                   [](const AxisGroup& a, const AxisGroup& b) { return a.phase < b.phase; });
 }
 
 // Phases spread over the columns. `block` neighbouring outputs of a phase (of an axis) become
@@ -274,11 +319,13 @@ std::vector<int> PhasesByWork(const Shape& s) {
   std::vector<int64_t> taps(static_cast<size_t>(s.phases), 1);
   for (int phase = 0; phase < s.phases; ++phase) {
     const Sizes r = PhaseOf(s, phase);
-    if (HasOutputs(s, r)) phases.push_back(phase);
+    if (HasOutputs(s, r) && !(s.paired && r[2] > 0)) phases.push_back(phase);
     for (int axis = 0; axis < kAxes; ++axis) {
       int64_t mine = 0;
       for (const AxisGroup& g : s.groups[axis]) {
-        if (g.phase == r[axis]) mine += static_cast<int64_t>(g.taps.size());
+        if (g.phase == r[axis] || (s.paired && axis == 2)) {
+          mine += static_cast<int64_t>(g.taps.size());
+        }
       }
       taps[phase] *= mine;
     }
@@ -304,11 +351,27 @@ std::string ListPrograms(const Shape& s, const Problem& p, DensePlan& plan) {
   const auto of_phase = [&](int axis, int64_t phase) {
     std::vector<const AxisGroup*> mine;
     for (const AxisGroup& g : s.groups[axis]) {
-      if (g.phase == phase || s.fused) mine.push_back(&g);
+      if (g.phase == phase || s.fused || (s.paired && axis == 2)) mine.push_back(&g);
       if (s.fused && !s.spread) break;
     }
     return mine;
   };
+  // The weights lie in the order in which products take them: chunk by chunk of a family of segments
+  // that share boxes, from `family` on.
+  const auto place_weights = [&](int family) {
+    int all_full = 0, full = 0, last = 0;
+    const auto padded = [&](int i, int steps) { return PadToQuads(a.segment[i].taps * steps); };
+    for (int i = family; i < segments; ++i) all_full += padded(i, s.full_steps);
+    for (int i = family; i < segments; ++i) {
+      k.steps[i] = a.segment[i].steps = a.total_steps + full;
+      k.hop[i] = all_full;
+      k.last[i] = a.total_steps + (s.chunks - 1) * all_full + last;
+      full += padded(i, s.full_steps);
+      last += padded(i, s.last_steps);
+    }
+    a.total_steps += (s.chunks - 1) * all_full + last;
+  };
+  a.members = 1;
   for (const int of : PhasesByWork(s)) {
     const Sizes phase = PhaseOf(s, of);
     DenseProgram& mine = a.program[a.programs++];
@@ -317,6 +380,7 @@ std::string ListPrograms(const Shape& s, const Problem& p, DensePlan& plan) {
     mine.steps = a.total_steps;
     for (const AxisGroup* d : of_phase(0, phase[0])) {
       for (const AxisGroup* h : of_phase(1, phase[1])) {
+        int family = segments;
         for (const AxisGroup* w : of_phase(2, phase[2])) {
           if (segments == DenseArgs::kMaxSegments) {
             return "takes at most " + std::to_string(DenseArgs::kMaxSegments) +
@@ -329,17 +393,24 @@ std::string ListPrograms(const Shape& s, const Problem& p, DensePlan& plan) {
           for (int i = 0; i < kAxes; ++i) {
             const int64_t down = FloorDiv(first[i], s.si[i]);
             residue[i] = first[i] - down * s.si[i];
-            segment.first[i] = static_cast<int>(p.channels_last ? down : first[i]);
+            const bool mapped = p.channels_last || (a.raws > 0 && i < 2);
+            segment.first[i] = static_cast<int>(mapped ? down : first[i]);
             sources = sources && residue[i] < s.in_size[i];
           }
           if (!sources) continue;  // they are zeros
+          if (s.rows) {
+            residue[2] = 0;
+            segment.lead = static_cast<int16_t>(w->lead);
+          } else {
+            family = segments;
+          }
           // Segments of one residue are the forward's, where the stride is of the outputs.
-          if (!s.forward || s.spread || plan.residues.empty()) plan.residues.push_back(residue);
+          const bool next = (!s.forward || s.spread) && family == segments;
+          if (next || plan.residues.empty()) plan.residues.push_back(residue);
           segment.map = static_cast<int16_t>(plan.residues.size() - 1);
           segment.first_shift = static_cast<int16_t>(shifts);
           segment.taps = static_cast<int16_t>(d->taps.size() * h->taps.size() * w->taps.size());
           segment.entries = entries / kQuad;
-          segment.steps = a.total_steps;
           for (size_t td = 0; td < d->taps.size(); ++td) {
             for (size_t th = 0; th < h->taps.size(); ++th) {
               for (size_t tw = 0; tw < w->taps.size(); ++tw, ++shifts) {
@@ -362,12 +433,11 @@ std::string ListPrograms(const Shape& s, const Problem& p, DensePlan& plan) {
               }
             }
           }
-          k.steps[segments] = a.total_steps;
           k.segment_taps[segments] = segment.taps;
-          const int full = PadToQuads(int64_t{segment.taps} * s.full_steps);
-          const int last = PadToQuads(int64_t{segment.taps} * s.last_steps);
-          entries += full + last;
-          a.total_steps += full * (s.chunks - 1) + last;
+          entries += PadToQuads(int64_t{segment.taps} * s.full_steps) +
+                     PadToQuads(int64_t{segment.taps} * s.last_steps);
+          ++segments;
+          if (!s.rows) place_weights(family);
           if (s.spread && a.total_steps > SpreadPack::kMaxSteps) {
             return "takes fewer places and channels";
           }
@@ -389,7 +459,10 @@ std::string ListPrograms(const Shape& s, const Problem& p, DensePlan& plan) {
               spread.step[spread.steps++] = {{}, SpreadPack::kPadding};
             }
           }
-          ++segments;
+        }
+        if (s.rows && segments > family) {
+          place_weights(family);
+          a.members = segments - family;  // the same of all families
         }
       }
     }
@@ -463,7 +536,8 @@ constexpr double kPackBandwidth = 1.2e12;  // at which the weights are packed
 
 struct Candidate {
   TileShape shape;
-  int buffers, store_bytes, halved;  // halved: the axis along which there are two of `part`
+  int buffers, raws, store_bytes;
+  int halved;  // the axis along which there are two of `part`
   Patch patch;
   std::array<int, 4> part;  // n, d, h, w
   Cluster cluster;
@@ -505,6 +579,13 @@ bool Fill(const Problem& p, const Device& device, const Shape& s, const Candidat
   a.part_n = c.part[0];
   a.box_n = c.part[0] * (c.halved == 0 ? 2 : 1);
   if (a.box_n > kMaxBox) return false;
+  a.paired = s.paired;
+  a.rows = s.rows;
+  a.raws = c.raws;
+  a.sends = s.rows && (s.paired || s.so[2] == 1) && HasWholeRows(s.out_size, p.out_dtype);
+  const int out_element = static_cast<int>(SizeOf(p.out_dtype));
+  a.store_columns = c.store_bytes / out_element;
+  if (a.store_columns < 8) return false;
   int64_t pixels = a.box_n, tiles = CeilDiv(p.n, a.box_n);
   for (int i = 0; i < kAxes; ++i) {
     DenseAxis& x = a.axis[i];
@@ -522,13 +603,14 @@ bool Fill(const Problem& p, const Device& device, const Shape& s, const Candidat
     if (i == 0 && x.length > 63) return false;  // what the kernel packs into words
     if (i == 2) {
       // A row too long for one copy is made of several, if the box is but a row.
-      const int unit = 1024 / s.row_bytes;
-      a.pieces = static_cast<int>(CeilDiv(x.length, kMaxBox));
-      if (a.pieces > 1) {
-        if (pixels > 1) return false;
-        x.length = static_cast<int>(RoundUp(CeilDiv(x.length, a.pieces), unit)) * a.pieces;
-      }
-      a.piece_length = x.length / a.pieces;
+      const int64_t unit = s.rows ? 16 / s.element : 1024 / s.row_bytes;
+      const int64_t row = s.rows ? (x.length - 1) * s.si[2] + s.most_lead + 1 : x.length;
+      const bool leads = s.most_lead > s.least_lead;  // differ, so that pieces would, too
+      a.pieces = static_cast<int>(CeilDiv(row, kMaxBox));
+      if (a.pieces > 1 && (pixels > 1 || leads) && (!s.rows || c.raws > 0)) return false;
+      a.piece_length = static_cast<int>(CeilDiv(row, a.pieces));
+      if (a.pieces > 1 || s.rows) a.piece_length = static_cast<int>(RoundUp(a.piece_length, unit));
+      if (!s.rows) x.length = a.piece_length * a.pieces;
     } else if (x.length > kMaxBox) {
       return false;
     }
@@ -544,6 +626,17 @@ bool Fill(const Problem& p, const Device& device, const Shape& s, const Candidat
   };
   pitches(a.box_n, a.axis[0].length, a.axis[1].length, a.axis[2].length, a.in_pitch);
   pitches(a.part_n, a.axis[0].part, a.axis[1].part, a.axis[2].part, a.out_pitch);
+  if (s.rows) {
+    a.raw_lead = static_cast<int>(s.least_lead);
+    a.raw_row = a.piece_length;
+    a.raw_plane = a.raw_row * a.axis[1].length;
+    a.raw_channel = a.raw_plane * a.axis[0].length;
+    a.raw_box = a.raw_channel * s.chunk_channels;
+    a.raw_piece = static_cast<int>(RoundUp(int64_t{a.box_n} * a.raw_box * s.element, 128));
+    a.raw_bytes = a.raw_piece * a.pieces;
+    a.out_channel = a.out_pitch[0] * (s.paired ? 2 : 1);
+    a.out_pitch[0] *= a.store_columns;
+  }
   // The groups of eight of a patch are apart along its other axis, or go on along the same.
   const int inside = a.images ? 0 : 3;
   a.in_eights = a.out_eights = 8;
@@ -554,7 +647,6 @@ bool Fill(const Problem& p, const Device& device, const Shape& s, const Candidat
   }
   const bool across = a.images && a.patch[0] > 8 && a.patch[0] < 64;
   if (across && a.box_n != a.patch[0]) return false;
-  a.rows = !p.channels_last;
   int64_t span = a.box_n * out.n;  // results of a tile are counted in 32 bits
   for (const DenseAxis& x : a.axis) span += int64_t{x.box} * x.so * x.out_step;
   if (a.rows && span > kIntMax) return false;
@@ -576,9 +668,6 @@ bool Fill(const Problem& p, const Device& device, const Shape& s, const Candidat
     if (a.fold_channels * a.fold_taps != c.shape.columns || a.fold_channels % 8 != 0) return false;
     if (s.jg % a.fold_channels != 0) return false;
   }
-  const int out_element = static_cast<int>(SizeOf(p.out_dtype));
-  a.store_columns = c.store_bytes / out_element;
-  if (a.store_columns < 8) return false;
   if (s.sets > 1
           ? s.jg != a.store_columns
           : !s.folded && (s.jg % a.store_columns != 0 || c.shape.columns % a.store_columns != 0)) {
@@ -587,9 +676,8 @@ bool Fill(const Problem& p, const Device& device, const Shape& s, const Candidat
   a.store_bytes = c.store_bytes;
   a.store_swizzle = c.store_bytes > 16 ? c.store_bytes - 16 : 0;
   const int64_t part_rows = int64_t{patches} * 64;
-  a.store_pitch = static_cast<int>(RoundUp(
-      a.rows ? a.store_columns * (part_rows * out_element + 16) : part_rows * c.store_bytes, 1024));
-
+  a.store_pitch =
+      static_cast<int>(RoundUp(part_rows * c.store_bytes * (s.paired ? 2 : 1), a.rows ? 128 : 1024));
   if (s.folded) {
     a.store_pitch = static_cast<int>(RoundUp(kFoldedSources * (c.shape.columns + 8) * 2, 1024));
   }
@@ -605,18 +693,18 @@ bool Fill(const Problem& p, const Device& device, const Shape& s, const Candidat
     }
   }
   entries = 16 * (places * (s.full_steps + s.last_steps) + 2 * kQuad * segments) / 4;
-  int64_t smem = 8 * (3 * DenseArgs::kMaxBuffers + 2 * DenseArgs::kMaxRing);
+  int64_t smem = 8 * (5 * DenseArgs::kMaxBuffers + 2 * DenseArgs::kMaxRing);
   const auto place = [&](int& at, int64_t bytes, int64_t alignment) {
     smem = RoundUp(smem, alignment);
     at = static_cast<int>(smem);
     smem += bytes;
     return smem <= kSharedMemory;
   };
-  if (pixels > 65535 || !place(a.smem_pixels, a.rows ? int64_t{c.shape.mt} * 128 * 4 : 0, 16) ||
-      !place(a.smem_sources, a.rows ? pixels * 4 : 0, 16) ||
+  if (pixels > 65535 || !place(a.smem_sources, a.rows ? pixels * 4 : 0, 16) ||
       !place(a.smem_entries, entries + 16, 16) ||
       !place(a.smem_out, int64_t{s.sets > 1 ? 8 : 4} * a.store_pitch, 1024) ||
       !place(a.smem_in, int64_t{a.buffers} * a.stage_bytes, 1024) ||
+      !place(a.smem_raw, int64_t{a.raws} * a.raw_bytes, 128) ||
       !place(a.smem_ring, 2 * quad_bytes, 128)) {
     return false;
   }
@@ -653,6 +741,8 @@ bool Fill(const Problem& p, const Device& device, const Shape& s, const Candidat
     }
   }
   const double programs = s.programs;
+  const double phases = s.paired ? 2 : 1;  // of a program
+  stages /= phases;
   if (s.fused && !s.spread) {
     steps /= s.phases;
     stages /= s.phases;
@@ -666,9 +756,13 @@ bool Fill(const Problem& p, const Device& device, const Shape& s, const Candidat
   const double stage_bytes = static_cast<double>(pixels) * s.row_bytes;
   const double copied = stages * stage_bytes + (a.resident ? 0 : weights);
   const double tensor = steps * groups_m * c.shape.columns / 2;
-  const bool rounds = s.element == 4 && !a.rows;
+  const bool rounds = s.element == 4 && p.channels_last;
+  // Boxes that are turned: of them so many in all, which arrive, are read, and written as stages.
+  const double raws = a.raws > 0 ? stages / (s.paired ? 1 : a.members) : 0;
   const double shared = steps * groups_m * (16 + c.shape.columns / 4.0) +
-                        (copied + (rounds ? 0.6 * stages * stage_bytes : 0)) / 128;
+                        (copied + (rounds ? 0.6 * stages * stage_bytes : 0) +
+                         (a.raws > 0 ? raws * a.raw_bytes + stages * stage_bytes : 0)) /
+                            128;
   const double multiply = 1.05 * std::max(tensor, shared);
   // Rows (channels first) are loaded and stored pixel by pixel: so many lines of 128 bytes a warp.
   const auto lines = [](double run, double stride) {
@@ -676,17 +770,29 @@ bool Fill(const Problem& p, const Device& device, const Shape& s, const Candidat
   };
   const double loads = stage_bytes / s.element / 32 * (4 + 4 * lines(a.axis[2].length, s.si[2]));
   const double rounding = s.element == 4 ? stage_bytes / 16 / 192 * (12 + 5 * (s.terms - 1)) : 0;
-  const double late = a.rows ? 2000 + loads : 3100 + a.pixels + (rounds ? stage_bytes / 21 : 0);
+  const double turning = a.raws > 0 ? 200 + stage_bytes / 32 / 192 * 90 : 0;
+  const double late = a.raws > 0 ? turning
+                      : a.rows   ? 2000 + loads
+                                 : 3100 + a.pixels + (rounds ? stage_bytes / 21 : 0);
   const double each = stages > 0 ? multiply / stages : 0;  // of a stage
-  const double staged =
-      stages * std::max({each, (late + each) / c.buffers, a.rows ? loads : rounding});
-  const double results = groups_m * 64.0 * c.shape.columns * s.sets;
+  const double arrives = raws > 0
+                             ? (2000 + a.raw_bytes / 40.0 + turning * stages / raws) / a.raws * raws
+                             : 0;
+  const double staged = std::max(arrives, stages * std::max({each, (late + each) / c.buffers,
+                                                             a.raws > 0 ? turning
+                                                             : a.rows   ? loads
+                                                                        : rounding}));
+  const double results = groups_m * 64.0 * c.shape.columns * s.sets * phases;
   // Folded sums are stored and read again, the stores by two ways at once.
-  const double stores = a.rows       ? results / 32 * (4 + 7 * lines(a.axis[2].part, s.so[2]))
+  const double torn_by = s.paired ? 1 : s.so[2], run = a.axis[2].part * phases;
+  const double stores = a.sends  ? results / 12 + 700.0 * c.shape.columns / a.store_columns
+                        : a.rows ? results / 32 * (4 + 2 * lines(run, torn_by)) +
+                                       700.0 * c.shape.columns / a.store_columns
                         : s.folded   ? results * 12 / 128 + 300.0 * groups_m
                         : s.sets > 1 ? results / 10 + 450.0 * s.phases
                                      : results / 8 + 900.0 * c.shape.columns / a.store_columns;
-  const double fetched = stages * stage_bytes + (a.resident ? 0 : weights / a.pair);
+  const double fetched =
+      (a.raws > 0 ? raws * a.raw_bytes : stages * stage_bytes) + (a.resident ? 0 : weights / a.pair);
   const double l2 = fetched / (kL2Bandwidth / kClock / device.multiprocessors);
   // Of blocks that share an item, each multiplies and stores a part; each sends and reads all sums.
   const double sends = (a.split > 1 ? sums_bytes / 6.7 : 0) + 60.0 * (a.pair - 1);
@@ -704,7 +810,7 @@ bool Fill(const Problem& p, const Device& device, const Shape& s, const Candidat
   // Channels last, measured against that, in the mean (28 layers, both passes, TF32 and bf16,
   // H100).
   double fitted = 1;
-  if (!a.rows) {
+  if (p.channels_last) {
     if (c.shape.mt == 4) fitted *= 0.94;
     if (c.shape.columns == 48 || a.pair > 1 || a.resident) fitted *= 1.06;
     if (s.folded || a.split > 4) fitted *= 1.1;
@@ -734,6 +840,24 @@ DenseMap MapOf(const Problem& p, const Strides& step, const Sizes& size, const S
   for (int i = 0; i < kAxes; ++i) {
     m.size[3 - i] = static_cast<uint64_t>(CeilDiv(size[i] - residue[i], stride[i]));
     m.stride[2 - i] = static_cast<uint64_t>(step.s[i] * stride[i] * element);
+    m.offset += residue[i] * step.s[i] * element;
+  }
+  std::fill(std::begin(m.step), std::end(m.step), 1);
+  return m;
+}
+
+// The same where channels come first: rows lie as they are, whatever the stride along them.
+DenseMap RowsMapOf(const Problem& p, const Strides& step, const Sizes& size, int64_t channels,
+                     const Sizes& residue, const Sizes& stride, int element) {
+  DenseMap m{};
+  m.size[0] = static_cast<uint64_t>(size[2]);
+  m.size[3] = static_cast<uint64_t>(channels);
+  m.size[4] = static_cast<uint64_t>(p.n);
+  m.stride[2] = static_cast<uint64_t>(step.c * element);
+  m.stride[3] = static_cast<uint64_t>(step.n * element);
+  for (int i = 0; i < 2; ++i) {
+    m.size[2 - i] = static_cast<uint64_t>(CeilDiv(size[i] - residue[i], stride[i]));
+    m.stride[1 - i] = static_cast<uint64_t>(step.s[i] * stride[i] * element);
     m.offset += residue[i] * step.s[i] * element;
   }
   std::fill(std::begin(m.step), std::end(m.step), 1);
@@ -844,8 +968,26 @@ void Complete(const Problem& p, const Shape& s, DensePlan& plan) {
   k.last_steps = s.last_steps;
   k.total_steps = a.total_steps;
   k.terms = s.terms;
-  if (!a.rows) {
-    const Sizes si{s.si[0], s.si[1], s.si[2]}, so{s.so[0], s.so[1], s.so[2]};
+  const Sizes si{s.si[0], s.si[1], s.si[2]}, so{s.so[0], s.so[1], s.so[2]};
+  if (s.rows) {
+    const auto add = [](std::vector<DenseMap>& maps, DenseMap m, std::array<int, 5> box) {
+      std::copy(box.begin(), box.end(), m.box);
+      maps.push_back(m);
+    };
+    for (const Sizes& r : a.raws > 0 ? plan.residues : std::vector<Sizes>{}) {
+      add(plan.in,
+          RowsMapOf(p, in, s.in_size, s.forward ? p.ci : p.co, r, si, s.element),
+          {a.piece_length, a.axis[1].length, a.axis[0].length, s.chunk_channels, a.box_n});
+    }
+    a.in_maps = static_cast<int>(plan.in.size());
+    for (int i = 0; i < a.programs && a.sends; ++i) {
+      add(plan.out,
+          RowsMapOf(p, out, s.out_size, s.forward ? p.co : p.ci, PhaseOf(s, a.program[i].phase),
+                      so, static_cast<int>(SizeOf(p.out_dtype))),
+          {a.axis[2].part * (s.paired ? 2 : 1), a.axis[1].part, a.axis[0].part, a.store_columns,
+           a.part_n});
+    }
+  } else {
     for (const Sizes& r : plan.residues) {
       DenseMap m = MapOf(p, in, s.in_size, r, si, s.row_bytes, s.element);
       for (int i = 0; i < kAxes; ++i) m.box[3 - i] = static_cast<uint32_t>(a.axis[i].length);
@@ -884,6 +1026,12 @@ void SearchTiles(const Problem& p, const Device& device, const Shape& s, const D
   std::vector<TileShape> shapes(std::begin(kTileShapes), std::end(kTileShapes));
   if (s.folded) shapes.assign(std::begin(kFoldedShapes), std::end(kFoldedShapes));
   if (s.sets > 1) shapes = {{s.sets, s.columns}};
+  if (s.paired) {
+    // They have two sets of sums.
+    const auto large = [](const TileShape& t) { return t.mt > 2 || t.mt * t.columns > 128; };
+    shapes.erase(std::remove_if(shapes.begin(), shapes.end(), large), shapes.end());
+  }
+  const int most_raws = s.rows && s.terms == 1 && HasWholeRows(s.in_size, p.in_dtype) ? 3 : 0;
   if (s.spread) {
     const auto other = [&](const TileShape& t) { return t.columns != s.columns; };
     shapes.erase(std::remove_if(shapes.begin(), shapes.end(), other), shapes.end());
@@ -914,14 +1062,22 @@ void SearchTiles(const Problem& p, const Device& device, const Shape& s, const D
         }
         for (int buffers = 2; buffers <= DenseArgs::kMaxBuffers; ++buffers) {
           if (!allowed(forced.buffers, buffers)) continue;
-          Candidate c{shape, buffers, 0, halved, patch, part, {}};
+          Candidate c{shape, buffers, 0, 0, halved, patch, part, {}};
           bool fits = false, l2_limits = false;
           for (int store_bytes : {128, 64, 32, 16}) {
             c.store_bytes = store_bytes;
-            fits = Fill(p, device, s, c, plan, l2_limits);
-            if (fits) break;
+            for (c.raws = 0; c.raws <= most_raws; ++c.raws) {
+              if (!allowed(forced.raws, c.raws + 1)) continue;
+              fits = Fill(p, device, s, c, plan, l2_limits);
+              if (!fits) break;
+              if (s.rows && plan.seconds < best.seconds) {
+                best = plan;
+                better = true;
+              }
+            }
+            if (fits && !s.rows) break;
           }
-          if (!fits) continue;
+          if (!fits || s.rows) continue;
           // Clusters pay where items are few, or where copies from the L2 cache take longest.
           const bool share = l2_limits || forced.pair > 1;
           const int64_t items = plan.args.items;

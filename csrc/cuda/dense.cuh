@@ -19,9 +19,9 @@ namespace jaxconv::cuda {
 inline constexpr int kDenseGroups = 2, kDenseThreads = 128 * (kDenseGroups + 2);
 inline constexpr int kDenseWarps = 4 * kDenseGroups;  // that multiply
 inline constexpr int kDenseLoaders = 224;             // threads that stage rows
-inline constexpr int kDenseRounders = 192;            // threads that round to TF32
+inline constexpr int kDenseRounders = 192;            // threads that round to TF32, or turn boxes
 
-enum class DenseMode { kPlain, kRows, kExact, kShare, kSplit, kFold, kGrouped };
+enum class DenseMode { kPlain, kRows, kPaired, kExact, kShare, kSplit, kFold, kGrouped };
 
 // Results of a group of warps on their way out at once, by bulk copies. With groups beside each
 // other a tile has many, and few products.
@@ -30,7 +30,8 @@ constexpr int DenseStores(DenseMode mode) { return mode == DenseMode::kGrouped ?
 // Whether tensors have their channels first: known at compile time, but for kExact.
 template <DenseMode kMode>
 __device__ constexpr bool HasRows(const DenseArgs& a) {
-  return kMode == DenseMode::kExact ? a.rows : kMode == DenseMode::kRows;
+  return kMode == DenseMode::kExact ? a.rows
+                                    : kMode == DenseMode::kRows || kMode == DenseMode::kPaired;
 }
 
 // A block's place in its cluster.
@@ -118,8 +119,8 @@ __device__ inline int QuadsBefore(const DenseArgs& a, const DenseProgram& progra
 
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
 
-// Barriers: a full and an empty one for each stage of the inputs and each slot of the weights, and
-// one more for stages that are also rounded.
+// Barriers: a full and an empty one for each stage of the inputs, each slot of the weights, and each
+// box to be turned; and one more for stages that are also rounded.
 struct DenseBarriers {
   static constexpr int kIn = 8 * DenseArgs::kMaxBuffers, kRing = 8 * DenseArgs::kMaxRing;
   uint32_t base;
@@ -128,6 +129,8 @@ struct DenseBarriers {
   __device__ uint32_t InEmpty(int i) const { return base + 2 * kIn + i * 8; }
   __device__ uint32_t RingFull(int i) const { return base + 3 * kIn + i * 8; }
   __device__ uint32_t RingEmpty(int i) const { return base + 3 * kIn + kRing + i * 8; }
+  __device__ uint32_t RawFull(int i) const { return base + 3 * kIn + 2 * kRing + i * 8; }
+  __device__ uint32_t RawEmpty(int i) const { return base + 4 * kIn + 2 * kRing + i * 8; }
 };
 
 // A place in a ring: which one, and which time round.
@@ -254,10 +257,12 @@ __device__ inline void FetchRows(const DenseArgs& a, const DenseBarriers& barrie
   for (DenseWalk walk(a); walk.index < a.items; walk.Next()) {
     const DenseItem item(a, walk.index);
     const DenseProgram& program = a.program[item.program];
-    for (int s = 0; s < program.segments; ++s) {
-      const DenseSegment& segment = a.segment[program.first_segment + s];
-      for (int chunk = 0; chunk < a.chunks; ++chunk) {
-        const int c0 = chunk * a.chunk_channels;
+    // Of a family, chunk by chunk; of phases one is for all.
+    const int stages = a.paired ? 1 : a.members;
+    for (int s = 0; s < program.segments; s += a.members) {
+      for (int i = 0; i < a.chunks * stages; ++i) {
+        const int chunk = i / stages, c0 = chunk * a.chunk_channels;
+        const DenseSegment& segment = a.segment[program.first_segment + s + i - chunk * stages];
         const int blocks = 2 * (chunk + 1 < a.chunks ? a.full_steps : a.last_steps) / a.terms;
         WaitFor(barriers.InEmpty(buffer.at), buffer.parity ^ 1);
         for (int p = thread; p < a.pixels; p += kDenseLoaders) {
@@ -299,6 +304,92 @@ __device__ inline void FetchRows(const DenseArgs& a, const DenseBarriers& barrie
         ProxyFence();
         Arrive(barriers.InFull(buffer.at));
         buffer.Next(a.buffers);
+      }
+    }
+  }
+}
+
+// Boxes of channels first as they are, for TurnBoxes.
+__device__ inline void FetchRaw(const DenseArgs& a, const DenseMaps& maps,
+                                const DenseBarriers& barriers, uint32_t raw) {
+  DenseCursor box;
+  const int bytes = a.box_n * a.raw_box * (a.row_bytes / a.chunk_channels);
+  for (DenseWalk walk(a); walk.index < a.items; walk.Next()) {
+    const DenseItem item(a, walk.index);
+    const DenseProgram& program = a.program[item.program];
+    for (int s = 0; s < program.segments; s += a.members) {
+      const DenseSegment& segment = a.segment[program.first_segment + s];
+      const CUtensorMap* map = &maps.map[segment.map];
+      for (int chunk = 0; chunk < a.chunks; ++chunk) {
+        const int channel = item.group * a.cg + chunk * a.chunk_channels;
+        const uint32_t to = raw + box.at * a.raw_bytes, full = barriers.RawFull(box.at);
+        WaitFor(barriers.RawEmpty(box.at), box.parity ^ 1);
+        ArriveAndExpect(full, a.pieces * bytes);
+        for (int piece = 0; piece < a.pieces; ++piece) {
+          const int w = item.q[2] * a.axis[2].si + segment.first[2] - segment.lead +
+                        piece * a.piece_length;
+          CopyBox(to + piece * a.raw_piece, map, w, item.q[1] + segment.first[1],
+                  item.q[0] + segment.first[0], channel, item.n, full);
+        }
+        box.Next(a.raws);
+      }
+    }
+  }
+}
+
+// Turns them into what a bulk tensor copy of channels last leaves: of each residue along the last
+// axis a stage, or one for all phases. A thread has 32 bytes of channels of a pixel at once.
+template <class T>
+__device__ inline void TurnBoxes(const DenseArgs& a, const DenseBarriers& barriers, char* in,
+                                 const char* raw, const int* sources, int thread) {
+  constexpr int kC = 2 * kBlockChannels<T>;
+  using Bits = std::conditional_t<sizeof(T) == 4, float, uint16_t>;
+  DenseCursor box, buffer;
+  for (DenseWalk walk(a); walk.index < a.items; walk.Next()) {
+    const DenseProgram& program = a.program[DenseItem(a, walk.index).program];
+    for (int s = 0; s < program.segments; s += a.members) {
+      for (int chunk = 0; chunk < a.chunks; ++chunk) {
+        const int channels = a.cg - chunk * a.chunk_channels;
+        const int steps = chunk + 1 < a.chunks ? a.full_steps : a.last_steps;
+        WaitFor(barriers.RawFull(box.at), box.parity);
+        for (int member = 0; member < (a.paired ? 1 : a.members); ++member) {
+          const int lead = a.segment[program.first_segment + s + member].lead - a.raw_lead;
+          const Bits* first = reinterpret_cast<const Bits*>(raw + box.at * a.raw_bytes) + lead;
+          char* stage = in + buffer.at * a.stage_bytes;
+          WaitFor(barriers.InEmpty(buffer.at), buffer.parity ^ 1);
+          int step = 0;
+          for (int p = thread;; p += kDenseRounders) {
+            while (p >= a.pixels) {
+              p -= a.pixels;
+              ++step;
+            }
+            if (step >= steps) break;
+            const Bits* from = first + sources[p] + step * kC * a.raw_channel;
+            Bits v[kC];
+#pragma unroll
+            for (int c = 0; c < kC; ++c) {
+              v[c] = step * kC + c < channels ? from[c * a.raw_channel] : Bits{};
+            }
+            const int place = p * a.row_bytes, swizzled = place >> 3 & a.swizzle;
+#pragma unroll
+            for (int half = 0; half < 2; ++half) {
+              const Bits* c = v + half * kC / 2;
+              uint4 block;
+              if constexpr (sizeof(T) == 4) {
+                block = make_uint4(RoundTF32(c[0]), RoundTF32(c[1]), RoundTF32(c[2]), RoundTF32(c[3]));
+              } else {
+                const auto pair = [&](int i) { return c[i] | uint32_t{c[i + 1]} << 16; };
+                block = make_uint4(pair(0), pair(2), pair(4), pair(6));
+              }
+              *reinterpret_cast<uint4*>(stage + place + (step * 32 + half * 16 ^ swizzled)) = block;
+            }
+          }
+          ProxyFence();
+          Arrive(barriers.InFull(buffer.at));
+          buffer.Next(a.buffers);
+        }
+        Arrive(barriers.RawEmpty(box.at));
+        box.Next(a.raws);
       }
     }
   }
@@ -426,44 +517,20 @@ __device__ inline void SendBox(const DenseArgs& a, const CUtensorMap* map, const
 }
 
 // Results leave by way of shared memory, `store_columns` at a time: channels last as boxes that the
-// copy units write while the next tile is multiplied, channels first as rows of pixels.
-template <class T, class Out, int MT, int NT, bool kRows, bool kSplit>
+// copy units write while the next tile is multiplied.
+template <class T, class Out, int MT, int NT, bool kSplit>
 __device__ inline void StoreDense(const DenseArgs& a, const DenseMaps& maps, const DenseRank& rank,
-                                  const DenseItem& item, const int* pixels, char* stage,
-                                  const int (&place)[MT][2], int group,
-                                  const float (&acc)[MT][4 * NT], int& buffer, int thread) {
-  constexpr int kRuns = MT * 2;  // of 32 pixels
-  // Channels first: pitch in elements of a column in the stage, free of bank conflicts.
-  constexpr int kPitch = MT * 64 + 16 / static_cast<int>(sizeof(Out));
-  const int warp = thread / 32, lane = thread % 32, quad = lane % 4;
-  // Of this thread's pixels of each run, in a phase of the output, from the item's first; -1:
-  // outside.
-  int offset[kRuns];
-  const auto locate = [&](int phase) {
-    const int up = phase / a.axis[2].so;
-    const int r[kAxes] = {up / a.axis[1].so, up % a.axis[1].so, phase % a.axis[2].so};
-#pragma unroll
-    for (int i = 0; i < kRuns; ++i) {
-      const DenseCoordinates at(pixels[i * 32 + lane]);
-      bool inside = item.n + at.n < a.n;
-      offset[i] = static_cast<int>(at.n * a.out_n_step);
-#pragma unroll
-      for (int x = 0; x < kAxes; ++x) {
-        const int o = at.at[x] * a.axis[x].so + r[x];
-        inside = inside && item.q[x] * a.axis[x].so + o < a.axis[x].out_size;
-        offset[i] += static_cast<int>(o * a.axis[x].out_step);
-      }
-      if (!inside) offset[i] = -1;
-    }
-  };
+                                  const DenseItem& item, char* stage, const int (&place)[MT][2],
+                                  int group, const float (&acc)[MT][4 * NT], int& buffer,
+                                  int thread) {
+  const int lane = thread % 32, quad = lane % 4;
   const int first = item.column_tile * NT * 8;
   int phase = a.program[item.program].phase, channel = item.group * a.jg + first;
   if (a.fused) {
     phase = first / a.jg;
     channel -= phase * a.jg;
   }
-  if (kRows) locate(phase);
-  const int swizzled = kRows ? 0 : lane / 4 * a.store_bytes >> 3 & a.store_swizzle;
+  const int swizzled = lane / 4 * a.store_bytes >> 3 & a.store_swizzle;
   const int columns = min(NT * 8, a.columns - first);
   // Unrolled over some tiles alone, for the sake of the instruction cache: a block runs this a few
   // times, and with the stores in every tile it waited for instructions as long as it stored.
@@ -491,41 +558,19 @@ __device__ inline void StoreDense(const DenseArgs& a, const DenseMaps& maps, con
 #pragma unroll
             for (int h = 0; h < 2; ++h) {
               const float* v = acc[mt] + 4 * (kFirst + k) + 2 * h;
-              const Out v0 = FromAccumulator<Out>(v[0] + bias[0]);
-              const Out v1 = FromAccumulator<Out>(v[1] + bias[1]);
-              if constexpr (kRows) {
-                Out* row = reinterpret_cast<Out*>(to) + column * kPitch + place[mt][h];
-                row[0] = v0;
-                row[kPitch] = v1;
-              } else {
-                const int bytes = column * static_cast<int>(sizeof(Out));
-                struct alignas(2 * sizeof(Out)) Pair {
-                  Out v[2];
-                };
-                *reinterpret_cast<Pair*>(to + place[mt][h] + (bytes ^ swizzled)) = {{v0, v1}};
-              }
+              const int bytes = column * static_cast<int>(sizeof(Out));
+              struct alignas(2 * sizeof(Out)) Pair {
+                Out v[2];
+              };
+              *reinterpret_cast<Pair*>(to + place[mt][h] + (bytes ^ swizzled)) = {
+                  {FromAccumulator<Out>(v[0] + bias[0]), FromAccumulator<Out>(v[1] + bias[1])}};
             }
           }
         }
       };
       if (mine) WithConstant<NT / kTiles>(j / kTiles, put);
       if (at + kTiles * 8 < a.store_columns) continue;
-      if constexpr (kRows) {
-        SyncGroup(group);
-        const Out* from = reinterpret_cast<const Out*>(to);
-        Out* out = static_cast<Out*>(a.out) + item.n * a.out_n_step + channel * a.out_c_step;
-#pragma unroll
-        for (int x = 0; x < kAxes; ++x) {
-          out += int64_t{item.q[x]} * a.axis[x].so * a.axis[x].out_step;
-        }
-        for (int c = warp; c < a.store_columns; c += 4) {
-#pragma unroll
-          for (int i = 0; i < kRuns; ++i) {
-            if (offset[i] >= 0)
-              out[c * a.out_c_step + offset[i]] = from[c * kPitch + i * 32 + lane];
-          }
-        }
-      } else if (mine) {
+      if (mine) {
         SendBox<2>(a, &maps.map[a.in_maps + (a.fused ? phase : item.program)], item, to, channel,
                    group, thread);
       }
@@ -534,15 +579,136 @@ __device__ inline void StoreDense(const DenseArgs& a, const DenseMaps& maps, con
       if (a.fused && channel == (item.group + 1) * a.jg) {
         channel -= a.jg;
         ++phase;
-        if (kRows && (j + kTiles) * 8 < columns) locate(phase);
       }
     }
   };
   constexpr int kWide = 64 / static_cast<int>(sizeof(Out)) / 8;
-  if constexpr (!kRows && NT % kWide == 0) {
+  if constexpr (NT % kWide == 0) {
     if (a.store_columns >= kWide * 8) return store(std::integral_constant<int, kWide>{});
   }
   store(std::integral_constant<int, 1>{});
+}
+
+// Channels first: the pixels of `store_columns` channels at a time, with both phases of the last axis
+// beside each other where a program has both. They leave by bulk copies, or by rows. Lanes' channels
+// are whole rows of banks apart, so half of the lanes store the other eight pixels first.
+template <class Out, int MT, int NT, int Phases>
+__device__ inline void StoreRows(const DenseArgs& a, const DenseMaps& maps, const DenseItem& item,
+                                 char* stages, const int (&place)[MT][2], int group,
+                                 const float (&acc)[Phases * MT][4 * NT], int& buffer, int thread) {
+  constexpr int kRuns = 2 * MT * Phases;  // of 32 pixels
+  const int warp = thread / 32, lane = thread % 32, quad = lane % 4;
+  const bool turn = quad & 1;
+  const int first = item.column_tile * NT * 8, columns = min(NT * 8, a.columns - first);
+  int channel = item.group * a.jg + first;
+  int q[kAxes];  // of the part
+#pragma unroll
+  for (int i = 0; i < kAxes; ++i) {
+    q[i] = item.q[i] + PartStart(a.axis[i].part, a.axis[i].box, group);
+  }
+  const int n = item.n + PartStart(a.part_n, a.box_n, group);
+  // Of this thread's pixels of each run, in the output, from the part's first; -1: outside.
+  int offset[kRuns];
+  const int log_channel = 31 - __clz(a.out_channel);
+  Out* out = static_cast<Out*>(a.out) + n * a.out_n_step + channel * a.out_c_step;
+  if (!a.sends) {
+    const int phase = a.program[item.program].phase, up = phase / a.axis[2].so;
+    const int r[kAxes] = {up / a.axis[1].so, up % a.axis[1].so, phase % a.axis[2].so};
+    int o[kAxes];
+#pragma unroll
+    for (int x = 0; x < kAxes; ++x) {
+      o[x] = q[x] * a.axis[x].so + r[x];
+      out += o[x] * a.axis[x].out_step;
+    }
+#pragma unroll
+    for (int i = 0; i < kRuns; ++i) {
+      int rest = i * 32 + lane, at[kAxes];
+      const auto take = [&](int size) {
+        const int mine = rest & (size - 1);
+        rest >>= 31 - __clz(size);  // a power of two
+        return mine;
+      };
+      at[2] = take(a.axis[2].part * Phases);
+      at[1] = take(a.axis[1].part);
+      at[0] = take(a.axis[0].part);
+      offset[i] = static_cast<int>(rest * a.out_n_step);
+      bool inside = n + rest < a.n;
+#pragma unroll
+      for (int x = 0; x < kAxes; ++x) {
+        const int step = x == 2 && Phases > 1 ? at[x] : at[x] * a.axis[x].so;
+        inside = inside && o[x] + step < a.axis[x].out_size;
+        offset[i] += static_cast<int>(step * a.axis[x].out_step);
+      }
+      if (!inside) offset[i] = -1;
+    }
+  }
+#pragma unroll 1
+  for (int j = 0; j * 8 < columns; ++j) {
+    char* stage = stages + buffer * a.store_pitch;
+    Out* to = reinterpret_cast<Out*>(stage) +
+              ((j * 8 & (a.store_columns - 1)) + 2 * quad) * a.out_channel;
+    float bias[2] = {0, 0};
+    if (a.bias != nullptr) {
+#pragma unroll
+      for (int i = 0; i < 2; ++i) {
+        bias[i] = ToAccumulator(
+            static_cast<const Out*>(a.bias)[item.group * a.jg + first + j * 8 + 2 * quad + i]);
+      }
+    }
+    WithConstant<NT>(j, [&](auto index) {
+#pragma unroll
+      for (int mt = 0; mt < MT; ++mt) {
+#pragma unroll
+        for (int h = 0; h < 2; ++h) {
+#pragma unroll
+          for (int i = 0; i < 2; ++i) {
+            struct alignas(Phases * sizeof(Out)) Neighbours {
+              Out v[Phases];
+            } both;
+#pragma unroll
+            for (int phase = 0; phase < Phases; ++phase) {
+              const float* v = acc[phase * MT + mt] + 4 * decltype(index)::value + i;
+              both.v[phase] = FromAccumulator<Out>((turn ? v[2 - 2 * h] : v[2 * h]) + bias[i]);
+            }
+            const int pixel = (turn ? place[mt][1 - h] : place[mt][h]) * Phases;
+            *reinterpret_cast<Neighbours*>(to + i * a.out_channel + pixel) = both;
+          }
+        }
+      }
+    });
+    if (((j + 1) * 8 & (a.store_columns - 1)) != 0) continue;
+    if (a.sends) {
+      if (thread == 0) WaitForReads<0>();  // of the other stage
+      ProxyFence();
+      SyncGroup(group);
+      if (thread == 0) {
+        StoreBox(&maps.map[a.in_maps + item.program], SharedAddress(stage), q[2] * Phases, q[1],
+                 q[0], channel, n);
+      }
+    } else {
+      SyncGroup(group);
+      for (int c = warp; c < a.store_columns; c += 4) {
+        const Out* mine = reinterpret_cast<const Out*>(stage) + c * a.out_channel;
+        constexpr int kBatch = kRuns < 8 ? kRuns : 8;  // under way before the first is stored
+#pragma unroll
+        for (int first = 0; first < kRuns; first += kBatch) {
+          Out v[kBatch];
+#pragma unroll
+          for (int i = 0; i < kBatch; ++i) {
+            const int at = (first + i) * 32 + lane, image = at >> log_channel;
+            v[i] = mine[at + image * (a.store_columns - 1) * a.out_channel];
+          }
+#pragma unroll
+          for (int i = 0; i < kBatch; ++i) {
+            if (offset[first + i] >= 0) out[c * a.out_c_step + offset[first + i]] = v[i];
+          }
+        }
+      }
+      out += a.store_columns * a.out_c_step;
+    }
+    buffer ^= 1;
+    channel += a.store_columns;
+  }
 }
 
 // Where the taps of the last axis are columns: a group's rows of 64 sources go to shared memory one
@@ -668,17 +834,17 @@ __device__ inline void StoreGrouped(const DenseArgs& a, const DenseMaps& maps,
 // the sums in float32. kGrouped: MT is not of pixels, but of groups beside each other in a pixel,
 // and each step is of one of them. kShare: neighbours fetch weights for each other. kSplit:
 // besides, blocks of a cluster share each item's stages; a block has but one item, since sums take
-// the place of what it fetched.
+// the place of what it fetched. kPaired: both phases of the last axis have sums of their own, which
+// are multiplied in turn from the same stages.
 template <class T, int MT, int NT, DenseMode kMode>
 __device__ inline void MultiplyDense(const DenseArgs& a, const DenseMaps& maps,
                                      const DenseBarriers& barriers, uint32_t in, uint32_t ring,
-                                     const int* pixels, const int4* entries, char* stage, int group,
-                                     int thread) {
+                                     const int4* entries, char* stage, int group, int thread) {
   constexpr int kStepBytes = NT * 256, kQuadBytes = kDenseQuad * kStepBytes;
   constexpr bool kExact = kMode == DenseMode::kExact, kSplit = kMode == DenseMode::kSplit;
   constexpr bool kShare = kSplit || kMode == DenseMode::kShare;
-  constexpr bool kGrouped = kMode == DenseMode::kGrouped;
-  constexpr int kPatches = kGrouped ? 1 : MT;
+  constexpr bool kGrouped = kMode == DenseMode::kGrouped, kPaired = kMode == DenseMode::kPaired;
+  constexpr int kPatches = kGrouped ? 1 : MT, kPhases = kPaired ? 2 : 1;
   const int warp = thread / 32, lane = thread % 32;
   // Descriptors of a tap without a shift: what they have in common, and the addresses.
   const uint32_t pixel_high = PixelDescriptor(0, a.in_eights * a.row_bytes, a.row_bytes) >> 32;
@@ -702,7 +868,7 @@ __device__ inline void MultiplyDense(const DenseArgs& a, const DenseMaps& maps,
         PixelDescriptor(in + patch.Place(a.in_pitch) * a.row_bytes, 0, a.row_bytes));
   }
   const bool round = sizeof(T) == 4 && !HasRows<kMode>(a);
-  float acc[MT][4 * NT], sum[kExact ? MT : 1][kExact ? 4 * NT : 1];
+  float acc[MT * kPhases][4 * NT], sum[kExact ? MT : 1][kExact ? 4 * NT : 1];
   DenseCursor buffer, slot;
   int stage_buffer = 0;
   const DenseRank rank(a);
@@ -717,7 +883,7 @@ __device__ inline void MultiplyDense(const DenseArgs& a, const DenseMaps& maps,
     const DenseItem item(a, walk.index);
     const DenseProgram& program = a.program[item.program];
 #pragma unroll
-    for (int mt = 0; mt < MT; ++mt) {
+    for (int mt = 0; mt < MT * kPhases; ++mt) {
 #pragma unroll
       for (int i = 0; i < 4 * NT; ++i) {
         if constexpr (kExact) {
@@ -735,6 +901,7 @@ __device__ inline void MultiplyDense(const DenseArgs& a, const DenseMaps& maps,
       chunk = share.first % a.chunks;
       quads = QuadsBefore(a, program, share.end) - QuadsBefore(a, program, share.first);
     }
+    int member = 0, phase = 0;             // the next segment of a family; where sums go
     int used_slot = -1, used_buffer = -1;  // free once the products under way are done
     const int4* entry = entries;
     int4 shift{};
@@ -745,23 +912,28 @@ __device__ inline void MultiplyDense(const DenseArgs& a, const DenseMaps& maps,
     };
     for (int quad = 0; quad < quads; ++quad) {
       if (left <= 0) {
-        const DenseSegment& s = a.segment[segment];
+        const DenseSegment& s = a.segment[segment + member];
         const bool last = chunk + 1 == a.chunks;
         left = s.taps * (last ? a.last_steps : a.full_steps);
         entry = entries + s.entries +
                 (last ? (s.taps * a.full_steps + kDenseQuad - 1) / kDenseQuad : 0);
         shift = Uniform(*entry);
-        if (++chunk == a.chunks) {
-          chunk = 0;
-          ++segment;
+        const bool waits = !kPaired || member == 0;
+        phase = member;
+        if (!HasRows<kMode>(a) || ++member == a.members) {
+          member = 0;
+          if (++chunk == a.chunks) {
+            chunk = 0;
+            segment += HasRows<kMode>(a) ? a.members : 1;
+          }
         }
-        WaitFor(round ? barriers.InRounded(buffer.at) : barriers.InFull(buffer.at), buffer.parity);
+        if (waits) WaitFor(round ? barriers.InRounded(buffer.at) : barriers.InFull(buffer.at), buffer.parity);
       }
       WaitFor(barriers.RingFull(slot.at), slot.parity);
       const uint64_t first_weights = Descriptor(ring, 128, 256);
       const uint32_t weights_high = first_weights >> 32;
       uint32_t weights = static_cast<uint32_t>(first_weights) + slot.at * (kQuadBytes / 16);
-      const auto multiply = [&](int step, int shift, bool first = false) {
+      const auto multiply = [&](auto phase, int step, int shift, bool first = false) {
         const int add = !(kExact && first);
         const auto run = [&](float* sums, uint32_t at_shift) {
           GroupMma<T, NT>::Run(sums, uint64_t{pixel_high} << 32 | at_shift,
@@ -771,30 +943,39 @@ __device__ inline void MultiplyDense(const DenseArgs& a, const DenseMaps& maps,
           run(acc[step % MT], pixel[0] + shift);
         } else {
 #pragma unroll
-          for (int mt = 0; mt < MT; ++mt) run(acc[mt], pixel[mt] + shift);
+          for (int mt = 0; mt < MT; ++mt) {
+            run(acc[decltype(phase)::value * MT + mt], pixel[mt] + shift);
+          }
         }
         weights += kStepBytes / 16;
       };
       const int at = buffer.at * (a.stage_bytes / 16);
-      if (left >= kDenseQuad) {
-        GroupFence();
-        multiply(0, at + shift.x, true);
-        multiply(1, at + shift.y);
-        multiply(2, at + shift.z);
-        multiply(3, at + shift.w);
-      } else if constexpr (kGrouped) {
-        GroupFence();  // a tap has four steps, or two
-        multiply(0, at + shift.x);
-        multiply(1, at + shift.y);
-      } else {
-        for (int k = 0; k < left; ++k) {
+      const auto multiply_quad = [&](auto phase) {
+        if (left >= kDenseQuad) {
           GroupFence();
-          multiply(k, at + shift.x, k == 0);
-          shift.x = shift.y;
-          shift.y = shift.z;
+          multiply(phase, 0, at + shift.x, true);
+          multiply(phase, 1, at + shift.y);
+          multiply(phase, 2, at + shift.z);
+          multiply(phase, 3, at + shift.w);
+        } else if constexpr (kGrouped) {
+          GroupFence();  // a tap has four steps, or two
+          multiply(phase, 0, at + shift.x);
+          multiply(phase, 1, at + shift.y);
+        } else {
+          for (int k = 0; k < left; ++k) {
+            GroupFence();
+            multiply(phase, k, at + shift.x, k == 0);
+            shift.x = shift.y;
+            shift.y = shift.z;
+          }
         }
+        GroupCommit();
+      };
+      if (kPaired && phase == 1) {
+        multiply_quad(std::integral_constant<int, kPhases - 1>{});
+      } else {
+        multiply_quad(std::integral_constant<int, 0>{});
       }
-      GroupCommit();
       left -= kDenseQuad;
       shift = Uniform(*++entry);
       if constexpr (!kExact) {
@@ -802,7 +983,8 @@ __device__ inline void MultiplyDense(const DenseArgs& a, const DenseMaps& maps,
         free();
       }
       used_slot = slot.at;
-      used_buffer = left <= 0 ? buffer.at : -1;
+      const bool read = left <= 0 && (!kPaired || member == 0);  // all of the stage
+      used_buffer = read ? buffer.at : -1;
       if constexpr (kExact) {
         WaitForProducts<0>();
         free();
@@ -817,7 +999,7 @@ __device__ inline void MultiplyDense(const DenseArgs& a, const DenseMaps& maps,
         }
       }
       slot.Next(a.ring);
-      if (left <= 0) buffer.Next(a.buffers);
+      if (read) buffer.Next(a.buffers);
     }
     WaitForProducts<0>();
     free();
@@ -825,7 +1007,7 @@ __device__ inline void MultiplyDense(const DenseArgs& a, const DenseMaps& maps,
       SyncMultipliers();  // all products are done
       AddUp<MT, NT>(a, rank, in + (group * 128 + thread) * 16, acc);
     }
-    const auto results = [&]() -> const float (&)[MT][4 * NT] {
+    const auto results = [&]() -> const float (&)[MT * kPhases][4 * NT] {
       if constexpr (kExact) {
         return sum;
       } else {
@@ -833,22 +1015,25 @@ __device__ inline void MultiplyDense(const DenseArgs& a, const DenseMaps& maps,
       }
     };
     const auto store = [&](auto out, auto rows) {
-      if constexpr (kGrouped) {
+      if constexpr (decltype(rows)::value) {
+        StoreRows<decltype(out), MT, NT, kPhases>(a, maps, item, stage, place, group, results(),
+                                                  stage_buffer, thread);
+      } else if constexpr (kGrouped) {
         StoreGrouped<decltype(out), MT, NT>(a, maps, item, stage, place[0], group, acc,
                                             stage_buffer, thread);
       } else if constexpr (kMode == DenseMode::kFold) {
         StoreFolded<decltype(out), MT, NT>(a, item, reinterpret_cast<float*>(stage), group, acc,
                                            thread);
       } else {
-        StoreDense<T, decltype(out), MT, NT, decltype(rows)::value, kSplit>(
-            a, maps, rank, item, pixels, stage, place, group, results(), stage_buffer, thread);
+        StoreDense<T, decltype(out), MT, NT, kSplit>(a, maps, rank, item, stage, place, group,
+                                                     results(), stage_buffer, thread);
       }
     };
     const auto store_as = [&](auto out) {
       if constexpr (kMode == DenseMode::kExact) {
         if (a.rows) return store(out, std::true_type{});
       }
-      store(out, std::bool_constant<kMode == DenseMode::kRows>{});
+      store(out, std::bool_constant<kMode == DenseMode::kRows || kPaired>{});
     };
     if (sizeof(T) == 4 || a.out_f32) {
       store_as(float{});
@@ -869,14 +1054,15 @@ __global__ void __launch_bounds__(kDenseThreads, 1)
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
   extern __shared__ __align__(1024) char shared[];
   const int thread = threadIdx.x, lane = thread % 32;
-  int* pixels = reinterpret_cast<int*>(shared + a.smem_pixels);
   int* sources = reinterpret_cast<int*>(shared + a.smem_sources);
   int* entries = reinterpret_cast<int*>(shared + a.smem_entries);
   const DenseBarriers barriers{SharedAddress(shared)};
   const uint32_t in = SharedAddress(shared) + a.smem_in, ring = SharedAddress(shared) + a.smem_ring;
   if (thread == 0) {
     for (int i = 0; i < a.buffers; ++i) {
-      InitBarrier(barriers.InFull(i), HasRows<kMode>(a) ? kDenseLoaders : 1);
+      InitBarrier(barriers.InFull(i), !HasRows<kMode>(a) ? 1
+                                      : a.raws > 0       ? kDenseRounders
+                                                         : kDenseLoaders);
       InitBarrier(barriers.InRounded(i), kDenseRounders);
       InitBarrier(barriers.InEmpty(i), kDenseWarps);
     }
@@ -884,26 +1070,25 @@ __global__ void __launch_bounds__(kDenseThreads, 1)
       InitBarrier(barriers.RingFull(i), 1);
       InitBarrier(barriers.RingEmpty(i), kDenseWarps * a.pair);
     }
+    for (int i = 0; HasRows<kMode>(a) && i < a.raws; ++i) {
+      InitBarrier(barriers.RawFull(i), 1);
+      InitBarrier(barriers.RawEmpty(i), kDenseRounders);
+    }
     FenceBarriers();
     ProxyFence();
   }
-  constexpr int kPixels = MT * 64;  // of a group of warps
   if (HasRows<kMode>(a)) {
-    for (int p = thread; p < kDenseGroups * kPixels; p += kDenseThreads) {
-      const int group = p / kPixels;
-      const DenseAxis &d = a.axis[0], &h = a.axis[1], &w = a.axis[2];
-      int rest = p % kPixels;
-      const auto take = [&](int part, int box) {
-        const int mine = rest % part + PartStart(part, box, group);
-        rest /= part;
-        return mine;
-      };
-      const int pw = take(w.part, w.box), ph = take(h.part, h.box), pd = take(d.part, d.box);
-      pixels[p] = PackCoordinates(take(a.part_n, a.box_n), pd, ph, pw);
-    }
     const int d = a.axis[0].length, h = a.axis[1].length, w = a.axis[2].length;
+    const int piece_elements = a.raw_piece * a.chunk_channels / a.row_bytes;
     for (int p = thread; p < a.pixels; p += kDenseThreads) {
-      sources[p] = PackCoordinates(p / w / h / d, p / w / h % d, p / w % h, p % w);
+      const int row = p / w, plane = row / h, n = plane / d, at[kAxes] = {plane % d, row % h, p % w};
+      if (a.raws > 0) {
+        const int element = at[2] * a.axis[2].si + a.raw_lead, piece = element / a.piece_length;
+        sources[p] = n * a.raw_box + at[0] * a.raw_plane + at[1] * a.raw_row +
+                     piece * piece_elements + element - piece * a.piece_length;
+      } else {
+        sources[p] = PackCoordinates(n, at[0], at[1], at[2]);
+      }
     }
   }
   for (int s = 0; s < a.segments; ++s) {
@@ -935,8 +1120,14 @@ __global__ void __launch_bounds__(kDenseThreads, 1)
     GiveRegisters<72>();
     if (warp == 0) {
       if (lane == 0) FetchWeights<kShare>(a, barriers, ring, NT * 256 * kDenseQuad);
-    } else if (HasRows<kMode>(a)) {
+    } else if (HasRows<kMode>(a) && a.raws == 0) {
       FetchRows<T>(a, barriers, shared + a.smem_in, sources, thread - 32);
+    } else if (HasRows<kMode>(a)) {
+      if (warp > 1) {
+        TurnBoxes<T>(a, barriers, shared + a.smem_in, shared + a.smem_raw, sources, thread - 64);
+      } else if (lane == 0) {
+        FetchRaw(a, maps, barriers, SharedAddress(shared) + a.smem_raw);
+      }
     } else if (warp == 1) {
       if (lane == 0) FetchBoxes(a, maps, barriers, in);
     } else if (sizeof(T) == 4) {
@@ -946,8 +1137,7 @@ __global__ void __launch_bounds__(kDenseThreads, 1)
     TakeRegisters<184>();
     const int group = warp / 4 - 2;
     MultiplyDense<T, MT, NT, kMode>(
-        a, maps, barriers, in, ring, pixels + group * kPixels,
-        reinterpret_cast<const int4*>(entries),
+        a, maps, barriers, in, ring, reinterpret_cast<const int4*>(entries),
         shared + a.smem_out + group * DenseStores(kMode) * a.store_pitch, group, thread % 128);
   }
 #endif
@@ -1059,6 +1249,12 @@ cudaError_t EnqueueDense(const DensePlan& plan, const DenseLaunch& launch, bool 
     JAXCONV_TILE(2, 16, kMode);
     JAXCONV_TILE(4, 4, kMode);
     JAXCONV_TILE(4, 8, kMode);
+  } else if (args.paired) {
+    constexpr auto kMode = DenseMode::kPaired;
+    JAXCONV_TILE(2, 4, kMode);
+    JAXCONV_TILE(2, 6, kMode);
+    JAXCONV_TILE(2, 8, kMode);
+    JAXCONV_TILE(1, 16, kMode);
   } else if (args.rows) {
     JAXCONV_TILES(DenseMode::kRows);
   } else {

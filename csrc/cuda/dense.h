@@ -23,14 +23,16 @@ inline constexpr int kDenseQuad = 4;  // steps
 // A box of sources of the input, all of one residue by the input's stride, and the taps that read
 // it. Its sources are (tile * box + v) * si + first[axis] for v < length[axis].
 struct DenseSegment {
-  int first[kAxes];  // channels last: in its map, which has the sources of the residue alone
+  int first[kAxes];  // where there is a map: in it, which has the sources of the residue alone
   int16_t map;
+  int16_t lead;               // channels first: from the first source that is loaded
   int16_t taps, first_shift;  // of `shift`
   int entries;                // where its lists of steps begin: of a full chunk, and of the last
   int steps;                  // where its weights begin
 };
 
-// What one output phase needs (or all of them, where they share their sources).
+// What one output phase needs (or all of them, where they share their sources; or both of the last
+// axis).
 struct DenseProgram {
   int16_t phase, first_segment, segments;
   int steps, quads;  // where its weights begin, and how many groups of four steps it takes
@@ -61,6 +63,15 @@ struct DenseArgs {
   int patch[kAxes + 1], in_pitch[kAxes + 1], out_pitch[kAxes + 1];
   int in_eights, out_eights;  // the same between a patch's groups of eight
   int pieces, piece_length;   // copies of a box, side by side along the last axis
+  // Channels first ("rows"): segments of a family share sources: residues along the last axis, whose
+  // pixels become stages of their own; or phases along it (`paired`), which read the same stages and
+  // have sums of their own. Boxes are copied as they are and turned in shared memory (`raws` of them
+  // are under way), or, if rows are not of a multiple of 16 bytes, loaded pixel by pixel (no raws).
+  int members;                                // segments of a family, or 1
+  int raws, raw_bytes, raw_piece;             // of a box, and of a piece of it
+  int raw_lead;                               // the least of all segments
+  int raw_box, raw_channel, raw_plane, raw_row;  // elements of an image's, and between neighbours
+  int out_channel;                            // and between channels of results on their way out
   int groups, cg, jg, programs, column_tiles, items;
   // Programs differ in work, and a block takes every so manieth item. So items come in bands of as
   // many tiles of pixels (of a group; of a pair) as blocks take at once, program by program: each
@@ -82,8 +93,10 @@ struct DenseArgs {
   int terms;       // products of a step: three of split float32 operands ("highest"), or one
   int part_bytes;  // of a stage: of the high parts of its operands, or all
   int store_columns, store_bytes, store_swizzle, store_pitch;  // of results on their way out
-  int smem_pixels, smem_sources, smem_entries, smem_in, smem_out, smem_ring;  // byte offsets
+  // Byte offsets.
+  int smem_sources, smem_entries, smem_in, smem_out, smem_ring, smem_raw;
   bool images, fused, resident, rows, out_f32;  // images: they are innermost in boxes
+  bool paired, sends;  // sends: results of channels first leave by bulk copies
   // Where the taps of the last axis are columns ("folded"): how many taps and how many channels
   // beside each other; outputs in front of those of the first tile's first source; and where, from
   // that of an output's lowest source, the first tap's source lies, and each next one's.
@@ -117,7 +130,9 @@ struct DensePack {
   int channel_steps, log_chunk;  // channel steps: of 32 bytes; of a group, and of a chunk
   int chunks, chunk_channels, full_steps, last_steps, total_steps;
   int terms;
-  int steps[DenseArgs::kMaxSegments];
+  // Of a segment: where its weights for the first chunk begin, those for the next one after that,
+  // and those for the last one.
+  int steps[DenseArgs::kMaxSegments], hop[DenseArgs::kMaxSegments], last[DenseArgs::kMaxSegments];
   int16_t segment_taps[DenseArgs::kMaxSegments];
   uint8_t tap_segment[DenseArgs::kMaxTaps];    // or kUnused: of a phase without outputs
   uint8_t tap_phase[DenseArgs::kMaxTaps];      // or its place among folded taps
@@ -182,6 +197,7 @@ enum class DenseForm { kAny, kPlain, kFold, kBlocks, kGrouped };
 // A tile: 0 means that the cost model chooses.
 struct DenseTile {
   int mt = 0, columns = 0, buffers = 0, split = 0, pair = 0;
+  int raws = 0;    // one more than there are
   int inside = 0;  // of boxes: 1 for pixels along the last axis, 2 for images
   DenseForm form = DenseForm::kAny;
   int box[kAxes] = {0, 0, 0};
