@@ -19,7 +19,8 @@ namespace jaxconv::cuda {
 inline constexpr int kDenseGroups = 2, kDenseThreads = 128 * (kDenseGroups + 2);
 inline constexpr int kDenseWarps = 4 * kDenseGroups;  // that multiply
 inline constexpr int kDenseLoaders = 224;             // threads that stage rows
-inline constexpr int kDenseRounders = 192;            // threads that round to TF32, or turn boxes
+inline constexpr int kDenseRounders = 192;            // threads that round to TF32
+inline constexpr int kDenseTurners = 160, kDenseCopiers = 64;  // that turn boxes, and copy words
 
 enum class DenseMode { kPlain, kRows, kPaired, kExact, kShare, kSplit, kFold, kGrouped };
 
@@ -337,6 +338,58 @@ __device__ inline void FetchRaw(const DenseArgs& a, const DenseMaps& maps,
   }
 }
 
+// Arrives at a barrier once all that this thread has asked for by cp.async is there.
+__device__ inline void ArriveAfterCopies(uint32_t barrier) {
+  asm volatile("cp.async.mbarrier.arrive.noinc.shared::cta.b64 [%0];" ::"r"(barrier) : "memory");
+}
+
+// The same word by word, where rows do not begin at multiples of 16 bytes. A thread has a place of
+// the box in all channels.
+__device__ inline void FetchWords(const DenseArgs& a, const DenseBarriers& barriers, uint32_t raw,
+                                  int thread) {
+  DenseCursor box;
+  const int places = a.box_n * a.raw_channel, c_step = static_cast<int>(a.in_c_step);
+  for (DenseWalk walk(a); walk.index < a.items; walk.Next()) {
+    const DenseItem item(a, walk.index);
+    const DenseProgram& program = a.program[item.program];
+    for (int s = 0; s < program.segments; s += a.members) {
+      const DenseSegment& segment = a.segment[program.first_segment + s];
+      for (int chunk = 0; chunk < a.chunks; ++chunk) {
+        const int channel = item.group * a.cg + chunk * a.chunk_channels;
+        const int channels = min(a.chunk_channels, a.cg - chunk * a.chunk_channels);
+        const float* in =
+            static_cast<const float*>(a.in) + item.n * a.in_n_step + channel * a.in_c_step;
+        WaitFor(barriers.RawEmpty(box.at), box.parity ^ 1);
+        for (int place = thread; place < places; place += kDenseCopiers) {
+          const int row = Divide(place, a.by_raw_row), plane = Divide(row, a.by_length[1]);
+          const int n = Divide(plane, a.by_length[0]);
+          const int at[kAxes] = {plane - n * a.axis[0].length, row - plane * a.axis[1].length,
+                                 place - row * a.raw_row};
+          bool inside = item.n + n < a.n;
+          int offset = static_cast<int>(n * a.in_n_step);
+#pragma unroll
+          for (int i = 0; i < kAxes; ++i) {
+            const int source = i == 2 ? item.q[2] * a.axis[2].si + segment.first[2] -
+                                            segment.lead + at[2]
+                                      : (item.q[i] + at[i]) * a.axis[i].si + segment.first[i];
+            inside = inside && static_cast<unsigned>(source) < a.axis[i].in_size;
+            offset += static_cast<int>(source * a.axis[i].in_step);
+          }
+          const float* from = in + (inside ? offset : 0);
+          uint32_t to = raw + box.at * a.raw_bytes +
+                        (place + n * (a.raw_box - a.raw_channel)) * static_cast<int>(sizeof(float));
+#pragma unroll 8
+          for (int c = 0; c < channels; ++c) {
+            CopyOrZero4(to + c * a.raw_channel * 4, from + (inside ? c * c_step : 0), inside);
+          }
+        }
+        ArriveAfterCopies(barriers.RawFull(box.at));
+        box.Next(a.raws);
+      }
+    }
+  }
+}
+
 // Turns them into what a bulk tensor copy of channels last leaves: of each residue along the last
 // axis a stage, or one for all phases. A thread has 32 bytes of channels of a pixel at once.
 template <class T>
@@ -344,6 +397,7 @@ __device__ inline void TurnBoxes(const DenseArgs& a, const DenseBarriers& barrie
                                  const char* raw, const int* sources, int thread) {
   constexpr int kC = 2 * kBlockChannels<T>;
   using Bits = std::conditional_t<sizeof(T) == 4, float, uint16_t>;
+  const int pixels = a.pixels, row_bytes = a.row_bytes, raw_channel = a.raw_channel;
   DenseCursor box, buffer;
   for (DenseWalk walk(a); walk.index < a.items; walk.Next()) {
     const DenseProgram& program = a.program[DenseItem(a, walk.index).program];
@@ -357,32 +411,67 @@ __device__ inline void TurnBoxes(const DenseArgs& a, const DenseBarriers& barrie
           const Bits* first = reinterpret_cast<const Bits*>(raw + box.at * a.raw_bytes) + lead;
           char* stage = in + buffer.at * a.stage_bytes;
           WaitFor(barriers.InEmpty(buffer.at), buffer.parity ^ 1);
-          int step = 0;
-          for (int p = thread;; p += kDenseRounders) {
-            while (p >= a.pixels) {
-              p -= a.pixels;
-              ++step;
-            }
-            if (step >= steps) break;
-            const Bits* from = first + sources[p] + step * kC * a.raw_channel;
-            Bits v[kC];
+          const auto turn = [&](auto whole) {
+            const auto load = [&](int p, int step, Bits(&v)[kC]) {
+              const Bits* from = first + sources[p] + step * kC * raw_channel;
 #pragma unroll
-            for (int c = 0; c < kC; ++c) {
-              v[c] = step * kC + c < channels ? from[c * a.raw_channel] : Bits{};
-            }
-            const int place = p * a.row_bytes, swizzled = place >> 3 & a.swizzle;
-#pragma unroll
-            for (int half = 0; half < 2; ++half) {
-              const Bits* c = v + half * kC / 2;
-              uint4 block;
-              if constexpr (sizeof(T) == 4) {
-                block = make_uint4(RoundTF32(c[0]), RoundTF32(c[1]), RoundTF32(c[2]), RoundTF32(c[3]));
-              } else {
-                const auto pair = [&](int i) { return c[i] | uint32_t{c[i + 1]} << 16; };
-                block = make_uint4(pair(0), pair(2), pair(4), pair(6));
+              for (int c = 0; c < kC; ++c) {
+                const bool has = decltype(whole)::value || step * kC + c < channels;
+                v[c] = has ? from[c * raw_channel] : Bits{};
               }
-              *reinterpret_cast<uint4*>(stage + place + (step * 32 + half * 16 ^ swizzled)) = block;
+            };
+            const auto store = [&](int p, int step, const Bits(&v)[kC]) {
+              const int place = p * row_bytes, swizzled = place >> 3 & a.swizzle;
+#pragma unroll
+              for (int half = 0; half < 2; ++half) {
+                const Bits* c = v + half * kC / 2;
+                uint4 block;
+                if constexpr (sizeof(T) == 4) {
+                  block = make_uint4(RoundTF32(c[0]), RoundTF32(c[1]), RoundTF32(c[2]),
+                                     RoundTF32(c[3]));
+                } else {
+                  const auto pair = [&](int i) { return c[i] | uint32_t{c[i + 1]} << 16; };
+                  block = make_uint4(pair(0), pair(2), pair(4), pair(6));
+                }
+                *reinterpret_cast<uint4*>(stage + place + (step * 32 + half * 16 ^ swizzled)) = block;
+              }
+            };
+            int p = thread, step = 0;
+            const auto wrap = [&] {
+#pragma unroll
+              for (int i = 0; i < 2; ++i) {  // a tile has 128 pixels or more
+                const bool up = p >= pixels;
+                p -= up ? pixels : 0;
+                step += up;
+              }
+            };
+            const auto next = [&] {
+              p += kDenseTurners;
+              wrap();
+            };
+            wrap();
+            // Two pixels at once, as a load takes as long as two.
+            int left = (pixels * steps - thread + kDenseTurners - 1) / kDenseTurners;
+            for (; left > 1; left -= 2) {
+              Bits v[2][kC];
+              const int p0 = p, step0 = step;
+              load(p, step, v[0]);
+              next();
+              load(p, step, v[1]);
+              store(p0, step0, v[0]);
+              store(p, step, v[1]);
+              next();
             }
+            if (left > 0) {
+              Bits v[kC];
+              load(p, step, v);
+              store(p, step, v);
+            }
+          };
+          if (steps * kC <= channels) {
+            turn(std::true_type{});
+          } else {
+            turn(std::false_type{});
           }
           ProxyFence();
           Arrive(barriers.InFull(buffer.at));
@@ -589,6 +678,22 @@ __device__ inline void StoreDense(const DenseArgs& a, const DenseMaps& maps, con
   store(std::integral_constant<int, 1>{});
 }
 
+// A store without a branch, which takes longer than a store.
+template <class Out>
+__device__ inline void StoreIf(bool condition, Out* to, Out v) {
+  if constexpr (sizeof(Out) == 4) {
+    asm volatile("{.reg .pred p; setp.ne.b32 p, %2, 0; @p st.global.f32 [%0], %1;}" ::"l"(to), "f"(v),
+                 "r"(int{condition})
+                 : "memory");
+  } else {
+    uint16_t bits;
+    memcpy(&bits, &v, 2);
+    asm volatile("{.reg .pred p; setp.ne.b32 p, %2, 0; @p st.global.b16 [%0], %1;}" ::"l"(to),
+                 "h"(bits), "r"(int{condition})
+                 : "memory");
+  }
+}
+
 // Channels first: the pixels of `store_columns` channels at a time, with both phases of the last axis
 // beside each other where a program has both. They leave by bulk copies, or by rows. Lanes' channels
 // are whole rows of banks apart, so half of the lanes store the other eight pixels first.
@@ -609,7 +714,8 @@ __device__ inline void StoreRows(const DenseArgs& a, const DenseMaps& maps, cons
   const int n = item.n + PartStart(a.part_n, a.box_n, group);
   // Of this thread's pixels of each run, in the output, from the part's first; -1: outside.
   int offset[kRuns];
-  const int log_channel = 31 - __clz(a.out_channel);
+  const int pixels = a.axis[0].part * a.axis[1].part * a.axis[2].part * Phases;  // of an image
+  const int log_pixels = 31 - __clz(pixels);
   Out* out = static_cast<Out*>(a.out) + n * a.out_n_step + channel * a.out_c_step;
   if (!a.sends) {
     const int phase = a.program[item.program].phase, up = phase / a.axis[2].so;
@@ -687,20 +793,21 @@ __device__ inline void StoreRows(const DenseArgs& a, const DenseMaps& maps, cons
       }
     } else {
       SyncGroup(group);
+#pragma unroll 1
       for (int c = warp; c < a.store_columns; c += 4) {
         const Out* mine = reinterpret_cast<const Out*>(stage) + c * a.out_channel;
-        constexpr int kBatch = kRuns < 8 ? kRuns : 8;  // under way before the first is stored
+        constexpr int kBatch = kRuns < 4 ? kRuns : 4;  // under way before the first is stored
 #pragma unroll
         for (int first = 0; first < kRuns; first += kBatch) {
           Out v[kBatch];
 #pragma unroll
           for (int i = 0; i < kBatch; ++i) {
-            const int at = (first + i) * 32 + lane, image = at >> log_channel;
-            v[i] = mine[at + image * (a.store_columns - 1) * a.out_channel];
+            const int at = (first + i) * 32 + lane;
+            v[i] = mine[(at >> log_pixels) * a.out_image + (at & (pixels - 1))];
           }
 #pragma unroll
           for (int i = 0; i < kBatch; ++i) {
-            if (offset[first + i] >= 0) out[c * a.out_c_step + offset[first + i]] = v[i];
+            StoreIf(offset[first + i] >= 0, out + c * a.out_c_step + offset[first + i], v[i]);
           }
         }
       }
@@ -919,7 +1026,7 @@ __device__ inline void MultiplyDense(const DenseArgs& a, const DenseMaps& maps,
                 (last ? (s.taps * a.full_steps + kDenseQuad - 1) / kDenseQuad : 0);
         shift = Uniform(*entry);
         const bool waits = !kPaired || member == 0;
-        phase = member;
+        if constexpr (kPaired) phase = s.sums;
         if (!HasRows<kMode>(a) || ++member == a.members) {
           member = 0;
           if (++chunk == a.chunks) {
@@ -1061,7 +1168,7 @@ __global__ void __launch_bounds__(kDenseThreads, 1)
   if (thread == 0) {
     for (int i = 0; i < a.buffers; ++i) {
       InitBarrier(barriers.InFull(i), !HasRows<kMode>(a) ? 1
-                                      : a.raws > 0       ? kDenseRounders
+                                      : a.raws > 0       ? kDenseTurners
                                                          : kDenseLoaders);
       InitBarrier(barriers.InRounded(i), kDenseRounders);
       InitBarrier(barriers.InEmpty(i), kDenseWarps);
@@ -1071,8 +1178,8 @@ __global__ void __launch_bounds__(kDenseThreads, 1)
       InitBarrier(barriers.RingEmpty(i), kDenseWarps * a.pair);
     }
     for (int i = 0; HasRows<kMode>(a) && i < a.raws; ++i) {
-      InitBarrier(barriers.RawFull(i), 1);
-      InitBarrier(barriers.RawEmpty(i), kDenseRounders);
+      InitBarrier(barriers.RawFull(i), a.boxes ? 1 : kDenseCopiers);
+      InitBarrier(barriers.RawEmpty(i), kDenseTurners);
     }
     FenceBarriers();
     ProxyFence();
@@ -1110,6 +1217,7 @@ __global__ void __launch_bounds__(kDenseThreads, 1)
     }
   }
   constexpr bool kShare = kMode == DenseMode::kShare || kMode == DenseMode::kSplit;
+  constexpr bool kPaired = kMode == DenseMode::kPaired;
   if (kShare && a.pair > 1) {
     MeetCluster();  // before others use its barriers
   } else {
@@ -1117,16 +1225,19 @@ __global__ void __launch_bounds__(kDenseThreads, 1)
   }
   const int warp = Uniform(thread / 32);
   if (warp < 8) {
-    GiveRegisters<72>();
+    GiveRegisters<kPaired ? 56 : 72>();
     if (warp == 0) {
       if (lane == 0) FetchWeights<kShare>(a, barriers, ring, NT * 256 * kDenseQuad);
     } else if (HasRows<kMode>(a) && a.raws == 0) {
       FetchRows<T>(a, barriers, shared + a.smem_in, sources, thread - 32);
     } else if (HasRows<kMode>(a)) {
-      if (warp > 1) {
-        TurnBoxes<T>(a, barriers, shared + a.smem_in, shared + a.smem_raw, sources, thread - 64);
-      } else if (lane == 0) {
-        FetchRaw(a, maps, barriers, SharedAddress(shared) + a.smem_raw);
+      const uint32_t raw = SharedAddress(shared) + a.smem_raw;
+      if (warp > 2) {
+        TurnBoxes<T>(a, barriers, shared + a.smem_in, shared + a.smem_raw, sources, thread - 96);
+      } else if (sizeof(T) == 4 && !a.boxes) {
+        FetchWords(a, barriers, raw, thread - 32);
+      } else if (thread == 32) {
+        FetchRaw(a, maps, barriers, raw);
       }
     } else if (warp == 1) {
       if (lane == 0) FetchBoxes(a, maps, barriers, in);
@@ -1134,7 +1245,7 @@ __global__ void __launch_bounds__(kDenseThreads, 1)
       RoundBoxes(a, barriers, shared + a.smem_in, thread - 64);
     }
   } else {
-    TakeRegisters<184>();
+    TakeRegisters<kPaired ? 200 : 184>();
     const int group = warp / 4 - 2;
     MultiplyDense<T, MT, NT, kMode>(
         a, maps, barriers, in, ring, reinterpret_cast<const int4*>(entries),

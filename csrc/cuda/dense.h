@@ -26,6 +26,7 @@ struct DenseSegment {
   int first[kAxes];  // where there is a map: in it, which has the sources of the residue alone
   int16_t map;
   int16_t lead;               // channels first: from the first source that is loaded
+  int16_t sums;               // and to which phase's sums it adds, where a program has two
   int16_t taps, first_shift;  // of `shift`
   int entries;                // where its lists of steps begin: of a full chunk, and of the last
   int steps;                  // where its weights begin
@@ -66,12 +67,13 @@ struct DenseArgs {
   // Channels first ("rows"): segments of a family share sources: residues along the last axis, whose
   // pixels become stages of their own; or phases along it (`paired`), which read the same stages and
   // have sums of their own. Boxes are copied as they are and turned in shared memory (`raws` of them
-  // are under way), or, if rows are not of a multiple of 16 bytes, loaded pixel by pixel (no raws).
+  // are under way), by bulk copies (`boxes`) or, if rows are not of a multiple of 16 bytes, word by
+  // word; or pixels are loaded (no raws).
   int members;                                // segments of a family, or 1
   int raws, raw_bytes, raw_piece;             // of a box, and of a piece of it
   int raw_lead;                               // the least of all segments
   int raw_box, raw_channel, raw_plane, raw_row;  // elements of an image's, and between neighbours
-  int out_channel;                            // and between channels of results on their way out
+  int out_channel, out_image;  // and between channels and images of results on their way out
   int groups, cg, jg, programs, column_tiles, items;
   // Programs differ in work, and a block takes every so manieth item. So items come in bands of as
   // many tiles of pixels (of a group; of a pair) as blocks take at once, program by program: each
@@ -96,7 +98,8 @@ struct DenseArgs {
   // Byte offsets.
   int smem_sources, smem_entries, smem_in, smem_out, smem_ring, smem_raw;
   bool images, fused, resident, rows, out_f32;  // images: they are innermost in boxes
-  bool paired, sends;  // sends: results of channels first leave by bulk copies
+  Divisor by_raw_row, by_length[2];
+  bool boxes, paired, sends;  // sends: results of channels first leave by bulk copies
   // Where the taps of the last axis are columns ("folded"): how many taps and how many channels
   // beside each other; outputs in front of those of the first tile's first source; and where, from
   // that of an output's lowest source, the first tap's source lies, and each next one's.
