@@ -151,6 +151,12 @@ CASES = [
     case("dense_40_to_200", 2, 40, 200, 1, (9, 11), (3, 4), (2, 1), 1, (1, 0)),
     case("dense_96_kernel_is_stride", 3, 96, 16, 1, (3, 5, 9), 2, 2),
     case("dense_1d", 1, 160, 64, 1, (300,), 8, 4, 2),
+    # Whole rows of 16 bytes: channels first, boxes are copied and turned.
+    case("dense_rows_both_phases", 2, 48, 72, 1, (3, 5, 16), 3, 2, 1, 1),
+    case("dense_rows_one_phase", 2, 32, 40, 1, (10, 16), 3, 2, 2, 1, 2),
+    case("dense_rows_in_pieces", 2, 40, 64, 1, (512,), 5, 1, 2),
+    case("dense_rows_two_groups", 3, 64, 96, 2, (9, 24), (3, 4), (1, 2), 1),
+    case("dense_rows_three_residues", 2, 64, 32, 1, (7, 8), (5, 4), (2, 3), 1, 1),
     case("fold_7_taps", 2, 32, 16, 1, (3, 5, 9), (2, 3, 7), 1, (0, 1, 3)),
     case("fold_two_rows_of_tiles", 1, 24, 32, 1, (3, 70), 3),
     case("fold_cropped", 3, 40, 24, 1, (5, 133), 3, 1, (0, 2)),
