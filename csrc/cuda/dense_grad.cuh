@@ -483,7 +483,7 @@ __device__ inline void StoreDenseGrad(const DenseGradArgs& a, const DenseGradBlo
       return results + 4 * (t * a.tap_pitch + staged_row(r)) + 16 * (i % (kColumns / 4));
     };
     AddUpInPlace(a.cluster, block.rank, count, threadIdx.x, kDenseGradThreads, place);
-    __syncthreads();
+    MeetCluster();  // the sums are there, and none leaves while others read its results
   }
   const float* results = reinterpret_cast<const float*>(shared + a.smem_stages);
   Out* out = static_cast<Out*>(a.out) + block.part * a.w_elements;
@@ -592,7 +592,6 @@ __global__ void __launch_bounds__(kDenseGradThreads, 1)
     default:
       StoreDenseGrad<T, kFrom, float, NT>(a, block, shared);
   }
-  MeetCluster();  // none leaves while others read its results
 #endif
 }
 
