@@ -594,7 +594,7 @@ double RowsCycles(const Shape& s, const DenseArgs& a, int out_element, double st
   // What the fit does not tell: the least of many estimates is too low, and these more than others.
   double slower = 1.1;
   if (torn > 1) slower *= 1.5;
-  slower *= 1 + 0.035 * (std::min(s.chunks, 12) - 1);
+  slower *= 1 + 0.05 * (std::min(s.chunks, 10) - 1);
   if (s.paired && s.groups[2].size() == 1) slower *= 1.25;
   return slower * (staged + s.programs * (results / 32 * each + 440));
 }
