@@ -131,8 +131,8 @@ struct Shape {
   bool spread = false;
   std::array<std::vector<int64_t>, kAxes> sources;
   int sets = 1;  // groups beside each other
-  // Channels first, and whether both phases of the last axis are of one program. The first source of
-  // a group of that axis lies so far from the first one that is loaded.
+  // Channels first, and whether both phases of the last axis are of one program. The first source
+  // of a group of that axis lies so far from the first one that is loaded.
   bool rows = false, paired = false;
   int64_t least_lead = 0, most_lead = 0;
 };
@@ -214,8 +214,8 @@ Shape ShapeOf(const Problem& p, int row_bytes, bool folded) {
   return s;
 }
 
-// Channels first: groups of the last axis are a family, whose sources are loaded together. Where they
-// are two phases they read the same pixels, and their results leave as whole rows.
+// Channels first: groups of the last axis are a family, whose sources are loaded together. Where
+// they are two phases they read the same pixels, and their results leave as whole rows.
 void MakeFamilies(Shape& s) {
   std::vector<AxisGroup>& groups = s.groups[2];
   s.rows = true;
@@ -356,8 +356,8 @@ std::string ListPrograms(const Shape& s, const Problem& p, DensePlan& plan) {
     }
     return mine;
   };
-  // The weights lie in the order in which products take them: chunk by chunk of a family of segments
-  // that share boxes, from `family` on.
+  // The weights lie in the order in which products take them: chunk by chunk of a family of
+  // segments that share boxes, from `family` on.
   const auto place_weights = [&](int family) {
     int all_full = 0, full = 0, last = 0;
     const auto padded = [&](int i, int steps) { return PadToQuads(a.segment[i].taps * steps); };
@@ -589,8 +589,8 @@ double RowsCycles(const Shape& s, const DenseArgs& a, int out_element, double st
   // Of a warp's 32 results: by bulk copies, or by lines of 128 bytes, which strides tear apart.
   const double torn = s.paired ? 1 : s.so[2], run = a.axis[2].part * (s.paired ? 2 : 1);
   const double lines = std::min(32.0, 32 / std::min(32.0, run) * torn * torn + 1);
-  const double each = a.sends ? (out_element == 4 ? 0.7 : 2.2) + (a.patch[3] == 8 ? 1.8 : 0)
-                              : 5 + 1.1 * lines;
+  const double each =
+      a.sends ? (out_element == 4 ? 0.7 : 2.2) + (a.patch[3] == 8 ? 1.8 : 0) : 5 + 1.1 * lines;
   // What the fit does not tell: the least of many estimates is too low, and these more than others.
   double slower = 1.1;
   if (torn > 1) slower *= 1.5;
@@ -670,8 +670,8 @@ bool Fill(const Problem& p, const Device& device, const Shape& s, const Candidat
     a.raw_box = a.raw_channel * s.chunk_channels;
     a.raw_piece = static_cast<int>(RoundUp(int64_t{a.box_n} * a.raw_box * s.element, 128));
     a.raw_bytes = a.raw_piece * a.pieces;
-    // Four elements keep stores of eight pixels by four channels free of bank conflicts; a bulk copy
-    // takes no padding.
+    // Four elements keep stores of eight pixels by four channels free of bank conflicts; a bulk
+    // copy takes no padding.
     const int phases = s.paired ? 2 : 1;
     a.out_channel = a.out_pitch[0] * phases + (a.sends ? 0 : 4);
     a.out_image = a.out_channel * a.store_columns;
@@ -716,9 +716,9 @@ bool Fill(const Problem& p, const Device& device, const Shape& s, const Candidat
   a.store_bytes = c.store_bytes;
   a.store_swizzle = c.store_bytes > 16 ? c.store_bytes - 16 : 0;
   const int64_t part_rows = int64_t{patches} * 64;
-  a.store_pitch = static_cast<int>(
-      a.rows ? RoundUp(int64_t{a.part_n} * a.out_image * out_element, 128)
-             : RoundUp(part_rows * c.store_bytes, 1024));
+  a.store_pitch =
+      static_cast<int>(a.rows ? RoundUp(int64_t{a.part_n} * a.out_image * out_element, 128)
+                              : RoundUp(part_rows * c.store_bytes, 1024));
   if (s.folded) {
     a.store_pitch = static_cast<int>(RoundUp(kFoldedSources * (c.shape.columns + 8) * 2, 1024));
   }
@@ -814,14 +814,13 @@ bool Fill(const Problem& p, const Device& device, const Shape& s, const Candidat
   const double stores = s.folded     ? results * 12 / 128 + 300.0 * groups_m
                         : s.sets > 1 ? results / 10 + 450.0 * s.phases
                                      : results / 8 + 900.0 * c.shape.columns / a.store_columns;
-  const double fetched =
-      (a.raws > 0 ? raws * a.raw_bytes : stages * stage_bytes) + (a.resident ? 0 : weights / a.pair);
+  const double fetched = (a.raws > 0 ? raws * a.raw_bytes : stages * stage_bytes) +
+                         (a.resident ? 0 : weights / a.pair);
   const double l2 = fetched / (kL2Bandwidth / kClock / device.multiprocessors);
   // Of blocks that share an item, each multiplies and stores a part; each sends and reads all sums.
   const double sends = (a.split > 1 ? sums_bytes / 6.7 : 0) + 60.0 * (a.pair - 1);
-  const double others =
-      a.rows ? RowsCycles(s, a, out_element, stages, raws, multiply, results)
-             : staged + programs * stores;
+  const double others = a.rows ? RowsCycles(s, a, out_element, stages, raws, multiply, results)
+                               : staged + programs * stores;
   l2_limits = l2 > 0.5 * others;
   const double cycles = std::max(others, l2) + (a.rows ? 0 : 0.06 * std::min(others, l2));
   const double mean = cycles / programs / a.split + sends;
@@ -843,8 +842,8 @@ bool Fill(const Problem& p, const Device& device, const Shape& s, const Candidat
   const auto packed = static_cast<double>(plan.weights_bytes);
   const double memory = (in_bytes + out_bytes + packed) / kBandwidth;
   plan.pack_seconds = 3e-6 + packed / (s.spread ? 0.4e12 : kPackBandwidth);
-  plan.seconds =
-      5e-6 + plan.pack_seconds + std::max(compute, memory) + (a.rows ? 0.48 : 0.2) * std::min(compute, memory);
+  plan.seconds = 5e-6 + plan.pack_seconds + std::max(compute, memory) +
+                 (a.rows ? 0.48 : 0.2) * std::min(compute, memory);
   return true;
 }
 
@@ -867,7 +866,7 @@ DenseMap MapOf(const Problem& p, const Strides& step, const Sizes& size, const S
 
 // The same where channels come first: rows lie as they are, whatever the stride along them.
 DenseMap RowsMapOf(const Problem& p, const Strides& step, const Sizes& size, int64_t channels,
-                     const Sizes& residue, const Sizes& stride, int element) {
+                   const Sizes& residue, const Sizes& stride, int element) {
   DenseMap m{};
   m.size[0] = static_cast<uint64_t>(size[2]);
   m.size[3] = static_cast<uint64_t>(channels);
@@ -996,15 +995,14 @@ void Complete(const Problem& p, const Shape& s, DensePlan& plan) {
     a.by_raw_row = LargeDivisorOf(a.raw_row);
     for (int i = 0; i < 2; ++i) a.by_length[i] = LargeDivisorOf(a.axis[i].length);
     for (const Sizes& r : a.boxes ? plan.residues : std::vector<Sizes>{}) {
-      add(plan.in,
-          RowsMapOf(p, in, s.in_size, s.forward ? p.ci : p.co, r, si, s.element),
+      add(plan.in, RowsMapOf(p, in, s.in_size, s.forward ? p.ci : p.co, r, si, s.element),
           {a.piece_length, a.axis[1].length, a.axis[0].length, s.chunk_channels, a.box_n});
     }
     a.in_maps = static_cast<int>(plan.in.size());
     for (int i = 0; i < a.programs && a.sends; ++i) {
       add(plan.out,
-          RowsMapOf(p, out, s.out_size, s.forward ? p.co : p.ci, PhaseOf(s, a.program[i].phase),
-                      so, static_cast<int>(SizeOf(p.out_dtype))),
+          RowsMapOf(p, out, s.out_size, s.forward ? p.co : p.ci, PhaseOf(s, a.program[i].phase), so,
+                    static_cast<int>(SizeOf(p.out_dtype))),
           {a.axis[2].part * (s.paired ? 2 : 1), a.axis[1].part, a.axis[0].part, a.store_columns,
            a.part_n});
     }
@@ -1052,7 +1050,8 @@ void SearchTiles(const Problem& p, const Device& device, const Shape& s, const D
     const auto large = [](const TileShape& t) { return t.mt > 2 || t.mt * t.columns > 128; };
     shapes.erase(std::remove_if(shapes.begin(), shapes.end(), large), shapes.end());
   }
-  const bool raws = s.rows && s.terms == 1 && (s.element == 4 || HasWholeRows(s.in_size, p.in_dtype));
+  const bool raws =
+      s.rows && s.terms == 1 && (s.element == 4 || HasWholeRows(s.in_size, p.in_dtype));
   const int most_raws = raws ? 3 : 0;
   if (s.spread) {
     const auto other = [&](const TileShape& t) { return t.columns != s.columns; };

@@ -17,9 +17,9 @@
 namespace jaxconv::cuda {
 
 inline constexpr int kDenseGroups = 2, kDenseThreads = 128 * (kDenseGroups + 2);
-inline constexpr int kDenseWarps = 4 * kDenseGroups;  // that multiply
-inline constexpr int kDenseLoaders = 224;             // threads that stage rows
-inline constexpr int kDenseRounders = 192;            // threads that round to TF32
+inline constexpr int kDenseWarps = 4 * kDenseGroups;           // that multiply
+inline constexpr int kDenseLoaders = 224;                      // threads that stage rows
+inline constexpr int kDenseRounders = 192;                     // threads that round to TF32
 inline constexpr int kDenseTurners = 160, kDenseCopiers = 64;  // that turn boxes, and copy words
 
 enum class DenseMode { kPlain, kRows, kPaired, kExact, kShare, kSplit, kFold, kGrouped };
@@ -120,8 +120,8 @@ __device__ inline int QuadsBefore(const DenseArgs& a, const DenseProgram& progra
 
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
 
-// Barriers: a full and an empty one for each stage of the inputs, each slot of the weights, and each
-// box to be turned; and one more for stages that are also rounded.
+// Barriers: a full and an empty one for each stage of the inputs, each slot of the weights, and
+// each box to be turned; and one more for stages that are also rounded.
 struct DenseBarriers {
   static constexpr int kIn = 8 * DenseArgs::kMaxBuffers, kRing = 8 * DenseArgs::kMaxRing;
   uint32_t base;
@@ -327,8 +327,8 @@ __device__ inline void FetchRaw(const DenseArgs& a, const DenseMaps& maps,
         WaitFor(barriers.RawEmpty(box.at), box.parity ^ 1);
         ArriveAndExpect(full, a.pieces * bytes);
         for (int piece = 0; piece < a.pieces; ++piece) {
-          const int w = item.q[2] * a.axis[2].si + segment.first[2] - segment.lead +
-                        piece * a.piece_length;
+          const int w =
+              item.q[2] * a.axis[2].si + segment.first[2] - segment.lead + piece * a.piece_length;
           CopyBox(to + piece * a.raw_piece, map, w, item.q[1] + segment.first[1],
                   item.q[0] + segment.first[0], channel, item.n, full);
         }
@@ -369,9 +369,9 @@ __device__ inline void FetchWords(const DenseArgs& a, const DenseBarriers& barri
           int offset = static_cast<int>(n * a.in_n_step);
 #pragma unroll
           for (int i = 0; i < kAxes; ++i) {
-            const int source = i == 2 ? item.q[2] * a.axis[2].si + segment.first[2] -
-                                            segment.lead + at[2]
-                                      : (item.q[i] + at[i]) * a.axis[i].si + segment.first[i];
+            const int source =
+                i == 2 ? item.q[2] * a.axis[2].si + segment.first[2] - segment.lead + at[2]
+                       : (item.q[i] + at[i]) * a.axis[i].si + segment.first[i];
             inside = inside && static_cast<unsigned>(source) < a.axis[i].in_size;
             offset += static_cast<int>(source * a.axis[i].in_step);
           }
@@ -433,7 +433,8 @@ __device__ inline void TurnBoxes(const DenseArgs& a, const DenseBarriers& barrie
                   const auto pair = [&](int i) { return c[i] | uint32_t{c[i + 1]} << 16; };
                   block = make_uint4(pair(0), pair(2), pair(4), pair(6));
                 }
-                *reinterpret_cast<uint4*>(stage + place + (step * 32 + half * 16 ^ swizzled)) = block;
+                *reinterpret_cast<uint4*>(stage + place + (step * 32 + half * 16 ^ swizzled)) =
+                    block;
               }
             };
             int p = thread, step = 0;
@@ -682,8 +683,8 @@ __device__ inline void StoreDense(const DenseArgs& a, const DenseMaps& maps, con
 template <class Out>
 __device__ inline void StoreIf(bool condition, Out* to, Out v) {
   if constexpr (sizeof(Out) == 4) {
-    asm volatile("{.reg .pred p; setp.ne.b32 p, %2, 0; @p st.global.f32 [%0], %1;}" ::"l"(to), "f"(v),
-                 "r"(int{condition})
+    asm volatile("{.reg .pred p; setp.ne.b32 p, %2, 0; @p st.global.f32 [%0], %1;}" ::"l"(to),
+                 "f"(v), "r"(int{condition})
                  : "memory");
   } else {
     uint16_t bits;
@@ -694,9 +695,9 @@ __device__ inline void StoreIf(bool condition, Out* to, Out v) {
   }
 }
 
-// Channels first: the pixels of `store_columns` channels at a time, with both phases of the last axis
-// beside each other where a program has both. They leave by bulk copies, or by rows. Lanes' channels
-// are whole rows of banks apart, so half of the lanes store the other eight pixels first.
+// Channels first: the pixels of `store_columns` channels at a time, with both phases of the last
+// axis beside each other where a program has both. They leave by bulk copies, or by rows. Lanes'
+// channels are whole rows of banks apart, so half of the lanes store the other eight pixels first.
 template <class Out, int MT, int NT, int Phases>
 __device__ inline void StoreRows(const DenseArgs& a, const DenseMaps& maps, const DenseItem& item,
                                  char* stages, const int (&place)[MT][2], int group,
@@ -1034,7 +1035,9 @@ __device__ inline void MultiplyDense(const DenseArgs& a, const DenseMaps& maps,
             segment += HasRows<kMode>(a) ? a.members : 1;
           }
         }
-        if (waits) WaitFor(round ? barriers.InRounded(buffer.at) : barriers.InFull(buffer.at), buffer.parity);
+        if (waits)
+          WaitFor(round ? barriers.InRounded(buffer.at) : barriers.InFull(buffer.at),
+                  buffer.parity);
       }
       WaitFor(barriers.RingFull(slot.at), slot.parity);
       const uint64_t first_weights = Descriptor(ring, 128, 256);
@@ -1140,7 +1143,7 @@ __device__ inline void MultiplyDense(const DenseArgs& a, const DenseMaps& maps,
       if constexpr (kMode == DenseMode::kExact) {
         if (a.rows) return store(out, std::true_type{});
       }
-      store(out, std::bool_constant<kMode == DenseMode::kRows || kPaired>{});
+      store(out, std::bool_constant < kMode == DenseMode::kRows || kPaired > {});
     };
     if (sizeof(T) == 4 || a.out_f32) {
       store_as(float{});
@@ -1188,7 +1191,8 @@ __global__ void __launch_bounds__(kDenseThreads, 1)
     const int d = a.axis[0].length, h = a.axis[1].length, w = a.axis[2].length;
     const int piece_elements = a.raw_piece * a.chunk_channels / a.row_bytes;
     for (int p = thread; p < a.pixels; p += kDenseThreads) {
-      const int row = p / w, plane = row / h, n = plane / d, at[kAxes] = {plane % d, row % h, p % w};
+      const int row = p / w, plane = row / h, n = plane / d,
+                at[kAxes] = {plane % d, row % h, p % w};
       if (a.raws > 0) {
         const int element = at[2] * a.axis[2].si + a.raw_lead, piece = element / a.piece_length;
         sources[p] = n * a.raw_box + at[0] * a.raw_plane + at[1] * a.raw_row +

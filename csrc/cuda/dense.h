@@ -64,14 +64,14 @@ struct DenseArgs {
   int patch[kAxes + 1], in_pitch[kAxes + 1], out_pitch[kAxes + 1];
   int in_eights, out_eights;  // the same between a patch's groups of eight
   int pieces, piece_length;   // copies of a box, side by side along the last axis
-  // Channels first ("rows"): segments of a family share sources: residues along the last axis, whose
-  // pixels become stages of their own; or phases along it (`paired`), which read the same stages and
-  // have sums of their own. Boxes are copied as they are and turned in shared memory (`raws` of them
-  // are under way), by bulk copies (`boxes`) or, if rows are not of a multiple of 16 bytes, word by
-  // word; or pixels are loaded (no raws).
-  int members;                                // segments of a family, or 1
-  int raws, raw_bytes, raw_piece;             // of a box, and of a piece of it
-  int raw_lead;                               // the least of all segments
+  // Channels first ("rows"): segments of a family share sources: residues along the last axis,
+  // whose pixels become stages of their own; or phases along it (`paired`), which read the same
+  // stages and have sums of their own. Boxes are copied as they are and turned in shared memory
+  // (`raws` of them are under way), by bulk copies (`boxes`) or, if rows are not of a multiple of
+  // 16 bytes, word by word; or pixels are loaded (no raws).
+  int members;                                   // segments of a family, or 1
+  int raws, raw_bytes, raw_piece;                // of a box, and of a piece of it
+  int raw_lead;                                  // the least of all segments
   int raw_box, raw_channel, raw_plane, raw_row;  // elements of an image's, and between neighbours
   int out_channel, out_image;  // and between channels and images of results on their way out
   int groups, cg, jg, programs, column_tiles, items;

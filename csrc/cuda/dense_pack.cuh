@@ -50,7 +50,8 @@ __device__ inline PackedTile PlaceTile(const DensePack& p, int group, int tap, i
   const int position = p.tap_position[tap] * steps + (step - (chunk << p.log_chunk)) * p.terms;
   const int first =
       chunk == p.chunks - 1 ? p.last[segment] : p.steps[segment] + chunk * p.hop[segment];
-  const int64_t at = (int64_t{group} * p.column_tiles + column_tile) * p.total_steps + first + position;
+  const int64_t at =
+      (int64_t{group} * p.column_tiles + column_tile) * p.total_steps + first + position;
   return {(at * p.tiles + column - column_tile * p.tiles) * 64, 0,
           position + p.terms == all ? padded(all) - all : 0};
 }
