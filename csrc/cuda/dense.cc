@@ -7,9 +7,9 @@
 #include <array>
 #include <cmath>
 #include <limits>
-#include <map>
 
 #include "cuda/block_diagonal.h"
+#include "cuda/dense_shape.h"
 #include "cuda/device_limits.h"
 #include "cuda/plan_memo.h"
 
@@ -20,11 +20,6 @@ constexpr int64_t kIntMax = std::numeric_limits<int32_t>::max();
 constexpr int kSharedMemory = 227 * 1024;  // that a block may have
 constexpr int kQuad = kDenseQuad;
 constexpr int kMaxBox = 256;  // of a bulk tensor copy
-
-constexpr int64_t CeilDiv(int64_t a, int64_t b) { return (a + b - 1) / b; }
-constexpr int64_t RoundUp(int64_t a, int64_t b) { return CeilDiv(a, b) * b; }
-constexpr int64_t FloorMod(int64_t a, int64_t b) { return a - FloorDiv(a, b) * b; }
-constexpr int PadToQuads(int64_t steps) { return static_cast<int>(RoundUp(steps, kQuad)); }
 
 std::string Refuse(const Problem& p, const Device& device) {
   if (p.Empty()) return "has nothing to read or write";
@@ -103,402 +98,6 @@ std::string RefuseGrouped(const Problem& p) {
 // Whether bulk tensor copies can take rows of channels first: of a multiple of 16 bytes.
 bool HasWholeRows(const Sizes& size, DType dtype) { return size[2] * SizeOf(dtype) % 16 == 0; }
 
-// Products of a step: float32 operands at the highest precision are split in two.
-int Terms(const Problem& p) {
-  return p.in_dtype == DType::kF32 && p.precision == Precision::kHighest ? 3 : 1;
-}
-
-// Taps of one axis that serve one phase from sources of one residue by the input's stride.
-struct AxisGroup {
-  int phase;
-  int64_t first;  // source for q = 0 of the lowest tap
-  int64_t lead;   // see Shape
-  std::vector<int> taps, places;
-};
-
-// The part of a plan that does not depend on the tile.
-struct Shape {
-  bool forward, fused;
-  int element, cg, jg, row_bytes, chunks, chunk_channels, terms, full_steps, last_steps;
-  int phases, programs, columns;  // programs: phases that have outputs, or one for all of them
-  Sizes in_size, out_size, q_size;
-  std::array<int, kAxes> si, so, reach;  // reach: places of the farthest tap
-  std::array<std::vector<AxisGroup>, kAxes> groups;
-  bool folded;
-  AxisGroup fold;  // of the last axis, whose taps are columns
-  // Whether all phases are of one program whatever they read. Then `taps` of an axis are indices of
-  // its sources, for q = 0.
-  bool spread = false;
-  std::array<std::vector<int64_t>, kAxes> sources;
-  int sets = 1;  // groups beside each other
-  // Channels first, and whether both phases of the last axis are of one program. The first source
-  // of a group of that axis lies so far from the first one that is loaded.
-  bool rows = false, paired = false;
-  int64_t least_lead = 0, most_lead = 0;
-};
-
-std::vector<AxisGroup> GroupsOf(const Problem& p, int axis, bool forward) {
-  std::vector<AxisGroup> groups;
-  std::map<std::pair<int64_t, int64_t>, size_t> index;
-  const int64_t s = p.stride[axis];
-  std::vector<std::vector<int64_t>> sources;
-  for (int64_t t = 0; t < p.k[axis]; ++t) {
-    // Forward: output q * s + r takes tap t from input i where i * s + shift = q * s + r.
-    const int64_t shift = t * p.dilation[axis] - p.pad[axis], down = FloorDiv(shift, s);
-    const int64_t residue = shift - down * s;
-    const auto [at, added] = index.try_emplace({0, residue}, groups.size());
-    if (added) {
-      groups.push_back({forward ? static_cast<int>(residue) : 0, 0, 0, {}, {}});
-      sources.emplace_back();
-    }
-    groups[at->second].taps.push_back(static_cast<int>(t));
-    sources[at->second].push_back(forward ? -down : shift);
-  }
-  for (size_t g = 0; g < groups.size(); ++g) {
-    groups[g].first = *std::min_element(sources[g].begin(), sources[g].end());
-    for (int64_t source : sources[g]) {
-      groups[g].places.push_back(static_cast<int>((source - groups[g].first) / (forward ? 1 : s)));
-    }
-  }
-  return groups;
-}
-
-void MakeFamilies(Shape&);
-
-Shape ShapeOf(const Problem& p, int row_bytes, bool folded) {
-  Shape s;
-  s.folded = folded;
-  s.forward = p.pass == Pass::kForward;
-  s.element = static_cast<int>(SizeOf(p.in_dtype));
-  s.cg = static_cast<int>(s.forward ? p.cig() : p.cog());
-  s.jg = static_cast<int>(s.forward ? p.cog() : p.cig());
-  const int bytes = s.cg * s.element;
-  s.row_bytes = row_bytes;
-  s.chunks = static_cast<int>(CeilDiv(bytes, row_bytes));
-  s.chunk_channels = row_bytes / s.element;
-  s.terms = Terms(p);
-  s.full_steps = s.terms * row_bytes / 32;
-  s.last_steps = s.terms * static_cast<int>(CeilDiv(bytes - (s.chunks - 1) * row_bytes, 32));
-  s.in_size = s.forward ? p.isize : p.osize;
-  s.out_size = s.forward ? p.osize : p.isize;
-  s.phases = 1;
-  s.fused = true;
-  for (int a = 0; a < kAxes; ++a) {
-    s.si[a] = static_cast<int>(s.forward ? 1 : p.stride[a]);
-    s.so[a] = static_cast<int>(s.forward ? p.stride[a] : 1);
-    s.q_size[a] = CeilDiv(s.out_size[a], s.so[a]);
-    s.phases *= s.so[a];
-    s.groups[a] = GroupsOf(p, a, s.forward);
-    s.reach[a] = 0;
-    for (const AxisGroup& g : s.groups[a]) {
-      for (int place : g.places) s.reach[a] = std::max(s.reach[a], place);
-      s.fused = s.fused && g.first == s.groups[a][0].first && g.places == s.groups[a][0].places;
-    }
-    s.fused = s.fused && static_cast<int>(s.groups[a].size()) == s.so[a];
-    s.fused = s.fused && s.out_size[a] >= s.so[a];
-  }
-  s.fused = s.fused && s.phases > 1;
-  s.programs = 1;
-  for (int a = 0; a < kAxes && !s.fused; ++a) {
-    s.programs *= static_cast<int>(std::min<int64_t>(s.so[a], s.out_size[a]));
-  }
-  s.columns = s.jg * (s.fused ? s.phases : 1);
-  if (folded) {
-    // Sources stay as they are, whatever the tap: the first one that exists is the first of all.
-    s.fold = s.groups[2][0];
-    s.groups[2] = {{0, std::max<int64_t>(s.fold.first, 0), 0, {0}, {0}}};
-    s.columns *= static_cast<int>(s.fold.taps.size());
-    s.fused = false;
-  }
-  if (!p.channels_last) MakeFamilies(s);
-  return s;
-}
-
-// Channels first: groups of the last axis are a family, whose sources are loaded together. Where
-// they are two phases they read the same pixels, and their results leave as whole rows.
-void MakeFamilies(Shape& s) {
-  std::vector<AxisGroup>& groups = s.groups[2];
-  s.rows = true;
-  s.fused = false;
-  s.columns = s.jg;
-  s.paired = s.so[2] == 2 && s.out_size[2] > 1 && s.terms == 1;
-  s.programs = 1;
-  for (int a = 0; a < (s.paired ? 2 : kAxes); ++a) {
-    s.programs *= static_cast<int>(std::min<int64_t>(s.so[a], s.out_size[a]));
-  }
-  const auto less = [](const AxisGroup& a, const AxisGroup& b) { return a.first < b.first; };
-  const int64_t first = std::min_element(groups.begin(), groups.end(), less)->first;
-  for (AxisGroup& g : groups) {
-    if (s.paired) {
-      for (int& place : g.places) {
-        place += static_cast<int>(g.first - first);
-        s.reach[2] = std::max(s.reach[2], place);
-      }
-      g.first = first;
-    }
-    // A copy begins at a multiple of 16 bytes; tiles have multiples of 8 pixels.
-    const int64_t from = s.forward ? g.first : first;
-    g.lead = FloorMod(from, 16 / s.element) + g.first - from;
-  }
-  const auto nearer = [](const AxisGroup& a, const AxisGroup& b) { return a.lead < b.lead; };
-  const auto [least, most] = std::minmax_element(groups.begin(), groups.end(), nearer);
-  s.least_lead = least->lead;
-  s.most_lead = most->lead;
-  std::stable_sort(groups.begin(), groups.end(),
-                   [](const AxisGroup& a, const AxisGroup& b) { return a.phase < b.phase; });
-}
-
-// Phases spread over the columns. `block` neighbouring outputs of a phase (of an axis) become
-// phases of their own, which is a correlation of so many times the strides.
-Shape SpreadShapeOf(const Problem& p, int row_bytes, int sets,
-                    const std::array<int, kAxes>& block) {
-  Shape s = ShapeOf(p, row_bytes, false);
-  s.spread = s.fused = true;
-  s.columns = s.jg;
-  if (sets > 1) {
-    s.sets = sets;
-    s.cg *= sets;
-    s.jg *= sets;
-    s.chunks = 1;
-    s.full_steps = s.last_steps = sets;
-  }
-  s.phases = 1;
-  s.programs = 1;
-  for (int a = 0; a < kAxes; ++a) {
-    s.so[a] *= block[a];
-    s.si[a] *= block[a];
-    s.q_size[a] = CeilDiv(s.out_size[a], s.so[a]);
-    s.phases *= s.so[a];
-    // Forward: output q * so + r takes tap t from source i where i * stride + t * d - p is it.
-    std::vector<int64_t>& sources = s.sources[a];
-    for (int r = 0; r < s.so[a]; ++r) {
-      for (int64_t t = 0; t < p.k[a]; ++t) {
-        const int64_t shift = t * p.dilation[a] - p.pad[a];
-        if (s.forward && FloorMod(r - shift, p.stride[a]) != 0) continue;
-        sources.push_back(s.forward ? (r - shift) / p.stride[a] : r * p.stride[a] + shift);
-      }
-    }
-    std::sort(sources.begin(), sources.end());
-    sources.erase(std::unique(sources.begin(), sources.end()), sources.end());
-    std::map<int64_t, AxisGroup> by_residue;
-    s.reach[a] = 0;
-    for (size_t i = 0; i < sources.size(); ++i) {
-      AxisGroup& g = by_residue[FloorMod(sources[i], s.si[a])];
-      if (g.taps.empty()) g.first = sources[i];
-      g.phase = 0;
-      g.taps.push_back(static_cast<int>(i));
-      g.places.push_back(static_cast<int>((sources[i] - g.first) / s.si[a]));
-      s.reach[a] = std::max(s.reach[a], g.places.back());
-    }
-    s.groups[a].clear();
-    for (const auto& [residue, g] : by_residue) s.groups[a].push_back(g);
-  }
-  s.columns *= s.phases;
-  return s;
-}
-
-// Which tap of an axis reads a source, both for q = 0, for a phase; or -1.
-int TapOf(const Problem& p, const Shape& s, int axis, int64_t source, int64_t phase) {
-  const int64_t stride = p.stride[axis], d = p.dilation[axis];
-  const int64_t t = (s.forward ? phase - source * stride : source - phase * stride) + p.pad[axis];
-  return FloorMod(t, d) == 0 && t >= 0 && t / d < p.k[axis] ? static_cast<int>(t / d) : -1;
-}
-
-Sizes PhaseOf(const Shape& s, int phase) {
-  return {phase / s.so[2] / s.so[1], phase / s.so[2] % s.so[1], phase % s.so[2]};
-}
-bool HasOutputs(const Shape& s, const Sizes& phase) {
-  return phase[0] < s.out_size[0] && phase[1] < s.out_size[1] && phase[2] < s.out_size[2];
-}
-
-// The phases that programs are for, those with the most taps first, so that the last round of
-// items is of short ones.
-std::vector<int> PhasesByWork(const Shape& s) {
-  if (s.fused) return {0};
-  std::vector<int> phases;
-  std::vector<int64_t> taps(static_cast<size_t>(s.phases), 1);
-  for (int phase = 0; phase < s.phases; ++phase) {
-    const Sizes r = PhaseOf(s, phase);
-    if (HasOutputs(s, r) && !(s.paired && r[2] > 0)) phases.push_back(phase);
-    for (int axis = 0; axis < kAxes; ++axis) {
-      int64_t mine = 0;
-      for (const AxisGroup& g : s.groups[axis]) {
-        if (g.phase == r[axis] || (s.paired && axis == 2)) {
-          mine += static_cast<int64_t>(g.taps.size());
-        }
-      }
-      taps[phase] *= mine;
-    }
-  }
-  std::stable_sort(phases.begin(), phases.end(), [&](int a, int b) { return taps[a] > taps[b]; });
-  return phases;
-}
-
-// Lists programs, segments and shifts; a sentence's end where they are too many.
-std::string ListPrograms(const Shape& s, const Problem& p, DensePlan& plan) {
-  DenseArgs& a = plan.args;
-  DensePack& k = plan.pack;
-  SpreadPack& spread = plan.spread;
-  int shifts = 0, entries = 0, segments = 0;
-  spread.steps = 0;
-  plan.residues.clear();
-  std::fill(std::begin(k.tap_segment), std::end(k.tap_segment), DensePack::kUnused);
-  a.total_steps = 0;
-  a.programs = 0;
-  if (s.phases > DenseArgs::kMaxPhases) {
-    return "takes at most " + std::to_string(DenseArgs::kMaxPhases) + " phases";
-  }
-  const auto of_phase = [&](int axis, int64_t phase) {
-    std::vector<const AxisGroup*> mine;
-    for (const AxisGroup& g : s.groups[axis]) {
-      if (g.phase == phase || s.fused || (s.paired && axis == 2)) mine.push_back(&g);
-      if (s.fused && !s.spread) break;
-    }
-    return mine;
-  };
-  // The weights lie in the order in which products take them: chunk by chunk of a family of
-  // segments that share boxes, from `family` on.
-  const auto place_weights = [&](int family) {
-    int all_full = 0, full = 0, last = 0;
-    const auto padded = [&](int i, int steps) { return PadToQuads(a.segment[i].taps * steps); };
-    for (int i = family; i < segments; ++i) all_full += padded(i, s.full_steps);
-    for (int i = family; i < segments; ++i) {
-      k.steps[i] = a.segment[i].steps = a.total_steps + full;
-      k.hop[i] = all_full;
-      k.last[i] = a.total_steps + (s.chunks - 1) * all_full + last;
-      full += padded(i, s.full_steps);
-      last += padded(i, s.last_steps);
-    }
-    a.total_steps += (s.chunks - 1) * all_full + last;
-  };
-  a.members = 1;
-  for (const int of : PhasesByWork(s)) {
-    const Sizes phase = PhaseOf(s, of);
-    DenseProgram& mine = a.program[a.programs++];
-    mine.phase = static_cast<int16_t>(of);
-    mine.first_segment = static_cast<int16_t>(segments);
-    mine.steps = a.total_steps;
-    for (const AxisGroup* d : of_phase(0, phase[0])) {
-      for (const AxisGroup* h : of_phase(1, phase[1])) {
-        int family = segments;
-        for (const AxisGroup* w : of_phase(2, phase[2])) {
-          if (segments == DenseArgs::kMaxSegments) {
-            return "takes at most " + std::to_string(DenseArgs::kMaxSegments) +
-                   " residues of the sources by the stride";
-          }
-          DenseSegment& segment = a.segment[segments];
-          const Sizes first{d->first, h->first, w->first};
-          Sizes residue;
-          bool sources = true;
-          for (int i = 0; i < kAxes; ++i) {
-            const int64_t down = FloorDiv(first[i], s.si[i]);
-            residue[i] = first[i] - down * s.si[i];
-            const bool mapped = p.channels_last || (a.boxes && i < 2);
-            segment.first[i] = static_cast<int>(mapped ? down : first[i]);
-            sources = sources && residue[i] < s.in_size[i];
-          }
-          if (!sources) continue;  // they are zeros
-          if (s.rows) {
-            residue[2] = 0;
-            segment.lead = static_cast<int16_t>(w->lead);
-            segment.sums = static_cast<int16_t>(s.paired ? w->phase : 0);
-          } else {
-            family = segments;
-          }
-          // Segments of one residue are the forward's, where the stride is of the outputs.
-          const bool next = (!s.forward || s.spread) && family == segments;
-          if (next || plan.residues.empty()) plan.residues.push_back(residue);
-          segment.map = static_cast<int16_t>(plan.residues.size() - 1);
-          segment.first_shift = static_cast<int16_t>(shifts);
-          segment.taps = static_cast<int16_t>(d->taps.size() * h->taps.size() * w->taps.size());
-          segment.entries = entries / kQuad;
-          for (size_t td = 0; td < d->taps.size(); ++td) {
-            for (size_t th = 0; th < h->taps.size(); ++th) {
-              for (size_t tw = 0; tw < w->taps.size(); ++tw, ++shifts) {
-                if (shifts == DenseArgs::kMaxTaps) {
-                  return "takes at most " + std::to_string(DenseArgs::kMaxTaps) + " places";
-                }
-                a.shift[shifts] = static_cast<uint16_t>(d->places[td] * a.in_pitch[1] +
-                                                        h->places[th] * a.in_pitch[2] +
-                                                        w->places[tw] * a.in_pitch[3]);
-                if (s.spread) continue;
-                const int row = d->taps[td] * static_cast<int>(p.k[1]) + h->taps[th];
-                const std::vector<int> columns{w->taps[tw]};
-                int phase = 0;
-                for (int t : s.folded ? s.fold.taps : columns) {
-                  const int64_t tap = row * p.k[2] + t;
-                  k.tap_segment[tap] = static_cast<uint8_t>(segments);
-                  k.tap_phase[tap] = static_cast<uint8_t>(phase++);
-                  k.tap_position[tap] = static_cast<uint16_t>(shifts - segment.first_shift);
-                }
-              }
-            }
-          }
-          k.segment_taps[segments] = segment.taps;
-          entries += PadToQuads(int64_t{segment.taps} * s.full_steps) +
-                     PadToQuads(int64_t{segment.taps} * s.last_steps);
-          ++segments;
-          if (!s.rows) place_weights(family);
-          if (s.spread && a.total_steps > SpreadPack::kMaxSteps) {
-            return "takes fewer places and channels";
-          }
-          for (int chunk = 0; chunk < s.chunks && s.spread; ++chunk) {
-            const int steps = chunk == s.chunks - 1 ? s.last_steps : s.full_steps;
-            for (const int td : d->taps) {
-              for (const int th : h->taps) {
-                for (const int tw : w->taps) {
-                  for (int step = 0; step < steps; ++step) {
-                    spread.step[spread.steps++] = {
-                        {static_cast<uint8_t>(td), static_cast<uint8_t>(th),
-                         static_cast<uint8_t>(tw)},
-                        static_cast<uint16_t>(chunk * s.full_steps + step)};
-                  }
-                }
-              }
-            }
-            while (spread.steps % kQuad != 0) {
-              spread.step[spread.steps++] = {{}, SpreadPack::kPadding};
-            }
-          }
-        }
-        if (s.rows && segments > family) {
-          place_weights(family);
-          a.members = segments - family;  // the same of all families
-        }
-      }
-    }
-    mine.segments = static_cast<int16_t>(segments - mine.first_segment);
-    mine.quads = (a.total_steps - mine.steps) / kQuad;
-  }
-  if (s.fused && !s.spread) {
-    // Every phase has the taps of phase 0 in the same order.
-    for (size_t d = 0; d < s.groups[0].size(); ++d) {
-      for (size_t h = 0; h < s.groups[1].size(); ++h) {
-        for (size_t w = 0; w < s.groups[2].size(); ++w) {
-          const AxisGroup &gd = s.groups[0][d], &gh = s.groups[1][h], &gw = s.groups[2][w];
-          const int phase = (gd.phase * s.so[1] + gh.phase) * s.so[2] + gw.phase;
-          int position = 0;
-          for (int td : gd.taps) {
-            for (int th : gh.taps) {
-              for (int tw : gw.taps) {
-                const int64_t tap = (td * p.k[1] + th) * p.k[2] + tw;
-                k.tap_segment[tap] = 0;
-                k.tap_phase[tap] = static_cast<uint8_t>(phase);
-                k.tap_position[tap] = static_cast<uint16_t>(position++);
-              }
-            }
-          }
-        }
-      }
-    }
-  }
-  a.segments = segments;
-  if (s.spread && segments + s.phases > DenseArgs::kMaxSegments + 1) {
-    return "takes fewer residues and phases";
-  }
-  return "";
-}
-
 struct TileShape {
   int mt, columns;
 };
@@ -547,7 +146,7 @@ struct Candidate {
 // The last axis where its taps are columns: a tile has so many sources, and those outputs whose
 // sources all are in it, or outside of the tensor. Hence the outputs before those of the first
 // source are the first tile's, and the last tile has those that reach beyond the last source.
-bool FoldAxis(const Shape& s, DenseArgs& a) {
+bool FoldAxis(const DenseShape& s, DenseArgs& a) {
   DenseAxis& x = a.axis[2];
   if (x.box != kFoldedSources) return false;
   const std::vector<int>& places = s.fold.places;
@@ -569,8 +168,8 @@ bool FoldAxis(const Shape& s, DenseArgs& a) {
 // Channels first, cycles of a block for an item of each program, if products alone take `multiply`.
 // Fitted to 2,455 plans of 29 layers, both passes, TF32 and bf16, on an H200: 16 % off in the mean
 // (rms), and what it chooses takes 1.04 times as long as the best.
-double RowsCycles(const Shape& s, const DenseArgs& a, int out_element, double stages, double boxes,
-                  double multiply, double results) {
+double RowsCycles(const DenseShape& s, const DenseArgs& a, int out_element, double stages,
+                  double boxes, double multiply, double results) {
   const bool f32 = s.element == 4;
   const double stage_bytes = static_cast<double>(a.pixels) * s.row_bytes;
   const double turning = 1170 + stage_bytes / 32 / 160 * (f32 ? 10 : 115);  // a stage
@@ -600,7 +199,7 @@ double RowsCycles(const Shape& s, const DenseArgs& a, int out_element, double st
 }
 
 // Fills what depends on the tile; false where it does not fit.
-bool Fill(const Problem& p, const Device& device, const Shape& s, const Candidate& c,
+bool Fill(const Problem& p, const Device& device, const DenseShape& s, const Candidate& c,
           DensePlan& plan, bool& l2_limits) {
   DenseArgs& a = plan.args;
   const Strides in = s.forward ? p.XStrides() : p.YStrides();
@@ -772,9 +371,9 @@ bool Fill(const Problem& p, const Device& device, const Shape& s, const Candidat
   // factors are fitted to times on an H200.
   const int groups_m = 2 * patches;
   double steps = 0, stages = 0;  // over all programs
-  for (const AxisGroup& d : s.groups[0]) {
-    for (const AxisGroup& h : s.groups[1]) {
-      for (const AxisGroup& w : s.groups[2]) {
+  for (const DenseAxisGroup& d : s.groups[0]) {
+    for (const DenseAxisGroup& h : s.groups[1]) {
+      for (const DenseAxisGroup& w : s.groups[2]) {
         const auto taps = static_cast<int64_t>(d.taps.size() * h.taps.size() * w.taps.size());
         steps += (s.chunks - 1) * PadToQuads(taps * s.full_steps) + PadToQuads(taps * s.last_steps);
         stages += s.chunks;
@@ -892,7 +491,7 @@ void PutImagesFirst(DenseMap& m) {
 // What a block packs: of few taps several tiles or steps, so that it reads long rows. A warp reads
 // a word of four channels (pairs of channels) of each of eight columns: banks are apart if the
 // channels' pitch is odd and the columns' pitch is an odd multiple of 16 bytes.
-void PlanPack(const Shape& s, DensePack& k, int (&grid)[3]) {
+void PlanPack(const DenseShape& s, DensePack& k, int (&grid)[3]) {
   const int channels = 32 / s.element, sixteen = 16 / s.element;
   const auto odd_multiple = [&](int n) {
     return static_cast<int>(CeilDiv(n, sixteen) / 2 * 2 + 1) * sixteen;
@@ -919,7 +518,7 @@ void PlanPack(const Shape& s, DensePack& k, int (&grid)[3]) {
 }
 
 // Fills what the choice of the tile does not need.
-void Complete(const Problem& p, const Shape& s, DensePlan& plan) {
+void Complete(const Problem& p, const DenseShape& s, DensePlan& plan) {
   DenseArgs& a = plan.args;
   DensePack& k = plan.pack;
   ListPrograms(s, p, plan);
@@ -1032,8 +631,8 @@ void Complete(const Problem& p, const Shape& s, DensePlan& plan) {
 }
 
 // Takes the fastest tile of a shape into `best`, if it beats what is there.
-void SearchTiles(const Problem& p, const Device& device, const Shape& s, const DenseTile& forced,
-                 DensePlan& best) {
+void SearchTiles(const Problem& p, const Device& device, const DenseShape& s,
+                 const DenseTile& forced, DensePlan& best) {
   DensePlan plan{};
   // The lists do not depend on the tile, but for the shifts.
   best.refusal = ListPrograms(s, p, plan);
