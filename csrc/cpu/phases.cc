@@ -36,6 +36,7 @@ constexpr int64_t kMaxScratch = int64_t{16} << 20;  // bytes a thread
 // Half of the second-level cache for what is read, a quarter for the sums.
 constexpr int64_t kPanelBytes = int64_t{512} << 10, kSumsBytes = int64_t{256} << 10;
 constexpr int64_t kSumsNear = int64_t{32} << 10;  // sums that stay in the first-level cache
+constexpr int64_t kSumsOfAll = int64_t{384} << 10;  // of the blocks that share what is packed
 constexpr int64_t kTasks = 16;                    // enough to share evenly
 
 int64_t SumSize(const Problem& p) { return p.in_dtype == DType::kF64 ? 8 : 4; }
@@ -364,8 +365,9 @@ Plan PlanOf(const Problem& problem, const PhaseKernels& kernels, bool with_taps)
     if (p.group_chunk > 1) {
       p.acc_blocks = blocks;
     } else if (!p.one_panel()) {
-      p.acc_blocks = std::clamp<int64_t>(kSumsBytes / std::max<int64_t>(block_bytes, 1),
-                                         CeilDiv(16, kernels.max_mr), blocks + 16);
+      // All panels are packed once for so many blocks: as many as fit, in equal parts.
+      const int64_t most = std::max<int64_t>(kSumsOfAll / std::max<int64_t>(block_bytes, 1), 1);
+      p.acc_blocks = std::max(CeilDiv(blocks, CeilDiv(blocks, most)), CeilDiv(16, kernels.max_mr));
     } else {
       p.acc_blocks = problem.channels_last ? CeilDiv(16, kernels.max_mr) : 1;
     }
