@@ -142,8 +142,13 @@ double Cycles(const Plan& plan, const PhaseKernels& kernels, Pass pass, int64_t 
   } else {
     sums = std::min(kernels.max_mr, p.m) * p.dst_step[2] * p.row * size;
     cycles += vectors * real(p.m * steps) * (sums > kSumsNear ? 8 : 6);
-    // With several panels, the sums come and go with each of them.
-    if (panel > kPanelBytes) cycles += vectors * real(p.m * CeilDiv(panel, kPanelBytes)) * 12;
+    // With several panels, the sums come and go with each of them. A panel has whole rows' slots.
+    if (panel > kPanelBytes) {
+      const int64_t rows = kPanelBytes / (panel / p.nslots * plan.row_slots);
+      const int64_t panels =
+          rows > 0 ? CeilDiv(p.nslots / plan.row_slots, rows) : CeilDiv(panel, kPanelBytes);
+      cycles += vectors * real(p.m * panels) * 12;
+    }
   }
   // Out of the second-level cache, everything waits; x is read in pieces of the first-level one.
   if (sums > (pass == Pass::kWeightGrad ? 3 * kSumsBytes : kSumsBytes)) cycles *= 1.5;
