@@ -797,9 +797,9 @@ Ahead AheadOf(const PhasePlan& p, const void* src, const Part& part, int64_t k0,
   const int64_t residues = p.src_step[0] * p.src_step[1] * p.src_step[2];
   if (p.src_last != 0 || !rows || p.nslots < residues || part.n >= p.n || times == 0) return ahead;
   // Where each value meets so many of the weight, memory is a small part of the time, and what is
-  // asked for drives out of the cache what is multiplied.
-  constexpr int64_t kManyProducts = 512;
-  if (p.m * p.ntaps >= kManyProducts * p.nslots) return ahead;
+  // asked for drives out of the cache what is multiplied and, with several panels, all sums.
+  const int64_t many = p.one_panel() ? 512 : 128;
+  if (p.m * p.ntaps >= many * p.nslots) return ahead;
   int64_t first[3], count[3], step[3];
   bool same = true;  // all slots have the residue of the first
   for (int a = 0; a < 3; ++a) {
