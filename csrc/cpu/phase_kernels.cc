@@ -204,6 +204,7 @@ void PackPlanes(const Source& source, bool channels_last, const E* from, int64_t
     const int64_t *phase = slots[s].phase, some = s_end - s;
     T* to_plane = to + (s - s0) * slot_size + k * plane + a * box[1] * box[2];
     const auto zero = [&](int64_t begin_at, int64_t end_at) {
+      if (begin_at >= end_at) return;  // mostly, and there may be many planes
       for (int64_t i = 0; i < some; ++i) {
         for (int64_t j = 0; j < inner; ++j) {
           T* zeros = to_plane + i * slot_size + j * plane;
