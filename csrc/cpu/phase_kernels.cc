@@ -132,37 +132,40 @@ __attribute__((noinline)) void PackPixels(const Row& row, const E* from, int64_t
   for (int64_t k = 0; k < channels; k += lanes) {
     const int64_t some = Min(lanes, channels - k);
     for (int64_t c = 0; c < row.count; c += lanes) {
-      Vec<T> v[lanes];
       const int64_t first = row.first + c * row.step + r2;
       const int64_t last = first + (lanes - 1) * row.step;
-      const auto load = [&](auto is_inside) {
-#pragma GCC unroll 16
-        for (int l = 0; l < lanes; ++l) {
-          const int64_t e = first + l * row.step;
-          const E* at = from + e * pixel + k;
-          v[l] = Vec<T>{};
-          if (!decltype(is_inside)::value && (e < 0 || e >= row.size)) continue;
-          AskFor(at + ahead);
-          v[l] = Load<T>(at);
-        }
-      };
+      T* planes = to + k * plane + c;
       if (some < lanes) {
+        Vec<T> v[lanes];
         for (int64_t l = 0; l < lanes; ++l) {
           const int64_t e = first + l * row.step;
           v[l] = e < 0 || e >= row.size ? Vec<T>{} : LoadSome<T>(from + e * pixel + k, some);
         }
         Transpose<T>(v);
-        for (int64_t l = 0; l < some; ++l) Store<T>(to + (k + l) * plane + c, v[l]);
+        for (int64_t l = 0; l < some; ++l) Store<T>(planes + l * plane, v[l]);
         continue;
       }
-      if (first >= 0 && last < row.size) {
-        load(std::true_type{});
-      } else {
-        load(std::false_type{});
-      }
-      Transpose<T>(v);
+      // Apart for squares inside the row, or vectors would go through memory on their way.
+      const auto square = [&](auto is_inside) {
+        Vec<T> v[lanes];
+        const E* at = from + first * pixel + k;
 #pragma GCC unroll 16
-      for (int l = 0; l < lanes; ++l) Store<T>(to + (k + l) * plane + c, v[l]);
+        for (int l = 0; l < lanes; ++l, at += row.step * pixel) {
+          const int64_t e = first + l * row.step;
+          v[l] = Vec<T>{};
+          if (!decltype(is_inside)::value && (e < 0 || e >= row.size)) continue;
+          AskFor(at + ahead);
+          v[l] = Load<T>(at);
+        }
+        Transpose<T>(v);
+#pragma GCC unroll 16
+        for (int l = 0; l < lanes; ++l) Store<T>(planes + l * plane, v[l]);
+      };
+      if (first >= 0 && last < row.size) {
+        square(std::true_type{});
+      } else {
+        square(std::false_type{});
+      }
     }
   }
 }
