@@ -450,7 +450,8 @@ __attribute__((noinline)) void Multiply(const T* weight, const T* panel, const F
   }
   const int64_t second = vectors == Vectors::kSplit ? distances[nr] : 0;
   const auto load = [&](const T* from, int v) {
-    if (vectors == Vectors::kSplit && v == nr - 1) return LoadHalves<T>(from + at[v], from + second);
+    if (vectors == Vectors::kSplit && v == nr - 1)
+      return LoadHalves<T>(from + at[v], from + second);
     return Load<T>(from + at[v]);
   };
   Vec<T> acc[mr][nr];
@@ -551,9 +552,9 @@ void MultiplySpan(const T* weight, const T* panel, const Factors& f, const LiveR
     const auto run = [&](auto nr) {
       constexpr int kNr = decltype(nr)::value;
       if constexpr (kNr <= max_nr) {
-        Multiply<T, mr, kNr, kVectors>(
-            weight, panel + q, f, distances, live.before != nullptr ? listed : nullptr, taps,
-            sums + q, row, add, ahead);
+        Multiply<T, mr, kNr, kVectors>(weight, panel + q, f, distances,
+                                       live.before != nullptr ? listed : nullptr, taps, sums + q,
+                                       row, add, ahead);
       }
     };
     switch (count) {
@@ -612,9 +613,8 @@ void MultiplySpan(const T* weight, const T* panel, const Factors& f, const LiveR
       distances[with + 1] = next + of_row * lanes;
       multiply(std::integral_constant<Vectors, Vectors::kSplit>{}, with + 1, q,
                q + distances[with + 1] + lanes / 2 - 1, distances);
-      runs(2 * of_row - with, [&](int64_t v, int64_t v_end) {
-        of_rows(r, of_row, with + v, with + v_end);
-      });
+      runs(2 * of_row - with,
+           [&](int64_t v, int64_t v_end) { of_rows(r, of_row, with + v, with + v_end); });
     }
     // What is written behind the last row is thrown away.
     if (rows % 2 != 0) {
@@ -862,8 +862,8 @@ void Correlate(const PhasePlan& p, const PhaseOperands& ops, int64_t task, void*
   WholeRows whole;
   const int64_t rest = tile.size[2] % kLanes<T>;
   if ((rest == 0 || rest == kLanes<T> / 2) && (p.box[2] > tile.size[2] || segments > 1)) {
-    whole = {tile.size[2] / kLanes<T>, rest > 0,    tile.size[1],
-             tile.size[0],             p.box[2],    p.box[1] * p.box[2]};
+    whole = {tile.size[2] / kLanes<T>, rest > 0, tile.size[1], tile.size[0], p.box[2],
+             p.box[1] * p.box[2]};
   }
   int32_t live_before[kMaxLiveRows + 1];
   LiveRows live{nullptr, p.box[2]};

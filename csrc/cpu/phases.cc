@@ -35,9 +35,9 @@ constexpr int64_t kMaxBox = 2000;                   // positions along axis 2
 constexpr int64_t kMaxScratch = int64_t{16} << 20;  // bytes a thread
 // Half of the second-level cache for what is read, a quarter for the sums.
 constexpr int64_t kPanelBytes = int64_t{512} << 10, kSumsBytes = int64_t{256} << 10;
-constexpr int64_t kSumsNear = int64_t{32} << 10;  // sums that stay in the first-level cache
+constexpr int64_t kSumsNear = int64_t{32} << 10;    // sums that stay in the first-level cache
 constexpr int64_t kSumsOfAll = int64_t{384} << 10;  // of the blocks that share what is packed
-constexpr int64_t kTasks = 16;                    // enough to share evenly
+constexpr int64_t kTasks = 16;                      // enough to share evenly
 
 int64_t SumSize(const Problem& p) { return p.in_dtype == DType::kF64 ? 8 : 4; }
 
