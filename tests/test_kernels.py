@@ -128,6 +128,28 @@ def test_many_to_few_channels(platform, c, dtype, channels_last):
     check(platform, c, dtype, channels_last)
 
 
+# Rows that end in half a vector, of every width of vectors; of 300 channels, in several panels.
+# Channels of a weight with large rows, more than "taps" takes at once.
+@pytest.mark.parametrize("platform", ["cpu"], indirect=True)
+@pytest.mark.parametrize("channels_last", [False, True], ids=["first", "last"])
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+@pytest.mark.parametrize(
+    "c",
+    [
+        cases.case("rows_of_12", 1, 16, 8, 1, (7, 12), 3),
+        cases.case("rows_of_20", 2, 8, 16, 1, (3, 4, 20), (2, 3, 5), 1, (0, 1, 2)),
+        cases.case("rows_of_24", 1, 9, 16, 1, (3, 5, 24), 3, 1, 1),
+        cases.case("rows_of_40", 2, 16, 8, 1, (5, 40), 5, 1, 2),
+        cases.case("rows_of_56", 1, 8, 8, 1, (3, 3, 56), 3, 1, 1),
+        cases.case("panels_of_rows_of_24", 1, 8, 300, 1, (4, 7, 24), 4, 2, 1),
+        cases.case("taps_of_many", 1, 5, 300, 1, (9,), 16, 8, 4),
+    ],
+    ids=case_id,
+)
+def test_halves_and_pieces(platform, c, dtype, channels_last):
+    check(platform, c, dtype, channels_last)
+
+
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float64"])
 @pytest.mark.parametrize("c", CASES, ids=case_id)
 def test_dtypes(platform, c, dtype):

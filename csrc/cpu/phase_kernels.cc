@@ -132,37 +132,40 @@ __attribute__((noinline)) void PackPixels(const Row& row, const E* from, int64_t
   for (int64_t k = 0; k < channels; k += lanes) {
     const int64_t some = Min(lanes, channels - k);
     for (int64_t c = 0; c < row.count; c += lanes) {
-      Vec<T> v[lanes];
       const int64_t first = row.first + c * row.step + r2;
       const int64_t last = first + (lanes - 1) * row.step;
-      const auto load = [&](auto is_inside) {
-#pragma GCC unroll 16
-        for (int l = 0; l < lanes; ++l) {
-          const int64_t e = first + l * row.step;
-          const E* at = from + e * pixel + k;
-          v[l] = Vec<T>{};
-          if (!decltype(is_inside)::value && (e < 0 || e >= row.size)) continue;
-          AskFor(at + ahead);
-          v[l] = Load<T>(at);
-        }
-      };
+      T* planes = to + k * plane + c;
       if (some < lanes) {
+        Vec<T> v[lanes];
         for (int64_t l = 0; l < lanes; ++l) {
           const int64_t e = first + l * row.step;
           v[l] = e < 0 || e >= row.size ? Vec<T>{} : LoadSome<T>(from + e * pixel + k, some);
         }
         Transpose<T>(v);
-        for (int64_t l = 0; l < some; ++l) Store<T>(to + (k + l) * plane + c, v[l]);
+        for (int64_t l = 0; l < some; ++l) Store<T>(planes + l * plane, v[l]);
         continue;
       }
-      if (first >= 0 && last < row.size) {
-        load(std::true_type{});
-      } else {
-        load(std::false_type{});
-      }
-      Transpose<T>(v);
+      // Apart for squares inside the row, or vectors would go through memory on their way.
+      const auto square = [&](auto is_inside) {
+        Vec<T> v[lanes];
+        const E* at = from + first * pixel + k;
 #pragma GCC unroll 16
-      for (int l = 0; l < lanes; ++l) Store<T>(to + (k + l) * plane + c, v[l]);
+        for (int l = 0; l < lanes; ++l, at += row.step * pixel) {
+          const int64_t e = first + l * row.step;
+          v[l] = Vec<T>{};
+          if (!decltype(is_inside)::value && (e < 0 || e >= row.size)) continue;
+          AskFor(at + ahead);
+          v[l] = Load<T>(at);
+        }
+        Transpose<T>(v);
+#pragma GCC unroll 16
+        for (int l = 0; l < lanes; ++l) Store<T>(planes + l * plane, v[l]);
+      };
+      if (first >= 0 && last < row.size) {
+        square(std::true_type{});
+      } else {
+        square(std::false_type{});
+      }
     }
   }
 }
@@ -204,6 +207,7 @@ void PackPlanes(const Source& source, bool channels_last, const E* from, int64_t
     const int64_t *phase = slots[s].phase, some = s_end - s;
     T* to_plane = to + (s - s0) * slot_size + k * plane + a * box[1] * box[2];
     const auto zero = [&](int64_t begin_at, int64_t end_at) {
+      if (begin_at >= end_at) return;  // mostly, and there may be many planes
       for (int64_t i = 0; i < some; ++i) {
         for (int64_t j = 0; j < inner; ++j) {
           T* zeros = to_plane + i * slot_size + j * plane;
@@ -429,9 +433,11 @@ constexpr int64_t kMaxLiveRows = 1024, kMaxListed = 512;
 
 // sums[m][q] (+)= sum over taps and channels of weight[m] * panel[channel][q + rel], for mr
 // channels and nr vectors of positions. The weight is one value a lane-wide multiply-add, the
-// panel's vectors are used mr times, the sums stay in registers. `apart`: they do not follow each
-// other, but have `distances` from the first. `listed`: the taps to take; null: all of them.
-template <class T, int mr, int nr, bool apart>
+// panel's vectors are used mr times, the sums stay in registers. They follow each other, or have
+// `distances` from the first, and so has the second half of the last one if it is `split`.
+// `listed`: the taps to take; null: all of them.
+enum class Vectors { kNeighbours, kApart, kSplit };
+template <class T, int mr, int nr, Vectors vectors>
 __attribute__((noinline)) void Multiply(const T* weight, const T* panel, const Factors& f,
                                         const int64_t* distances, const int32_t* listed,
                                         int64_t count, T* sums, int64_t row, bool add,
@@ -439,13 +445,21 @@ __attribute__((noinline)) void Multiply(const T* weight, const T* panel, const F
   constexpr int lanes = kLanes<T>;
   int64_t at[nr];
 #pragma GCC unroll 8
-  for (int v = 0; v < nr; ++v) at[v] = apart ? distances[v] : v * lanes;
+  for (int v = 0; v < nr; ++v) {
+    at[v] = vectors == Vectors::kNeighbours ? v * lanes : distances[v];
+  }
+  const int64_t second = vectors == Vectors::kSplit ? distances[nr] : 0;
+  const auto load = [&](const T* from, int v) {
+    if (vectors == Vectors::kSplit && v == nr - 1)
+      return LoadHalves<T>(from + at[v], from + second);
+    return Load<T>(from + at[v]);
+  };
   Vec<T> acc[mr][nr];
 #pragma GCC unroll 8
   for (int m = 0; m < mr; ++m) {
 #pragma GCC unroll 8
     for (int v = 0; v < nr; ++v) {
-      acc[m][v] = add ? Load<T>(sums + m * row + at[v]) : Vec<T>{};
+      acc[m][v] = add ? load(sums + m * row, v) : Vec<T>{};
     }
   }
   const int64_t channels = f.channels, plane = f.plane;
@@ -458,7 +472,7 @@ __attribute__((noinline)) void Multiply(const T* weight, const T* panel, const F
       for (int64_t k = k0; k < k1; ++k) {
         Vec<T> x[nr];
 #pragma GCC unroll 8
-        for (int v = 0; v < nr; ++v) x[v] = Load<T>(from + at[v]);
+        for (int v = 0; v < nr; ++v) x[v] = load(from, v);
 #pragma GCC unroll 8
         for (int m = 0; m < mr; ++m) {
           const Vec<T> w = Broadcast(w_row[m]);
@@ -481,7 +495,14 @@ __attribute__((noinline)) void Multiply(const T* weight, const T* panel, const F
 #pragma GCC unroll 8
   for (int m = 0; m < mr; ++m) {
 #pragma GCC unroll 8
-    for (int v = 0; v < nr; ++v) Store<T>(sums + m * row + at[v], acc[m][v]);
+    for (int v = 0; v < nr; ++v) {
+      T* to = sums + m * row;
+      if (vectors == Vectors::kSplit && v == nr - 1) {
+        StoreHalves<T>(to + at[v], to + second, acc[m][v]);
+      } else {
+        Store<T>(to + at[v], acc[m][v]);
+      }
+    }
   }
 }
 
@@ -493,15 +514,14 @@ constexpr int kMaxMr = 4;
 constexpr int MaxNr(int mr) { return mr == 4 ? 3 : mr == 2 ? 4 : 6; }
 #endif
 
-// Rows of a tile that are whole vectors, so that no position between them need be computed.
+// Rows of a tile that are whole vectors, so that no position between them need be computed; or, if
+// `halves`, whole vectors and a half, and the halves of two rows are one vector.
 struct WholeRows {
   int64_t vectors = 0;  // of a row; 0: rows are not
+  bool halves = false;
   int64_t rows = 0, planes = 0, pitch = 0, plane = 0;
 
-  int64_t PositionOf(int64_t v, int64_t lanes) const {
-    const int64_t r = v / vectors;
-    return r / rows * plane + r % rows * pitch + v % vectors * lanes;
-  }
+  int64_t PositionOf(int64_t row) const { return row / rows * plane + row % rows * pitch; }
 };
 
 // Positions [begin, begin + span) of one block, or those of whole rows. Taps that hear nothing but
@@ -511,61 +531,94 @@ void MultiplySpan(const T* weight, const T* panel, const Factors& f, const LiveR
                   const WholeRows& whole, int64_t begin, int64_t span, T* sums, int64_t row,
                   bool add, Ahead& ahead) {
   constexpr int lanes = kLanes<T>, max_nr = MaxNr(mr);
-  const int64_t vectors =
-      apart ? whole.vectors * whole.rows * whole.planes : (span + lanes - 1) / lanes;
-  const int64_t runs = (vectors + max_nr - 1) / max_nr;
-  for (int64_t r = 0; r < runs; ++r) {  // runs of nearly equal length
-    const int64_t v = vectors * r / runs, v_end = vectors * (r + 1) / runs;
-    int64_t q = begin + v * lanes, end = begin + Min(v_end * lanes, span) - 1;
-    int64_t distances[max_nr] = {};
-    if constexpr (apart) {
-      q = whole.PositionOf(v, lanes);
-      for (int64_t i = v; i < v_end; ++i) distances[i - v] = whole.PositionOf(i, lanes) - q;
-      end = q + distances[v_end - 1 - v] + lanes - 1;
-    }
+  // `count` vectors from q on, the last position of which is `last`.
+  const auto multiply = [&](auto vectors, int64_t count, int64_t q, int64_t last,
+                            const int64_t* distances) {
+    constexpr Vectors kVectors = decltype(vectors)::value;
     int32_t listed[kMaxListed];
-    int64_t count = f.ntaps;
+    int64_t taps = f.ntaps;
     if (live.before != nullptr) {
       const int64_t row0 = q / live.pitch, column0 = q % live.pitch;
-      const int64_t row1 = end / live.pitch, column1 = end % live.pitch;
-      count = 0;
+      const int64_t row1 = last / live.pitch, column1 = last % live.pitch;
+      taps = 0;
       for (int64_t t = 0; t < f.ntaps; ++t) {
         const Tap& tap = f.taps[t];
-        const int64_t first = live.RowOf(row0 + tap.row, column0 + tap.column);
-        const int64_t last = live.RowOf(row1 + tap.row, column1 + tap.column);
-        listed[count] = static_cast<int32_t>(t);
-        count += live.before[last + 1] > live.before[first] ? 1 : 0;
+        const int64_t first_heard = live.RowOf(row0 + tap.row, column0 + tap.column);
+        const int64_t last_heard = live.RowOf(row1 + tap.row, column1 + tap.column);
+        listed[taps] = static_cast<int32_t>(t);
+        taps += live.before[last_heard + 1] > live.before[first_heard] ? 1 : 0;
       }
     }
-    const auto run = [&](auto kernel) {
-      kernel(weight, panel + q, f, distances, live.before != nullptr ? listed : nullptr, count,
-             sums + q, row, add, ahead);
+    const auto run = [&](auto nr) {
+      constexpr int kNr = decltype(nr)::value;
+      if constexpr (kNr <= max_nr) {
+        Multiply<T, mr, kNr, kVectors>(weight, panel + q, f, distances,
+                                       live.before != nullptr ? listed : nullptr, taps, sums + q,
+                                       row, add, ahead);
+      }
     };
-    switch (v_end - v) {
+    switch (count) {
       case 1:
-        run(Multiply<T, mr, 1, apart>);
-        break;
+        return run(std::integral_constant<int, 1>{});
       case 2:
-        run(Multiply<T, mr, 2, apart>);
-        break;
+        return run(std::integral_constant<int, 2>{});
       case 3:
-        run(Multiply<T, mr, 3, apart>);
-        break;
+        return run(std::integral_constant<int, 3>{});
       case 4:
-        if constexpr (max_nr >= 4) run(Multiply<T, mr, 4, apart>);
-        break;
+        return run(std::integral_constant<int, 4>{});
       case 5:
-        if constexpr (max_nr >= 5) run(Multiply<T, mr, 5, apart>);
-        break;
+        return run(std::integral_constant<int, 5>{});
       case 6:
-        if constexpr (max_nr >= 6) run(Multiply<T, mr, 6, apart>);
-        break;
+        return run(std::integral_constant<int, 6>{});
       case 7:
-        if constexpr (max_nr >= 7) run(Multiply<T, mr, 7, apart>);
-        break;
+        return run(std::integral_constant<int, 7>{});
       case 8:
-        if constexpr (max_nr >= 8) run(Multiply<T, mr, 8, apart>);
-        break;
+        return run(std::integral_constant<int, 8>{});
+    }
+  };
+  // Runs of nearly equal length.
+  const auto runs = [&](int64_t vectors, auto body) {
+    const int64_t count = (vectors + max_nr - 1) / max_nr;
+    for (int64_t r = 0; r < count; ++r) body(vectors * r / count, vectors * (r + 1) / count);
+  };
+  if constexpr (!apart) {
+    runs((span + lanes - 1) / lanes, [&](int64_t v, int64_t v_end) {
+      multiply(std::integral_constant<Vectors, Vectors::kNeighbours>{}, v_end - v,
+               begin + v * lanes, begin + Min(v_end * lanes, span) - 1, nullptr);
+    });
+  } else {
+    // Vectors [v, v_end) of rows from `first` on, and the halves behind two rows, if they are.
+    int64_t distances[max_nr + 1];
+    const auto of_rows = [&](int64_t first, int64_t of_row, int64_t v, int64_t v_end) {
+      const auto at = [&](int64_t i) {
+        return whole.PositionOf(first + i / of_row) + i % of_row * lanes;
+      };
+      const int64_t q = at(v);
+      for (int64_t i = v; i < v_end; ++i) distances[i - v] = at(i) - q;
+      multiply(std::integral_constant<Vectors, Vectors::kApart>{}, v_end - v, q,
+               at(v_end - 1) + lanes - 1, distances);
+    };
+    const int64_t rows = whole.rows * whole.planes, of_row = whole.vectors;
+    if (!whole.halves) {
+      runs(of_row * rows, [&](int64_t v, int64_t v_end) { of_rows(0, of_row, v, v_end); });
+      return;
+    }
+    for (int64_t r = 0; r + 1 < rows; r += 2) {
+      const int64_t q = whole.PositionOf(r), next = whole.PositionOf(r + 1) - q;
+      const int64_t with = Min(2 * of_row, max_nr - 1);  // whole vectors beside the halves
+      for (int64_t i = 0; i < with; ++i) {
+        distances[i] = i / of_row * next + i % of_row * lanes;
+      }
+      distances[with] = of_row * lanes;
+      distances[with + 1] = next + of_row * lanes;
+      multiply(std::integral_constant<Vectors, Vectors::kSplit>{}, with + 1, q,
+               q + distances[with + 1] + lanes / 2 - 1, distances);
+      runs(2 * of_row - with,
+           [&](int64_t v, int64_t v_end) { of_rows(r, of_row, with + v, with + v_end); });
+    }
+    // What is written behind the last row is thrown away.
+    if (rows % 2 != 0) {
+      runs(of_row + 1, [&](int64_t v, int64_t v_end) { of_rows(rows - 1, of_row + 1, v, v_end); });
     }
   }
 }
@@ -747,6 +800,10 @@ Ahead AheadOf(const PhasePlan& p, const void* src, const Part& part, int64_t k0,
   const bool rows = p.tiles[2] == 1 || p.src_size[0] * p.src_size[1] == 1;
   const int64_t residues = p.src_step[0] * p.src_step[1] * p.src_step[2];
   if (p.src_last != 0 || !rows || p.nslots < residues || part.n >= p.n || times == 0) return ahead;
+  // Where each value meets so many of the weight, memory is a small part of the time, and what is
+  // asked for drives out of the cache what is multiplied and, with several panels, all sums.
+  const int64_t many = p.one_panel() ? 512 : 128;
+  if (p.m * p.ntaps >= many * p.nslots) return ahead;
   int64_t first[3], count[3], step[3];
   bool same = true;  // all slots have the residue of the first
   for (int a = 0; a < 3; ++a) {
@@ -803,8 +860,10 @@ void Correlate(const PhasePlan& p, const PhaseOperands& ops, int64_t task, void*
   const int64_t segments = p.segments == 1 ? 1 : tile.size[0], step = p.dst_step[2];
   const int64_t span = SpanOf(p, tile);
   WholeRows whole;
-  if (tile.size[2] % kLanes<T> == 0 && (p.box[2] > tile.size[2] || segments > 1)) {
-    whole = {tile.size[2] / kLanes<T>, tile.size[1], tile.size[0], p.box[2], p.box[1] * p.box[2]};
+  const int64_t rest = tile.size[2] % kLanes<T>;
+  if ((rest == 0 || rest == kLanes<T> / 2) && (p.box[2] > tile.size[2] || segments > 1)) {
+    whole = {tile.size[2] / kLanes<T>, rest > 0, tile.size[1], tile.size[0], p.box[2],
+             p.box[1] * p.box[2]};
   }
   int32_t live_before[kMaxLiveRows + 1];
   LiveRows live{nullptr, p.box[2]};

@@ -35,8 +35,9 @@ constexpr int64_t kMaxBox = 2000;                   // positions along axis 2
 constexpr int64_t kMaxScratch = int64_t{16} << 20;  // bytes a thread
 // Half of the second-level cache for what is read, a quarter for the sums.
 constexpr int64_t kPanelBytes = int64_t{512} << 10, kSumsBytes = int64_t{256} << 10;
-constexpr int64_t kSumsNear = int64_t{32} << 10;  // sums that stay in the first-level cache
-constexpr int64_t kTasks = 16;                    // enough to share evenly
+constexpr int64_t kSumsNear = int64_t{32} << 10;    // sums that stay in the first-level cache
+constexpr int64_t kSumsOfAll = int64_t{384} << 10;  // of the blocks that share what is packed
+constexpr int64_t kTasks = 16;                      // enough to share evenly
 
 int64_t SumSize(const Problem& p) { return p.in_dtype == DType::kF64 ? 8 : 4; }
 
@@ -141,8 +142,13 @@ double Cycles(const Plan& plan, const PhaseKernels& kernels, Pass pass, int64_t 
   } else {
     sums = std::min(kernels.max_mr, p.m) * p.dst_step[2] * p.row * size;
     cycles += vectors * real(p.m * steps) * (sums > kSumsNear ? 8 : 6);
-    // With several panels, the sums come and go with each of them.
-    if (panel > kPanelBytes) cycles += vectors * real(p.m * CeilDiv(panel, kPanelBytes)) * 12;
+    // With several panels, the sums come and go with each of them. A panel has whole rows' slots.
+    if (panel > kPanelBytes) {
+      const int64_t rows = kPanelBytes / (panel / p.nslots * plan.row_slots);
+      const int64_t panels =
+          rows > 0 ? CeilDiv(p.nslots / plan.row_slots, rows) : CeilDiv(panel, kPanelBytes);
+      cycles += vectors * real(p.m * panels) * 12;
+    }
   }
   // Out of the second-level cache, everything waits; x is read in pieces of the first-level one.
   if (sums > (pass == Pass::kWeightGrad ? 3 * kSumsBytes : kSumsBytes)) cycles *= 1.5;
@@ -364,8 +370,9 @@ Plan PlanOf(const Problem& problem, const PhaseKernels& kernels, bool with_taps)
     if (p.group_chunk > 1) {
       p.acc_blocks = blocks;
     } else if (!p.one_panel()) {
-      p.acc_blocks = std::clamp<int64_t>(kSumsBytes / std::max<int64_t>(block_bytes, 1),
-                                         CeilDiv(16, kernels.max_mr), blocks + 16);
+      // All panels are packed once for so many blocks: as many as fit, in equal parts.
+      const int64_t most = std::max<int64_t>(kSumsOfAll / std::max<int64_t>(block_bytes, 1), 1);
+      p.acc_blocks = std::max(CeilDiv(blocks, CeilDiv(blocks, most)), CeilDiv(16, kernels.max_mr));
     } else {
       p.acc_blocks = problem.channels_last ? CeilDiv(16, kernels.max_mr) : 1;
     }

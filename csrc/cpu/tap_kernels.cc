@@ -56,10 +56,11 @@ Scratch<T> Divide(const TapPlan& p, void* memory, int64_t sums, int64_t weight) 
 // ---------------------------------------------------------------------------------------------
 // Input gradient
 
-// Sums of kRows input channels by kPositions positions over some output channels and all taps.
+// Sums of kRows input channels by kPositions positions over some output channels and all taps. As
+// much of a row of the weight is asked for.
 template <class T>
 void Dot(const TapPlan& p, const T* const (&w)[kRows], const T* const (&y)[kPositions],
-         int64_t channels, const int64_t* vector, T* sums) {
+         int64_t channels, const int64_t* vector, const T* ahead, T* sums) {
   Vec<T> acc[kPositions][kRows];
   for (int j = 0; j < kPositions; ++j) {
     for (int m = 0; m < kRows; ++m) acc[j][m] = Load<T>(sums + (j * kRows + m) * kLanes<T>);
@@ -69,6 +70,7 @@ void Dot(const TapPlan& p, const T* const (&w)[kRows], const T* const (&y)[kPosi
     const int64_t plane = c * p.channel;
     for (int64_t v = 0; v < p.vectors; ++v, at += kLanes<T>) {
       const int64_t shift = plane + vector[v];
+      AskFor(ahead + at);
       Vec<T> rows[kRows];
       for (int m = 0; m < kRows; ++m) rows[m] = Load<T>(w[m] + at);
       for (int j = 0; j < kPositions; ++j) {
@@ -85,8 +87,8 @@ void Dot(const TapPlan& p, const T* const (&w)[kRows], const T* const (&y)[kPosi
 template <class T>
 void InputGrad(const TapPlan& p, const TapOperands& ops, int64_t task, void* memory) {
   // At a time: vectors of a row of the weight, and bytes of y, which all rows of the task read from
-  // the first cache.
-  constexpr int64_t lanes = kLanes<T>, kNear = 64, kNearBytes = 24 << 10;
+  // the second-level cache. Of fewer, sums would come and go too often.
+  constexpr int64_t lanes = kLanes<T>, kNear = 256, kNearBytes = 512 << 10;
   const Problem& q = p.problem;
   const int64_t chunk = task % p.chunks, block = task / p.chunks % p.blocks,
                 g = task / p.chunks / p.blocks;
@@ -102,18 +104,22 @@ void InputGrad(const TapPlan& p, const TapOperands& ops, int64_t task, void* mem
   const int64_t row = q.cog() * p.vectors * lanes;
   const T* weight = static_cast<const T*>(ops.w) + (g * q.cig() + block * p.block) * row;
   const int64_t near = kNearBytes / (p.channel * static_cast<int64_t>(sizeof(T)));
-  const int64_t some = Max(1, Min(kNear / p.vectors, near));
+  const int64_t most = Max(1, Min(kNear / p.vectors, near)), parts = (q.cog() + most - 1) / most;
+  const int64_t some = (q.cog() + parts - 1) / parts;
   for (int64_t c = 0; c < q.cog(); c += some) {
     const int64_t here = Min(some, q.cog() - c);
     for (int64_t piece = 0; piece < pieces; ++piece) {
-      const T* w[kRows];
+      const T *w[kRows], *next[kRows];  // and the rows that come after these
+      const int64_t next_piece = (piece + 1) % pieces, next_c = piece + 1 < pieces ? c : c + some;
       for (int64_t m = 0; m < kRows; ++m) {
         w[m] = weight + Min(piece * kRows + m, channels - 1) * row + c * p.vectors * lanes;
+        next[m] = weight + (next_piece * kRows + m) * row + next_c * p.vectors * lanes;
       }
       for (int64_t j = 0; j < count; j += kPositions) {
         const T* y[kPositions];
         for (int64_t k = 0; k < kPositions; ++k) y[k] = planes + s.plane[Min(j + k, count - 1)];
-        Dot<T>(p, w, y, here, s.vector, s.sums + piece * padded + j * kRows * lanes);
+        const T* ahead = next[j / kPositions % kRows];
+        Dot<T>(p, w, y, here, s.vector, ahead, s.sums + piece * padded + j * kRows * lanes);
       }
     }
     planes += here * p.channel;

@@ -50,6 +50,7 @@ struct VecOf<float> {
   static constexpr int kLanes = kBytes / 4;
   typedef float type __attribute__((vector_size(kBytes)));
   typedef float loose __attribute__((vector_size(kBytes), aligned(4), may_alias));
+  typedef float lower __attribute__((vector_size(kBytes / 2), aligned(4), may_alias));
   typedef uint32_t bits __attribute__((vector_size(kBytes)));
   typedef int32_t ints __attribute__((vector_size(kBytes)));
   typedef uint16_t half __attribute__((vector_size(kBytes / 2)));
@@ -61,6 +62,7 @@ struct VecOf<double> {
   typedef int64_t ints __attribute__((vector_size(kBytes)));
   typedef double type __attribute__((vector_size(kBytes)));
   typedef double loose __attribute__((vector_size(kBytes), aligned(8), may_alias));
+  typedef double lower __attribute__((vector_size(kBytes / 2), aligned(8), may_alias));
 };
 
 template <class T>
@@ -141,6 +143,30 @@ JAXCONV_INLINE void Store(E* to, Vec<T> v) {
     const F32::half h = Narrow(v, E{});
     std::memcpy(to, &h, sizeof h);
   }
+}
+
+// A vector whose halves lie apart.
+template <class T>
+using Lower = typename VecOf<T>::lower;
+template <class T, size_t... l>
+JAXCONV_INLINE Vec<T> Join(Lower<T> low, Lower<T> high, std::index_sequence<l...>) {
+  return __builtin_shufflevector(low, high, static_cast<int>(l)...);
+}
+template <class T>
+JAXCONV_INLINE Vec<T> LoadHalves(const T* low, const T* high) {
+  return Join<T>(*reinterpret_cast<const Lower<T>*>(low), *reinterpret_cast<const Lower<T>*>(high),
+                 std::make_index_sequence<kLanes<T>>());
+}
+// Not by the vector's address, or it would be kept in memory.
+template <class T, size_t... l>
+JAXCONV_INLINE void Divide(Vec<T> v, T* low, T* high, std::index_sequence<l...>) {
+  *reinterpret_cast<Lower<T>*>(low) = __builtin_shufflevector(v, v, static_cast<int>(l)...);
+  *reinterpret_cast<Lower<T>*>(high) =
+      __builtin_shufflevector(v, v, static_cast<int>(l + sizeof...(l))...);
+}
+template <class T>
+JAXCONV_INLINE void StoreHalves(T* low, T* high, Vec<T> v) {
+  Divide<T>(v, low, high, std::make_index_sequence<kLanes<T> / 2>());
 }
 
 // Calls body with a value of the element type that `type` names, where sums are of type T.
