@@ -261,14 +261,20 @@ bool Fill(const Problem& p, const Device& device, const DenseShape& s, const Can
   };
   pitches(a.box_n, a.axis[0].length, a.axis[1].length, a.axis[2].length, a.in_pitch);
   pitches(a.part_n, a.axis[0].part, a.axis[1].part, a.axis[2].part, a.out_pitch);
-  if (s.rows) {
+  a.raw_row = a.piece_length;
+  if (c.raws > 0) {
+    const int64_t rows = int64_t{a.box_n} * s.chunk_channels * a.axis[0].length * a.axis[1].length;
+    if (rows * a.raw_row * a.pieces * s.element > kSharedMemory) return false;
+    // Words are found in 32 bits.
+    if (!a.boxes && a.box_n * in.n > kIntMax) return false;
     a.raw_lead = static_cast<int>(s.least_lead);
-    a.raw_row = a.piece_length;
     a.raw_plane = a.raw_row * a.axis[1].length;
     a.raw_channel = a.raw_plane * a.axis[0].length;
     a.raw_box = a.raw_channel * s.chunk_channels;
     a.raw_piece = static_cast<int>(RoundUp(int64_t{a.box_n} * a.raw_box * s.element, 128));
     a.raw_bytes = a.raw_piece * a.pieces;
+  }
+  if (s.rows) {
     // Four elements keep stores of eight pixels by four channels free of bank conflicts; a bulk
     // copy takes no padding.
     const int phases = s.paired ? 2 : 1;
@@ -333,7 +339,7 @@ bool Fill(const Problem& p, const Device& device, const DenseShape& s, const Can
     }
   }
   entries = 16 * (places * (s.full_steps + s.last_steps) + 2 * kQuad * segments) / 4;
-  int64_t smem = 8 * (5 * DenseArgs::kMaxBuffers + 2 * DenseArgs::kMaxRing);
+  int64_t smem = 8 * ((s.rows ? 5 : 3) * DenseArgs::kMaxBuffers + 2 * DenseArgs::kMaxRing);
   const auto place = [&](int& at, int64_t bytes, int64_t alignment) {
     smem = RoundUp(smem, alignment);
     at = static_cast<int>(smem);
@@ -649,9 +655,9 @@ void SearchTiles(const Problem& p, const Device& device, const DenseShape& s,
     const auto large = [](const TileShape& t) { return t.mt > 2 || t.mt * t.columns > 128; };
     shapes.erase(std::remove_if(shapes.begin(), shapes.end(), large), shapes.end());
   }
-  const bool raws =
+  const bool turns =
       s.rows && s.terms == 1 && (s.element == 4 || HasWholeRows(s.in_size, p.in_dtype));
-  const int most_raws = raws ? 3 : 0;
+  const int most_raws = turns ? 3 : 0;
   if (s.spread) {
     const auto other = [&](const TileShape& t) { return t.columns != s.columns; };
     shapes.erase(std::remove_if(shapes.begin(), shapes.end(), other), shapes.end());
@@ -686,8 +692,9 @@ void SearchTiles(const Problem& p, const Device& device, const DenseShape& s,
           bool fits = false, l2_limits = false;
           for (int store_bytes : {128, 64, 32, 16}) {
             c.store_bytes = store_bytes;
-            for (c.raws = 0; c.raws <= most_raws; ++c.raws) {
-              if (!allowed(forced.raws, c.raws + 1)) continue;
+            for (int raws = 0; raws <= most_raws; ++raws) {
+              if (!allowed(forced.raws, raws + 1)) continue;
+              c.raws = raws;
               fits = Fill(p, device, s, c, plan, l2_limits);
               if (!fits) break;
               if (s.rows && plan.seconds < best.seconds) {
