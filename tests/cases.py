@@ -157,6 +157,13 @@ CASES = [
     case("dense_rows_in_pieces", 2, 40, 64, 1, (512,), 5, 1, 2),
     case("dense_rows_two_groups", 3, 64, 96, 2, (9, 24), (3, 4), (1, 2), 1),
     case("dense_rows_three_residues", 2, 64, 32, 1, (7, 8), (5, 4), (2, 3), 1, 1),
+    # Rows of whole words of two 16-bit elements, copied word by word, of channels first.
+    case("dense_twos", 2, 64, 96, 1, (6, 22), 3),
+    case("dense_twos_residues", 2, 40, 24, 1, (5, 33), 3, 2, 1, 1),
+    case("dense_twos_five_residues", 1, 24, 40, 1, (50,), (3,), (5,), 1, 0, 2),
+    case("dense_twos_odd_channels", 3, 27, 16, 1, (4, 70), 3, 1, 1),
+    case("dense_twos_long_row", 2, 32, 64, 1, (514,), 3, 1, 1),
+    case("dense_twos_two_groups", 3, 48, 80, 2, (3, 5, 10), 3, 1, 1),
     case("fold_7_taps", 2, 32, 16, 1, (3, 5, 9), (2, 3, 7), 1, (0, 1, 3)),
     case("fold_two_rows_of_tiles", 1, 24, 32, 1, (3, 70), 3),
     case("fold_cropped", 3, 40, 24, 1, (5, 133), 3, 1, (0, 2)),

@@ -7,7 +7,10 @@
 
 #include "cuda/across.h"
 #include "cuda/bulk_tensors.cuh"
-#include "cuda/dense.cuh"
+#include "cuda/dense_walk.cuh"
+#include "cuda/dependent_launch.cuh"
+#include "cuda/mma_sync.cuh"
+#include "cuda/shared_memory.h"
 
 namespace jaxconv::cuda {
 
@@ -300,8 +303,7 @@ template <class T, int NT, int P>
 cudaError_t EnqueueAcrossVariant(const AcrossPlan& plan, const AcrossArgs& args,
                                  const AcrossMaps& maps, cudaStream_t stream) {
   const auto kernel = Across<T, NT, P>;
-  const cudaError_t status =
-      cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, args.smem);
+  const cudaError_t status = AllowSharedMemory(kernel);
   if (status != cudaSuccess) return status;
   cudaLaunchAttribute cluster{};
   cluster.id = cudaLaunchAttributeClusterDimension;

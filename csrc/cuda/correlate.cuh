@@ -15,15 +15,10 @@
 #include "cuda/dtypes.cuh"
 #include "cuda/mbarrier.cuh"
 #include "cuda/mma_sync.cuh"
+#include "cuda/shared_memory.h"
 #include "cuda/wgmma.cuh"
 
 namespace jaxconv::cuda {
-
-__device__ inline void LoadMatrices(uint32_t (&r)[4], uint32_t address) {
-  asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];"
-               : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
-               : "r"(address));
-}
 
 __device__ inline void CopyAsync16(uint32_t to, const void* from) {
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(to), "l"(from));
@@ -841,8 +836,7 @@ __global__ void __launch_bounds__(MaxThreads(MT, NC, kGroup), MinBlocks(MT, NC, 
 template <class T, int MT, int NC, bool kGroup>
 cudaError_t EnqueueTile(const CorrelatePlan& plan, const CorrelateArgs& args, cudaStream_t stream) {
   const auto kernel = Correlate<T, MT, NC, kGroup>;
-  const cudaError_t status =
-      cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, plan.smem);
+  const cudaError_t status = AllowSharedMemory(kernel);
   if (status != cudaSuccess) return status;
   const dim3 grid(plan.grid_x, plan.grid_y);
   kernel<<<grid, plan.warps * 32, plan.smem, stream>>>(args);

@@ -165,37 +165,75 @@ bool FoldAxis(const DenseShape& s, DenseArgs& a) {
   return true;
 }
 
+// What the model of channels first counts, in cycles of a block unless said: fitted to 3,700 plans
+// each of float32 and of 16 bits, of 29 layers and both passes, on an H200.
+struct RowsCosts {
+  double turned_stage, turned_matrix, turned_pixels;  // a warp, of 512 bytes; of 1,024
+  double loaded_pixels, loaded_channel;               // of 224 pixels; and for each channel
+  double box, box_rate, box_row;                      // bulk copies: a copy, bytes a cycle, a row
+  double words, word_rate;                            // the same word by word
+  double quad, quads_hidden;       // of weights, from L2; what of them is not hidden
+  double products, product_quad;   // of the model's products; and for each quad
+  double overlap;                  // of products and copies, what is not hidden
+  double sent, sent_short, sends;  // of 32 results by bulk copies; of rows of eight; a copy
+  double twos, two_line;           // by rows of twos; and for each line of 128 bytes
+  double ones, one_line;           // by elements
+  double end, rows, tile;  // an end of a row; rows that leave together, of 64 pixels; a tile
+  double end_bytes;        // of device memory, of an end of a row
+  double memory;           // of the lesser of both times: what is not hidden
+};
+constexpr RowsCosts kRowsF32 = {1360, 0,    19,   1590, 47,   48,   91,   2.3, 2560,
+                                30.7, 1060, 0.18, 0.64, 150,  0.56, 1.05, 1.9, 390,
+                                0.44, 0.1,  1.66, 2.17, 0.09, 170,  140,  3,   0.41};
+constexpr RowsCosts kRows16 = {1570, 34,   90,   580,  62,   39,   44, 0.96, 1030,
+                               23.7, 1530, 0.26, 0.66, 130,  0.61, 2,  2,    410,
+                               2,    0.25, 5.2,  0.97, 0.09, 170,  63, 4,    0.29};
+
 // Channels first, cycles of a block for an item of each program, if products alone take `multiply`.
-// Fitted to 2,455 plans of 29 layers, both passes, TF32 and bf16, on an H200: 16 % off in the mean
-// (rms), and what it chooses takes 1.04 times as long as the best.
-double RowsCycles(const DenseShape& s, const DenseArgs& a, int out_element, double stages,
-                  double boxes, double multiply, double results) {
-  const bool f32 = s.element == 4;
+double RowsCycles(const DenseShape& s, const DenseArgs& a, const RowsCosts& k, double stages,
+                  double boxes, double multiply, double results, int columns) {
   const double stage_bytes = static_cast<double>(a.pixels) * s.row_bytes;
-  const double turning = 1170 + stage_bytes / 32 / 160 * (f32 ? 10 : 115);  // a stage
-  const double loading =
-      std::ceil(a.pixels / 224.0) * (1050 + a.row_bytes / s.element * (f32 ? 63 : 46));
-  const double arriving = a.boxes ? 200 + a.raw_bytes / 46.0 : 2380 + a.raw_bytes / 18.0;  // a box
-  const double stage = a.raws > 0 ? turning : loading, products = 0.91 * multiply / stages;
+  const double warps = DenseTurners(a, s.element) / 32.0;
+  const double rows = a.raws > 0 ? a.box_n * a.axis[0].length * a.axis[1].length : 0;
+  const double matrices =
+      std::ceil(rows / warps) * std::ceil(a.raw_row / 8.0) * s.row_bytes / 64;  // of a warp
+  const double turning =
+      k.turned_stage +
+      (a.matrices ? matrices * k.turned_matrix : stage_bytes / 1024 / warps * k.turned_pixels);
+  const double loading = std::ceil(static_cast<double>(a.pixels) / kDenseLoaders) *
+                         (k.loaded_pixels + s.chunk_channels * k.loaded_channel);
+  const double arriving =
+      a.boxes ? k.box + a.raw_bytes / k.box_rate + rows * s.chunk_channels * a.pieces * k.box_row
+              : k.words + a.raw_bytes / k.word_rate;
+  const double stage = a.raws > 0 ? turning : loading;
+  const double quads = a.total_steps / 4.0;  // of all programs
+  const double products =
+      stages > 0 ? (k.products * multiply + k.product_quad * quads) / stages : 0;
   const double arrives =
       a.raws > 0 ? (boxes * arriving + stages * turning) / static_cast<double>(a.raws) : 0;
   const double fetches = std::max(arrives, stages * stage);
-  const double staged =
-      stages == 0 ? 0
-                  : std::max(stages * std::max({products, stage, (stage + products) / a.buffers}),
-                             arrives) +
-                        0.6 * std::min(stages * products, fetches);
+  const double boxed =
+      std::max(stages * std::max({products, stage, (stage + products) / a.buffers}), arrives) +
+      k.overlap * std::min(stages * products, fetches);
+  const double weights = a.resident ? 0 : quads * k.quad / a.ring;
+  const double staged = std::max(boxed, weights) + k.quads_hidden * std::min(boxed, weights);
   // Of a warp's 32 results: by bulk copies, or by lines of 128 bytes, which strides tear apart.
   const double torn = s.paired ? 1 : s.so[2], run = a.axis[2].part * (s.paired ? 2 : 1);
   const double lines = std::min(32.0, 32 / std::min(32.0, run) * torn * torn + 1);
-  const double each =
-      a.sends ? (out_element == 4 ? 0.7 : 2.2) + (a.patch[3] == 8 ? 1.8 : 0) : 5 + 1.1 * lines;
-  // What the fit does not tell: the least of many estimates is too low, and these more than others.
-  double slower = 1.1;
-  if (torn > 1) slower *= 1.5;
-  slower *= 1 + 0.05 * (std::min(s.chunks, 10) - 1);
-  if (s.paired && s.groups[2].size() == 1) slower *= 1.25;
-  return slower * (staged + s.programs * (results / 32 * each + 440));
+  const double ends = a.sends ? 0 : 64 / (a.axis[2].box * (s.paired ? 2.0 : 1.0));
+  const double each = a.sends  ? k.sent + (a.patch[3] == 8 ? k.sent_short : 0)
+                      : a.twos ? k.twos + k.two_line * lines
+                               : k.ones + k.one_line * lines;
+  const double parts = static_cast<double>(columns) / a.store_columns;
+  const double left = results / 32 * (each + ends * k.end) + k.tile +
+                      parts * (a.sends ? k.sends : (results / columns / 128 + 2) / 2 * k.rows);
+  // What the fit does not tell, of what it chooses: where other kernels were faster.
+  double slower = torn > 1 ? 1.3 : 1;
+  slower *= 1 + 0.05 * (std::clamp(s.chunks, 6, 14) - 6);
+  if (s.paired && s.groups[2].size() == 1) slower *= 1.1;
+  if (s.si[2] > 4) slower *= 1.25;
+  if (s.cg <= 16) slower *= 1.15;
+  return slower * (staged + s.programs * left);
 }
 
 // Fills what depends on the tile; false where it does not fit.
@@ -215,8 +253,11 @@ bool Fill(const Problem& p, const Device& device, const DenseShape& s, const Can
   a.paired = s.paired;
   a.rows = s.rows;
   a.raws = c.raws;
+  a.matrices = false;
   a.boxes = c.raws > 0 && HasWholeRows(s.in_size, p.in_dtype);
-  a.sends = s.rows && (s.paired || s.so[2] == 1) && HasWholeRows(s.out_size, p.out_dtype);
+  const bool runs = s.rows && (s.paired || s.so[2] == 1);  // of results along rows
+  a.sends = runs && HasWholeRows(s.out_size, p.out_dtype);
+  a.twos = runs && !a.sends && s.out_size[2] % 2 == 0;
   const int out_element = static_cast<int>(SizeOf(p.out_dtype));
   a.store_columns = c.store_bytes / out_element;
   if (a.store_columns < 8) return false;
@@ -245,6 +286,9 @@ bool Fill(const Problem& p, const Device& device, const DenseShape& s, const Can
       if (a.pieces > 1 && (pixels > 1 || leads)) return false;
       a.piece_length = static_cast<int>(CeilDiv(row, a.pieces));
       if (a.pieces > 1 || s.rows) a.piece_length = static_cast<int>(RoundUp(a.piece_length, unit));
+      // Channels an odd number of 16 bytes apart are free of bank conflicts when they are turned.
+      const bool longer = a.piece_length >= 64 && a.piece_length < kMaxBox;  // by little
+      if (a.boxes && s.element == 2 && longer) a.piece_length |= 8;
       if (!s.rows) x.length = a.piece_length * a.pieces;
     } else if (x.length > kMaxBox) {
       return false;
@@ -270,15 +314,19 @@ bool Fill(const Problem& p, const Device& device, const DenseShape& s, const Can
     a.raw_lead = static_cast<int>(s.least_lead);
     a.raw_plane = a.raw_row * a.axis[1].length;
     a.raw_channel = a.raw_plane * a.axis[0].length;
+    a.raw_rows = a.box_n * a.pieces * a.axis[0].length * a.axis[1].length;
+    if (!a.boxes && s.element == 2) a.raw_channel |= 8;
+    // Two channels in a bank at the most, of eight; and no elements of other residues.
+    a.matrices = s.element == 2 && s.si[2] == 1 && a.raw_channel / 8 % 4 != 0;
     a.raw_box = a.raw_channel * s.chunk_channels;
     a.raw_piece = static_cast<int>(RoundUp(int64_t{a.box_n} * a.raw_box * s.element, 128));
     a.raw_bytes = a.raw_piece * a.pieces;
   }
   if (s.rows) {
-    // Four elements keep stores of eight pixels by four channels free of bank conflicts; a bulk
-    // copy takes no padding.
+    // What keeps stores of eight pixels by four channels, or of matrices, free of bank conflicts;
+    // a bulk copy takes no padding.
     const int phases = s.paired ? 2 : 1;
-    a.out_channel = a.out_pitch[0] * phases + (a.sends ? 0 : 4);
+    a.out_channel = a.out_pitch[0] * phases + (a.sends ? 0 : out_element == 4 ? 4 : 8);
     a.out_image = a.out_channel * a.store_columns;
     a.out_pitch[0] = a.out_image / phases;
   }
@@ -320,9 +368,15 @@ bool Fill(const Problem& p, const Device& device, const DenseShape& s, const Can
   }
   a.store_bytes = c.store_bytes;
   a.store_swizzle = c.store_bytes > 16 ? c.store_bytes - 16 : 0;
+  a.store_stages = s.sets > 1 ? 4 : 2;
+  if (a.rows) {
+    if (a.store_columns == c.shape.columns) a.store_stages = 1;
+    const bool matrices = a.sends && !s.paired && out_element == 2;
+    a.store_swizzle = matrices && a.axis[2].part * out_element == 128 ? 112 : 0;
+  }
   const int64_t part_rows = int64_t{patches} * 64;
   a.store_pitch =
-      static_cast<int>(a.rows ? RoundUp(int64_t{a.part_n} * a.out_image * out_element, 128)
+      static_cast<int>(a.rows ? RoundUp(int64_t{a.part_n} * a.out_image * out_element, 1024)
                               : RoundUp(part_rows * c.store_bytes, 1024));
   if (s.folded) {
     a.store_pitch = static_cast<int>(RoundUp(kFoldedSources * (c.shape.columns + 8) * 2, 1024));
@@ -346,9 +400,13 @@ bool Fill(const Problem& p, const Device& device, const DenseShape& s, const Can
     smem += bytes;
     return smem <= kSharedMemory;
   };
-  if (pixels > 65535 || !place(a.smem_sources, a.rows ? pixels * 4 : 0, 16) ||
+  const bool matrices = a.raws > 0 && a.matrices;
+  const int64_t sources_bytes = matrices ? a.raw_rows * 16 : a.rows ? pixels * 4 : 0;
+  if (pixels > 65535 || !place(a.smem_sources, sources_bytes, 16) ||
+      !place(a.smem_waste, matrices ? DenseTurners(a, s.element) / 32 * kDenseWaste : 0,
+             matrices ? 128 : 16) ||
       !place(a.smem_entries, entries + 16, 16) ||
-      !place(a.smem_out, int64_t{s.sets > 1 ? 8 : 4} * a.store_pitch, 1024) ||
+      !place(a.smem_out, int64_t{2} * a.store_stages * a.store_pitch, 1024) ||
       !place(a.smem_in, int64_t{a.buffers} * a.stage_bytes, 1024) ||
       !place(a.smem_raw, int64_t{a.raws} * a.raw_bytes, 128) ||
       !place(a.smem_ring, 2 * quad_bytes, 128)) {
@@ -424,15 +482,17 @@ bool Fill(const Problem& p, const Device& device, const DenseShape& s, const Can
   const double l2 = fetched / (kL2Bandwidth / kClock / device.multiprocessors);
   // Of blocks that share an item, each multiplies and stores a part; each sends and reads all sums.
   const double sends = (a.split > 1 ? sums_bytes / 6.7 : 0) + 60.0 * (a.pair - 1);
-  const double others = a.rows ? RowsCycles(s, a, out_element, stages, raws, multiply, results)
-                               : staged + programs * stores;
+  const RowsCosts& rows_costs = s.element == 4 ? kRowsF32 : kRows16;
+  const double others =
+      a.rows ? RowsCycles(s, a, rows_costs, stages, raws, multiply, results, c.shape.columns)
+             : staged + programs * stores;
   l2_limits = l2 > 0.5 * others;
   const double cycles = std::max(others, l2) + (a.rows ? 0 : 0.06 * std::min(others, l2));
   const double mean = cycles / programs / a.split + sends;
   const double turns = std::ceil(static_cast<double>(items) * a.cluster / plan.grid);
   // Channels last, measured against that, in the mean (28 layers, both passes, TF32 and bf16,
   // H100).
-  double fitted = 1;
+  double fitted = a.rows && turns < 2 ? 1.8 : 1;  // a block's first item waits for all
   if (p.channels_last) {
     if (c.shape.mt == 4) fitted *= 0.94;
     if (c.shape.columns == 48 || a.pair > 1 || a.resident) fitted *= 1.06;
@@ -445,10 +505,14 @@ bool Fill(const Problem& p, const Device& device, const DenseShape& s, const Can
       static_cast<double>(s.forward ? p.XElements() : p.YElements()) * s.element;
   plan.weights_bytes = groups * a.column_tiles * a.total_steps * c.shape.columns * 32;
   const auto packed = static_cast<double>(plan.weights_bytes);
-  const double memory = (in_bytes + out_bytes + packed) / kBandwidth;
+  double memory = (in_bytes + out_bytes + packed) / kBandwidth;
+  if (a.rows && !a.sends) {
+    const double rows_of = a.axis[2].box * phases;
+    memory += out_bytes / out_element / rows_of * 2 * rows_costs.end_bytes / kBandwidth;
+  }
   plan.pack_seconds = 3e-6 + packed / (s.spread ? 0.4e12 : kPackBandwidth);
   plan.seconds = 5e-6 + plan.pack_seconds + std::max(compute, memory) +
-                 (a.rows ? 0.48 : 0.2) * std::min(compute, memory);
+                 (a.rows ? rows_costs.memory : 0.2) * std::min(compute, memory);
   return true;
 }
 
@@ -597,7 +661,7 @@ void Complete(const Problem& p, const DenseShape& s, DensePlan& plan) {
       std::copy(box.begin(), box.end(), m.box);
       maps.push_back(m);
     };
-    a.by_raw_row = LargeDivisorOf(a.raw_row);
+    a.by_raw_row = LargeDivisorOf(std::max(1, a.raw_row * s.element / 4));  // of words
     for (int i = 0; i < 2; ++i) a.by_length[i] = LargeDivisorOf(a.axis[i].length);
     for (const Sizes& r : a.boxes ? plan.residues : std::vector<Sizes>{}) {
       add(plan.in, RowsMapOf(p, in, s.in_size, s.forward ? p.ci : p.co, r, si, s.element),
@@ -610,6 +674,7 @@ void Complete(const Problem& p, const DenseShape& s, DensePlan& plan) {
                     static_cast<int>(SizeOf(p.out_dtype))),
           {a.axis[2].part * (s.paired ? 2 : 1), a.axis[1].part, a.axis[0].part, a.store_columns,
            a.part_n});
+      if (a.store_swizzle > 0) plan.out.back().row_bytes = 128;
     }
   } else {
     for (const Sizes& r : plan.residues) {
@@ -655,8 +720,8 @@ void SearchTiles(const Problem& p, const Device& device, const DenseShape& s,
     const auto large = [](const TileShape& t) { return t.mt > 2 || t.mt * t.columns > 128; };
     shapes.erase(std::remove_if(shapes.begin(), shapes.end(), large), shapes.end());
   }
-  const bool turns =
-      s.rows && s.terms == 1 && (s.element == 4 || HasWholeRows(s.in_size, p.in_dtype));
+  // Of 16 bits, words of two are copied where rows have no other ends.
+  const bool turns = s.rows && s.terms == 1 && s.in_size[2] * s.element % 4 == 0;
   const int most_raws = turns ? 3 : 0;
   if (s.spread) {
     const auto other = [&](const TileShape& t) { return t.columns != s.columns; };
@@ -691,6 +756,7 @@ void SearchTiles(const Problem& p, const Device& device, const DenseShape& s,
           Candidate c{shape, buffers, 0, 0, halved, patch, part, {}};
           bool fits = false, l2_limits = false;
           for (int store_bytes : {128, 64, 32, 16}) {
+            if (!allowed(forced.store_bytes, store_bytes)) continue;
             c.store_bytes = store_bytes;
             for (int raws = 0; raws <= most_raws; ++raws) {
               if (!allowed(forced.raws, raws + 1)) continue;

@@ -11,7 +11,7 @@
 #include <string>
 #include <vector>
 
-#include "cuda/small_divisor.h"
+#include "cuda/divisor.h"
 #include "cuda/table.h"
 
 namespace jaxconv::cuda {
@@ -73,6 +73,7 @@ struct DenseArgs {
   int raws, raw_bytes, raw_piece;                // of a box, and of a piece of it
   int raw_lead;                                  // the least of all segments
   int raw_box, raw_channel, raw_plane, raw_row;  // elements of an image's, and between neighbours
+  int raw_rows;                                  // rows of a channel, or pieces of its row
   int out_channel, out_image;  // and between channels and images of results on their way out
   int groups, cg, jg, programs, column_tiles, items;
   // Programs differ in work, and a block takes every so manieth item. So items come in bands of as
@@ -95,11 +96,14 @@ struct DenseArgs {
   int terms;       // products of a step: three of split float32 operands ("highest"), or one
   int part_bytes;  // of a stage: of the high parts of its operands, or all
   int store_columns, store_bytes, store_swizzle, store_pitch;  // of results on their way out
+  int store_stages;                                            // for them, of a group of warps
   // Byte offsets.
-  int smem_sources, smem_entries, smem_in, smem_out, smem_ring, smem_raw;
+  int smem_sources, smem_entries, smem_in, smem_out, smem_ring, smem_raw, smem_waste;
   bool images, fused, resident, rows, out_f32;  // images: they are innermost in boxes
   Divisor by_raw_row, by_length[2];
-  bool boxes, paired, sends;  // sends: results of channels first leave by bulk copies
+  // sends: results of channels first leave by bulk copies; twos: else two neighbours at a time.
+  bool boxes, paired, sends, twos;
+  bool matrices;  // boxes are turned by matrices of eight by eight
   // Where the taps of the last axis are columns ("folded"): how many taps and how many channels
   // beside each other; outputs in front of those of the first tile's first source; and where, from
   // that of an output's lowest source, the first tap's source lies, and each next one's.
@@ -111,6 +115,16 @@ struct DenseArgs {
   DenseSegment segment[kMaxSegments];
   uint16_t shift[kMaxTaps];  // of the taps, in pixels of the staged box, segment by segment
 };
+
+// Channels first: threads that stage rows; of them, those that copy boxes, word by word unless a
+// bulk copy does, and those that turn them. Each warp of these has bytes to waste.
+inline constexpr int kDenseLoaders = 224, kDenseWaste = 128;
+constexpr int DenseCopiers(const DenseArgs& a, size_t element) {
+  return a.boxes ? 32 : element == 4 ? 64 : 96;
+}
+constexpr int DenseTurners(const DenseArgs& a, size_t element) {
+  return kDenseLoaders - DenseCopiers(a, element);
+}
 
 // What the kernel that packs the weights needs to know beyond that.
 struct DensePack {
@@ -200,7 +214,8 @@ enum class DenseForm { kAny, kPlain, kFold, kBlocks, kGrouped };
 // A tile: 0 means that the cost model chooses.
 struct DenseTile {
   int mt = 0, columns = 0, buffers = 0, split = 0, pair = 0;
-  int raws = 0;    // one more than there are
+  int raws = 0;  // one more than there are
+  int store_bytes = 0;
   int inside = 0;  // of boxes: 1 for pixels along the last axis, 2 for images
   DenseForm form = DenseForm::kAny;
   int box[kAxes] = {0, 0, 0};

@@ -6,8 +6,11 @@
 #define JAXCONV_CUDA_DENSE_GRAD_CUH_
 
 #include "cuda/bulk_tensors.cuh"
-#include "cuda/dense.cuh"
 #include "cuda/dense_grad.h"
+#include "cuda/dense_walk.cuh"
+#include "cuda/dependent_launch.cuh"
+#include "cuda/mma_sync.cuh"
+#include "cuda/shared_memory.h"
 
 namespace jaxconv::cuda {
 
@@ -599,8 +602,7 @@ template <class T, DenseGradFrom kFrom, int NT, int P>
 cudaError_t EnqueueDenseGradVariant(const DenseGradPlan& plan, const DenseGradArgs& args,
                                     const DenseGradMaps& maps, cudaStream_t stream) {
   const auto kernel = DenseGrad<T, kFrom, NT, P>;
-  const cudaError_t status =
-      cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, args.smem);
+  const cudaError_t status = AllowSharedMemory(kernel);
   if (status != cudaSuccess) return status;
   cudaLaunchAttribute cluster{};
   cluster.id = cudaLaunchAttributeClusterDimension;

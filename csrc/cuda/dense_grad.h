@@ -19,7 +19,7 @@
 #include <vector>
 
 #include "cuda/dense.h"
-#include "cuda/small_divisor.h"
+#include "cuda/divisor.h"
 #include "cuda/table.h"
 
 namespace jaxconv::cuda {

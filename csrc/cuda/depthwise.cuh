@@ -7,6 +7,7 @@
 #include "cuda/dependent_launch.cuh"
 #include "cuda/depthwise.h"
 #include "cuda/dtypes.cuh"
+#include "cuda/shared_memory.h"
 
 namespace jaxconv::cuda {
 namespace {
@@ -839,9 +840,9 @@ __global__ void __launch_bounds__(kThreads) AnyWeightGrad(const __grid_constant_
 template <class Kernel>
 cudaError_t Run(Kernel kernel, const DepthwisePlan& plan, const DepthwiseArgs& a, int taps,
                 cudaStream_t stream) {
-  if (plan.shared > 24 << 10) {  // with what kernels declare, 48 KB may be exceeded
-    const cudaError_t status =
-        cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, plan.shared);
+  constexpr int kDeclared = 24 << 10;  // at most, by a kernel itself
+  if (plan.shared > kDeclared) {
+    const cudaError_t status = AllowSharedMemory(kernel, kDeclared);
     if (status != cudaSuccess) return status;
   }
   const auto size = [](int n) { return static_cast<unsigned>(n); };

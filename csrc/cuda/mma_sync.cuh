@@ -24,6 +24,21 @@ __device__ inline uint32_t RoundTF32(float v) {
   return r;
 }
 
+// Eight rows of 16 bytes from each of four addresses, which eight lanes each give: a row's bytes go
+// to the four lanes of a quad.
+__device__ inline void LoadMatrices(uint32_t (&r)[4], uint32_t address) {
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];"
+               : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
+               : "r"(address));
+}
+
+// The same of matrices of 8 x 8 elements of 16 bits, transposed: a quad has a column.
+__device__ inline void LoadTransposed(uint32_t (&r)[4], uint32_t address) {
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0,%1,%2,%3}, [%4];"
+               : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
+               : "r"(address));
+}
+
 // d += a * b over two blocks (32 bytes a row) or over one.
 template <class T>
 struct Mma;

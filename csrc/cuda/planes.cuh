@@ -13,6 +13,7 @@
 #include "cuda/mbarrier.cuh"
 #include "cuda/mma_sync.cuh"
 #include "cuda/planes.h"
+#include "cuda/shared_memory.h"
 
 namespace jaxconv::cuda {
 
@@ -848,8 +849,7 @@ __global__ void __launch_bounds__(kPlanesThreads<MT, NC>, PlanesBlocks(MT, NC))
 template <class T, int MT, int NC, int SO>
 cudaError_t EnqueuePlanesTile(const PlanesPlan& plan, const PlanesArgs& args, cudaStream_t stream) {
   const auto kernel = Planes<T, MT, NC, SO>;
-  const cudaError_t status =
-      cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, plan.smem);
+  const cudaError_t status = AllowSharedMemory(kernel);
   if (status != cudaSuccess) return status;
   kernel<<<dim3(plan.grid_x, plan.grid_y), kPlanesThreads<MT, NC>, plan.smem, stream>>>(args);
   return cudaGetLastError();

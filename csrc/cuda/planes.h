@@ -9,7 +9,7 @@
 #include <string>
 #include <vector>
 
-#include "cuda/small_divisor.h"
+#include "cuda/divisor.h"
 #include "cuda/table.h"
 
 namespace jaxconv::cuda {

@@ -14,6 +14,7 @@
 #include "cuda/mbarrier.cuh"
 #include "cuda/mma_sync.cuh"
 #include "cuda/rows.h"
+#include "cuda/shared_memory.h"
 
 namespace jaxconv::cuda {
 
@@ -453,8 +454,7 @@ __global__ void __launch_bounds__(kRowsThreads<NC>, BlocksBeside(MT, NC))
 template <class T, int MT, int NC, int SI>
 cudaError_t EnqueueRowsTile(const RowsPlan& plan, const RowsArgs& args, cudaStream_t stream) {
   const auto kernel = Rows<T, MT, NC, SI>;
-  const cudaError_t status =
-      cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, plan.smem);
+  const cudaError_t status = AllowSharedMemory(kernel);
   if (status != cudaSuccess) return status;
   kernel<<<dim3(plan.grid_x, plan.grid_y), kRowsThreads<NC>, plan.smem, stream>>>(args);
   return cudaGetLastError();

@@ -11,6 +11,7 @@
 #include "cuda/dtypes.cuh"
 #include "cuda/mbarrier.cuh"
 #include "cuda/mma_sync.cuh"
+#include "cuda/shared_memory.h"
 #include "cuda/thin.h"
 #include "cuda/wgmma.cuh"
 
@@ -209,13 +210,9 @@ __device__ inline uint32_t ThinLoadWord(uint32_t low, uint32_t high) {
 template <bool kTransposed>
 __device__ inline void ThinLoadMatrices(uint32_t (&v)[4], uint32_t from) {
   if constexpr (kTransposed) {
-    asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0,%1,%2,%3}, [%4];"
-                 : "=r"(v[0]), "=r"(v[1]), "=r"(v[2]), "=r"(v[3])
-                 : "r"(from));
+    LoadTransposed(v, from);
   } else {
-    asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];"
-                 : "=r"(v[0]), "=r"(v[1]), "=r"(v[2]), "=r"(v[3])
-                 : "r"(from));
+    LoadMatrices(v, from);
   }
 }
 
@@ -1025,8 +1022,7 @@ cudaError_t EnqueueThinKernel(void (*kernel)(Args), const ThinPlan& plan, const 
                               cudaStream_t stream) {
   constexpr int threads =
       std::is_same_v<Args, ThinForwardArgs> ? kThinForwardThreads : kThinThreads;
-  const cudaError_t status =
-      cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, args.smem);
+  const cudaError_t status = AllowSharedMemory(kernel);
   if (status != cudaSuccess) return status;
   kernel<<<dim3(plan.grid_x, plan.grid_y), threads, args.smem, stream>>>(args);
   return cudaGetLastError();

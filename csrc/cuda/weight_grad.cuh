@@ -16,6 +16,8 @@
 #include "cuda/dependent_launch.cuh"
 #include "cuda/dtypes.cuh"
 #include "cuda/mbarrier.cuh"
+#include "cuda/mma_sync.cuh"
+#include "cuda/shared_memory.h"
 #include "cuda/weight_grad.h"
 #include "cuda/wgmma.cuh"
 
@@ -25,10 +27,6 @@ constexpr int kThreads = 32 * (kWeightGradWarps + kWeightGradCopyWarps);
 constexpr int kCopyThreads = 32 * kWeightGradCopyWarps;
 
 constexpr int Log2(int n) { return n <= 1 ? 0 : 1 + Log2(n / 2); }
-
-__device__ inline uint32_t SharedAddress(const void* p) {
-  return static_cast<uint32_t>(__cvta_generic_to_shared(p));
-}
 
 // Copies `valid` bytes and fills up to 4 or 16 with zeros.
 __device__ inline void CopyAsync4(uint32_t to, const void* from, int valid) {
@@ -150,12 +148,6 @@ template <int kWords>
 __device__ inline void Align(uint32_t (&to)[kWords], const uint32_t (&word)[kWords + 1], int odd) {
 #pragma unroll
   for (int m = 0; m < kWords; ++m) to[m] = __funnelshift_r(word[m], word[m + 1], 16 * odd);
-}
-
-__device__ inline void LoadTransposed(uint32_t (&r)[4], const char* shared) {
-  asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0,%1,%2,%3}, [%4];"
-               : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
-               : "r"(SharedAddress(shared)));
 }
 
 // A step of the walk: where it is, and in which slot of the ring its window of y rows begins.
@@ -727,14 +719,14 @@ __global__ void __launch_bounds__(kThreads, 1)
 #pragma unroll
           for (int m = 0; m < kXWords; m += 4) {
             uint32_t word[4];
-            LoadTransposed(word, at + 2 * m * a.x_pixel);
+            LoadTransposed(word, SharedAddress(at + 2 * m * a.x_pixel));
 #pragma unroll
             for (int i = 0; i < 4; ++i) x[m + i] = word[i];
           }
         } else {
           // Two words: the upper lanes' addresses repeat the lower ones'.
           uint32_t word[4];
-          LoadTransposed(word, at - (lane >= 16 ? 4 * a.x_pixel : 0));
+          LoadTransposed(word, SharedAddress(at - (lane >= 16 ? 4 * a.x_pixel : 0)));
           x[0] = word[0];
           x[1] = word[1];
         }
@@ -760,9 +752,10 @@ __global__ void __launch_bounds__(kThreads, 1)
         for (int m = 0; m < kWords; m += 2) {
           uint32_t word[4];
           if constexpr (kStride == 0) {
-            LoadTransposed(word, at + 2 * m * stride * a.y_pixel);
+            LoadTransposed(word, SharedAddress(at + 2 * m * stride * a.y_pixel));
           } else {
-            LoadTransposed(word, at + 2 * m * a.y_pixel + 2 * m / (kRun * kStride) * a.y_run_pad);
+            LoadTransposed(word, SharedAddress(at + 2 * m * a.y_pixel +
+                                               2 * m / (kRun * kStride) * a.y_run_pad));
           }
           y[0][m] = word[0];
           y[0][m + 1] = word[1];
@@ -1019,11 +1012,7 @@ __global__ void __launch_bounds__(kThreads, 1)
 template <class In, bool kLast, int kStride, int kTaps, int kOctets, bool kGroup>
 cudaError_t Launch(const WeightGradArgs& args, int64_t blocks, cudaStream_t stream) {
   const auto kernel = WeightGradKernel<In, kLast, kStride, kTaps, kOctets, kGroup>;
-  if (const cudaError_t status =
-          cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, args.shared);
-      status != cudaSuccess) {
-    return status;
-  }
+  if (const cudaError_t status = AllowSharedMemory(kernel); status != cudaSuccess) return status;
   kernel<<<static_cast<unsigned>(blocks), kThreads, args.shared, stream>>>(args);
   return cudaGetLastError();
 }

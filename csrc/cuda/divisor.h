@@ -1,6 +1,6 @@
 // Division by numbers that the host knows.
-#ifndef JAXCONV_CUDA_SMALL_DIVISOR_H_
-#define JAXCONV_CUDA_SMALL_DIVISOR_H_
+#ifndef JAXCONV_CUDA_DIVISOR_H_
+#define JAXCONV_CUDA_DIVISOR_H_
 
 #include <cstdint>
 
@@ -40,4 +40,4 @@ constexpr int Divide(int n, const Divisor& d) {
 
 }  // namespace jaxconv::cuda
 
-#endif  // JAXCONV_CUDA_SMALL_DIVISOR_H_
+#endif  // JAXCONV_CUDA_DIVISOR_H_
