@@ -165,68 +165,74 @@ bool FoldAxis(const DenseShape& s, DenseArgs& a) {
   return true;
 }
 
-// What the model of channels first counts, in cycles of a block unless said: fitted to 3,700 plans
+// What the model of channels first counts, in cycles of a block unless said: fitted to 5,100 plans
 // each of float32 and of 16 bits, of 29 layers and both passes, on an H200.
-struct RowsCosts {
-  double turned_stage, turned_matrix, turned_pixels;  // a warp, of 512 bytes; of 1,024
-  double loaded_pixels, loaded_channel;               // of 224 pixels; and for each channel
-  double box, box_rate, box_row;                      // bulk copies: a copy, bytes a cycle, a row
-  double words, word_rate;                            // the same word by word
-  double quad, quads_hidden;       // of weights, from L2; what of them is not hidden
-  double products, product_quad;   // of the model's products; and for each quad
-  double overlap;                  // of products and copies, what is not hidden
-  double sent, sent_short, sends;  // of 32 results by bulk copies; of rows of eight; a copy
-  double twos, two_line;           // by rows of twos; and for each line of 128 bytes
-  double ones, one_line;           // by elements
-  double end, rows, tile;  // an end of a row; rows that leave together, of 64 pixels; a tile
-  double end_bytes;        // of device memory, of an end of a row
-  double memory;           // of the lesser of both times: what is not hidden
+struct RowsCost {
+  double f32, of16;
 };
-constexpr RowsCosts kRowsF32 = {1360, 0,    19,   1590, 47,   48,   91,   2.3, 2560,
-                                30.7, 1060, 0.18, 0.64, 150,  0.56, 1.05, 1.9, 390,
-                                0.44, 0.1,  1.66, 2.17, 0.09, 170,  140,  3,   0.41};
-constexpr RowsCosts kRows16 = {1570, 34,   90,   580,  62,   39,   44, 0.96, 1030,
-                               23.7, 1530, 0.26, 0.66, 130,  0.61, 2,  2,    410,
-                               2,    0.25, 5.2,  0.97, 0.09, 170,  63, 4,    0.29};
+constexpr RowsCost kTurnedStage{1360, 1570}, kTurnedMatrix{0, 34};    // 512 bytes, of a warp
+constexpr RowsCost kTurnedPixels{19, 90};                             // 1,024 bytes, of a warp
+constexpr RowsCost kLoadedPixels{1590, 580}, kLoadedChannel{47, 62};  // of 224 pixels
+constexpr RowsCost kBox{48, 39}, kBoxRate{91, 44},
+    kBoxRow{2.3, 0.96};                                        // bulk copies; bytes a cycle
+constexpr RowsCost kWords{2560, 1030}, kWordRate{30.7, 23.7};  // the same word by word
+constexpr RowsCost kWeightsQuad{1060, 1530},
+    kWeightsShown{0.18, 0.26};                                     // of weights; what is not hidden
+constexpr RowsCost kProducts{0.64, 0.66}, kProductQuad{150, 130};  // of the model's; for each quad
+constexpr RowsCost kOverlap{0.56, 0.61};  // of products and copies: what is not hidden
+// Of 32 results: by bulk copies, of rows of eight, and each copy; by rows of twos, or by elements,
+// and for each line of 128 bytes; of each end of a row.
+constexpr RowsCost kSent{1.05, 2}, kSentShort{1.9, 2}, kSends{390, 410};
+constexpr RowsCost kTwos{0.44, 2}, kTwosLine{0.1, 0.25}, kOnes{1.66, 5.2}, kOnesLine{2.17, 0.97};
+constexpr RowsCost kEnd{0.09, 0.09};
+constexpr RowsCost kRowsLeave{170, 170}, kTile{140, 63};  // of 64 pixels each time; a tile
+constexpr RowsCost kEndBytes{3, 4};                       // of device memory, of an end of a row
+constexpr RowsCost kMemoryShown{0.41, 0.29};  // of the lesser of both times: what is not hidden
+
+double CostOf(const DenseShape& s, const RowsCost& cost) {
+  return s.element == 4 ? cost.f32 : cost.of16;
+}
 
 // Channels first, cycles of a block for an item of each program, if products alone take `multiply`.
-double RowsCycles(const DenseShape& s, const DenseArgs& a, const RowsCosts& k, double stages,
-                  double boxes, double multiply, double results, int columns) {
+double RowsCycles(const DenseShape& s, const DenseArgs& a, double stages, double boxes,
+                  double multiply, double results, int columns) {
+  const auto k = [&](const RowsCost& c) { return CostOf(s, c); };
   const double stage_bytes = static_cast<double>(a.pixels) * s.row_bytes;
   const double warps = DenseTurners(a, s.element) / 32.0;
   const double rows = a.raws > 0 ? a.box_n * a.axis[0].length * a.axis[1].length : 0;
   const double matrices =
       std::ceil(rows / warps) * std::ceil(a.raw_row / 8.0) * s.row_bytes / 64;  // of a warp
   const double turning =
-      k.turned_stage +
-      (a.matrices ? matrices * k.turned_matrix : stage_bytes / 1024 / warps * k.turned_pixels);
+      k(kTurnedStage) +
+      (a.matrices ? matrices * k(kTurnedMatrix) : stage_bytes / 1024 / warps * k(kTurnedPixels));
   const double loading = std::ceil(static_cast<double>(a.pixels) / kDenseLoaders) *
-                         (k.loaded_pixels + s.chunk_channels * k.loaded_channel);
-  const double arriving =
-      a.boxes ? k.box + a.raw_bytes / k.box_rate + rows * s.chunk_channels * a.pieces * k.box_row
-              : k.words + a.raw_bytes / k.word_rate;
+                         (k(kLoadedPixels) + s.chunk_channels * k(kLoadedChannel));
+  const double arriving = a.boxes ? k(kBox) + a.raw_bytes / k(kBoxRate) +
+                                        rows * s.chunk_channels * a.pieces * k(kBoxRow)
+                                  : k(kWords) + a.raw_bytes / k(kWordRate);
   const double stage = a.raws > 0 ? turning : loading;
   const double quads = a.total_steps / 4.0;  // of all programs
   const double products =
-      stages > 0 ? (k.products * multiply + k.product_quad * quads) / stages : 0;
+      stages > 0 ? (k(kProducts) * multiply + k(kProductQuad) * quads) / stages : 0;
   const double arrives =
       a.raws > 0 ? (boxes * arriving + stages * turning) / static_cast<double>(a.raws) : 0;
   const double fetches = std::max(arrives, stages * stage);
   const double boxed =
       std::max(stages * std::max({products, stage, (stage + products) / a.buffers}), arrives) +
-      k.overlap * std::min(stages * products, fetches);
-  const double weights = a.resident ? 0 : quads * k.quad / a.ring;
-  const double staged = std::max(boxed, weights) + k.quads_hidden * std::min(boxed, weights);
+      k(kOverlap) * std::min(stages * products, fetches);
+  const double weights = a.resident ? 0 : quads * k(kWeightsQuad) / a.ring;
+  const double staged = std::max(boxed, weights) + k(kWeightsShown) * std::min(boxed, weights);
   // Of a warp's 32 results: by bulk copies, or by lines of 128 bytes, which strides tear apart.
   const double torn = s.paired ? 1 : s.so[2], run = a.axis[2].part * (s.paired ? 2 : 1);
   const double lines = std::min(32.0, 32 / std::min(32.0, run) * torn * torn + 1);
   const double ends = a.sends ? 0 : 64 / (a.axis[2].box * (s.paired ? 2.0 : 1.0));
-  const double each = a.sends  ? k.sent + (a.patch[3] == 8 ? k.sent_short : 0)
-                      : a.twos ? k.twos + k.two_line * lines
-                               : k.ones + k.one_line * lines;
+  const double each = a.sends  ? k(kSent) + (a.patch[3] == 8 ? k(kSentShort) : 0)
+                      : a.twos ? k(kTwos) + k(kTwosLine) * lines
+                               : k(kOnes) + k(kOnesLine) * lines;
   const double parts = static_cast<double>(columns) / a.store_columns;
-  const double left = results / 32 * (each + ends * k.end) + k.tile +
-                      parts * (a.sends ? k.sends : (results / columns / 128 + 2) / 2 * k.rows);
+  const double left =
+      results / 32 * (each + ends * k(kEnd)) + k(kTile) +
+      parts * (a.sends ? k(kSends) : (results / columns / 128 + 2) / 2 * k(kRowsLeave));
   // What the fit does not tell, of what it chooses: where other kernels were faster.
   double slower = torn > 1 ? 1.3 : 1;
   slower *= 1 + 0.05 * (std::clamp(s.chunks, 6, 14) - 6);
@@ -482,10 +488,8 @@ bool Fill(const Problem& p, const Device& device, const DenseShape& s, const Can
   const double l2 = fetched / (kL2Bandwidth / kClock / device.multiprocessors);
   // Of blocks that share an item, each multiplies and stores a part; each sends and reads all sums.
   const double sends = (a.split > 1 ? sums_bytes / 6.7 : 0) + 60.0 * (a.pair - 1);
-  const RowsCosts& rows_costs = s.element == 4 ? kRowsF32 : kRows16;
-  const double others =
-      a.rows ? RowsCycles(s, a, rows_costs, stages, raws, multiply, results, c.shape.columns)
-             : staged + programs * stores;
+  const double others = a.rows ? RowsCycles(s, a, stages, raws, multiply, results, c.shape.columns)
+                               : staged + programs * stores;
   l2_limits = l2 > 0.5 * others;
   const double cycles = std::max(others, l2) + (a.rows ? 0 : 0.06 * std::min(others, l2));
   const double mean = cycles / programs / a.split + sends;
@@ -508,11 +512,11 @@ bool Fill(const Problem& p, const Device& device, const DenseShape& s, const Can
   double memory = (in_bytes + out_bytes + packed) / kBandwidth;
   if (a.rows && !a.sends) {
     const double rows_of = a.axis[2].box * phases;
-    memory += out_bytes / out_element / rows_of * 2 * rows_costs.end_bytes / kBandwidth;
+    memory += out_bytes / out_element / rows_of * 2 * CostOf(s, kEndBytes) / kBandwidth;
   }
   plan.pack_seconds = 3e-6 + packed / (s.spread ? 0.4e12 : kPackBandwidth);
   plan.seconds = 5e-6 + plan.pack_seconds + std::max(compute, memory) +
-                 (a.rows ? rows_costs.memory : 0.2) * std::min(compute, memory);
+                 (a.rows ? CostOf(s, kMemoryShown) : 0.2) * std::min(compute, memory);
   return true;
 }
 

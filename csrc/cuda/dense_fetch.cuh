@@ -408,7 +408,6 @@ __device__ inline void TurnMatrices(const DenseArgs& a, const DenseBarriers& bar
         for (int r = warp; r < a.raw_rows; r += warps) {
           const DenseRawRow row = rows[r];
           uint32_t from = from0 + row.offset;
-          // Past the row's end there is nothing: all of it counts as too far.
           int element = row.element + element0, left = eights - eight0;
           int place = row.place + element * a.row_bytes;
 #pragma unroll 1

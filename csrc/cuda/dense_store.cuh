@@ -290,8 +290,7 @@ __device__ inline void StageRows(const DenseArgs& a, char* stage, const int (&pl
   }
 }
 
-// Where the results of a group of warps lie in the output: its first pixel and channel, and,
-// counted from there, run by run of 32 units, that of a lane.
+// Where the results of a group of warps lie in the output.
 struct DensePart {
   int n, q[kAxes], channel;
   __device__ DensePart(const DenseArgs& a, const DenseItem& item, int columns, int group)
@@ -310,7 +309,7 @@ struct DensePart {
                               : up / a.axis[1].so;
     return q[axis] * a.axis[axis].so + r;
   }
-  // -1: outside.
+  // Of the index-th unit of neighbours, in elements from the first pixel; -1: outside.
   template <int Phases, int kUnit>
   __device__ int Offset(const DenseArgs& a, const int (&first)[kAxes], int index) const {
     int rest = index, at[kAxes];
