@@ -840,7 +840,7 @@ __global__ void __launch_bounds__(kThreads) AnyWeightGrad(const __grid_constant_
 template <class Kernel>
 cudaError_t Run(Kernel kernel, const DepthwisePlan& plan, const DepthwiseArgs& a, int taps,
                 cudaStream_t stream) {
-  constexpr int kDeclared = 24 << 10;  // at most, by a kernel itself: both must not exceed 48 KB
+  constexpr int kDeclared = 24 << 10;  // at most, by a kernel itself; 48 KB need no leave
   if (plan.shared > kDeclared) {
     const cudaError_t status = AllowSharedMemory(kernel, kDeclared);
     if (status != cudaSuccess) return status;
